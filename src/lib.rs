@@ -1,5 +1,6 @@
 //! Shortkit Webhooks: events in, signed HTTP requests out, every step of the way visible.
 
-pub mod rest;
-
+pub mod clock;
 pub mod egress;
+pub mod rest;
+pub mod webhook;

@@ -1,0 +1,161 @@
+//! Both signature schemes: `X-Shortform-Signature`, and that of Standard Webhooks
+//! (<https://www.standardwebhooks.com>).
+
+use std::fmt::Write;
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use ring::hmac;
+
+use super::{Secret, Timestamp};
+
+/// A receiver refuses a timestamp further than this from its own clock, as Standard Webhooks recommends.
+pub const TOLERANCE_SECS: i64 = 5 * 60;
+
+/// The two HMAC keys of a secret, prepared once.
+#[derive(Clone)]
+pub struct SigningKey {
+    /// Keyed with the whole text of the secret.
+    shortform: hmac::Key,
+    /// Keyed with the bytes that the secret encodes.
+    standard: hmac::Key,
+}
+
+/// Why a signature does not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// `webhook-id`, `webhook-timestamp` or `webhook-signature` is missing or not readable.
+    #[error("the webhook-id, webhook-timestamp or webhook-signature header is missing or malformed")]
+    Malformed,
+    /// The timestamp is too far from now.
+    #[error("the timestamp is more than {TOLERANCE_SECS} seconds from now")]
+    Stale,
+    /// No signature matches.
+    #[error("no signature matches the body and this secret")]
+    Mismatch,
+}
+
+impl SigningKey {
+    /// Prepares the keys of `secret`.
+    pub fn new(secret: &Secret) -> Self {
+        Self {
+            shortform: hmac::Key::new(hmac::HMAC_SHA256, secret.expose().as_bytes()),
+            standard: hmac::Key::new(hmac::HMAC_SHA256, &secret.decoded()),
+        }
+    }
+
+    fn shortform(&self, body: &[u8]) -> String {
+        let mut text = String::with_capacity("sha256=".len() + 64);
+        text.push_str("sha256=");
+        for byte in hmac::sign(&self.shortform, body).as_ref() {
+            let _ = write!(text, "{byte:02x}");
+        }
+        text
+    }
+
+    fn standard(&self, id: &str, timestamp_secs: i64, body: &[u8]) -> hmac::Tag {
+        let mut context = hmac::Context::with_key(&self.standard);
+        context.update(format!("{id}.{timestamp_secs}.").as_bytes());
+        context.update(body);
+        context.sign()
+    }
+}
+
+/// The values of `X-Shortform-Signature` and `webhook-signature`, one part for each key, the newest first.
+pub fn signature_headers(keys: &[SigningKey], delivery_id: &str, at: Timestamp, body: &[u8]) -> (String, String) {
+    let shortform: Vec<String> = keys.iter().map(|key| key.shortform(body)).collect();
+    let standard: Vec<String> = keys
+        .iter()
+        .map(|key| format!("v1,{}", STANDARD.encode(key.standard(delivery_id, at.secs(), body))))
+        .collect();
+    (shortform.join(","), standard.join(" "))
+}
+
+/// Checks the Standard Webhooks headers of a request against `key`, as a receiver does.
+pub fn verify(
+    key: &SigningKey,
+    id: &str,
+    timestamp: &str,
+    signatures: &str,
+    body: &[u8],
+    now: Timestamp,
+) -> Result<(), VerifyError> {
+    let at: i64 = timestamp.parse().map_err(|_| VerifyError::Malformed)?;
+    if id.is_empty() || signatures.is_empty() {
+        return Err(VerifyError::Malformed);
+    }
+    if at.abs_diff(now.secs()) > TOLERANCE_SECS.unsigned_abs() {
+        return Err(VerifyError::Stale);
+    }
+    let message = [format!("{id}.{at}.").as_bytes(), body].concat();
+    let matches = |signature: &str| {
+        let tag = signature.strip_prefix("v1,").and_then(|encoded| STANDARD.decode(encoded).ok());
+        // `hmac::verify` compares in constant time and refuses a tag of another length, an empty one too.
+        tag.is_some_and(|tag| hmac::verify(&key.standard, &message, &tag).is_ok())
+    };
+    if signatures.split(' ').any(matches) { Ok(()) } else { Err(VerifyError::Mismatch) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Published by the Standard Webhooks project and by Svix for their own libraries.
+    const VECTORS: [(&str, &str, i64, &str, &str); 2] = [
+        (
+            "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            "msg_p5jXN8AQM9LWM0D4loKWxJek",
+            1_614_265_330,
+            r#"{"test": 2432232314}"#,
+            "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+        ),
+        (
+            "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD",
+            "msg_27UH4WbU6Z5A5EzD8u03UvzRbpk",
+            1_649_367_553,
+            r#"{"email":"test@example.com","username":"test_user"}"#,
+            "v1,tZ1I4/hDygAJgO5TYxiSd6Sd0kDW6hPenDe+bTa3Kkw=",
+        ),
+    ];
+
+    fn key(secret: &str) -> SigningKey {
+        SigningKey::new(&Secret::parse(secret).unwrap())
+    }
+
+    #[test]
+    fn agrees_with_the_published_vectors() {
+        for (secret, id, secs, body, signature) in VECTORS {
+            let (key, at) = (key(secret), Timestamp::from_millis(secs * 1000));
+            let (_, standard) = signature_headers(std::slice::from_ref(&key), id, at, body.as_bytes());
+            assert_eq!(standard, signature);
+            assert_eq!(verify(&key, id, &secs.to_string(), signature, body.as_bytes(), at), Ok(()));
+        }
+    }
+
+    #[test]
+    fn shortform_is_keyed_with_the_whole_text() {
+        // printf '{}' | openssl dgst -sha256 -hmac whsec_BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=
+        let key = SigningKey::new(&Secret::from_random(&[7; 32]));
+        let (shortform, _) = signature_headers(&[key.clone(), key], "del_1", Timestamp::from_millis(0), b"{}");
+        let (first, second) = shortform.split_once(',').unwrap();
+        assert_eq!(first, second);
+        assert_eq!(first, SHORTFORM);
+    }
+    const SHORTFORM: &str = "sha256=6a966e9fbe372d844479178763f2318c6bc0a7b3fe5caa5265ff1b9c9eb552c6";
+
+    #[test]
+    fn refuses_what_was_not_signed() {
+        let (secret, id, secs, body, signature) = VECTORS[0];
+        let (key, at, text) = (key(secret), Timestamp::from_millis(secs * 1000), secs.to_string());
+        let check = |id: &str, stamp: &str, signature: &str, body: &[u8], now| {
+            verify(&key, id, stamp, signature, body, now).unwrap_err()
+        };
+        assert_eq!(check(id, &text, signature, b"{}", at), VerifyError::Mismatch);
+        assert_eq!(check("other", &text, signature, body.as_bytes(), at), VerifyError::Mismatch);
+        for forged in ["v1,", "v1", "v2,AAAA", "v1,AAAA v1,"] {
+            assert_eq!(check(id, &text, forged, body.as_bytes(), at), VerifyError::Mismatch);
+        }
+        assert_eq!(check(id, "now", signature, body.as_bytes(), at), VerifyError::Malformed);
+        let late = Timestamp::from_millis((secs + TOLERANCE_SECS + 1) * 1000);
+        assert_eq!(check(id, &text, signature, body.as_bytes(), late), VerifyError::Stale);
+    }
+}
