@@ -1,0 +1,16 @@
+//! The schema, step by step. A step never changes once it has landed; each one says why it is there and is one
+//! transaction on both databases.
+
+use sea_orm_migration::{MigrationTrait, MigratorTrait, async_trait};
+
+mod m0001_initial;
+
+/// Runs the steps that a database has not seen.
+pub(crate) struct Migrator;
+
+#[async_trait::async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![Box::new(m0001_initial::Migration)]
+    }
+}
