@@ -1,6 +1,8 @@
 //! Shortkit Webhooks: events in, signed HTTP requests out, every step of the way visible.
 
 pub mod clock;
-pub mod egress;
+pub mod config;
+mod feed;
+pub mod store;
 pub mod rest;
 pub mod webhook;

@@ -1,5 +1,7 @@
 //! The tables as sea-orm sees them; what the columns mean stands in `migrations/`.
 
+#![allow(unreachable_pub, reason = "sea-orm derives public items")]
+
 pub(super) mod setting {
     use sea_orm::entity::prelude::*;
 

@@ -11,9 +11,9 @@ use std::{
 use tokio::sync::Notify;
 
 /// The node holds at most this many deliveries; more wait in the database.
-pub const MAX_HELD: usize = 8_192;
+pub(super) const MAX_HELD: usize = 8_192;
 /// Of one webhook it holds at most this many.
-pub const MAX_HELD_PER_WEBHOOK: usize = 1_024;
+pub(super) const MAX_HELD_PER_WEBHOOK: usize = 1_024;
 
 /// The books about what is held.
 #[derive(Default)]

@@ -1,0 +1,242 @@
+//! The log of changes: written with what it tells of, read by watchers.
+
+use std::{collections::VecDeque, time::Duration};
+
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+};
+use tokio::sync::broadcast;
+
+use super::{
+    Error, Store,
+    deliveries::{status, status_code},
+    entity::{change, delivery},
+    keys::tenant,
+    sql::Sql,
+};
+use crate::{
+    feed::Batch,
+    webhook::{Change, ChangeKind, DeliveryStatus, Tenant, Timestamp},
+};
+
+/// One read takes at most this many changes; a watcher holds no more in memory.
+const MAX_READ: u64 = 256;
+/// How often the log is looked at for changes of other nodes, while somebody watches.
+const POLL: Duration = Duration::from_millis(200);
+
+/// Which changes to watch.
+#[derive(Debug, Clone)]
+pub struct ChangeFilter {
+    /// Whose.
+    pub tenant: Tenant,
+    /// Only of this webhook.
+    pub webhook_id: Option<String>,
+    /// Only into this state.
+    pub status: Option<DeliveryStatus>,
+    /// Only of this event type.
+    pub event_type: Option<String>,
+}
+
+/// Why watching ends.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    /// The log no longer reaches back to where it should continue.
+    #[error("the resume token is too old")]
+    TooOld,
+    /// The reader fell behind further than the feed remembers.
+    #[error("the stream is read too slowly; resume with the last token")]
+    TooSlow,
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] Error),
+}
+
+/// A place in the log that moves on.
+pub struct Watch {
+    store: Store,
+    filter: ChangeFilter,
+    /// Everything up to here was seen.
+    position: i64,
+    caught_up: bool,
+    live: broadcast::Receiver<Batch>,
+    pending: VecDeque<Change>,
+}
+
+impl Store {
+    /// Watches changes from now on, or right after number `after`.
+    pub async fn watch(&self, filter: ChangeFilter, after: Option<i64>) -> Result<Watch, WatchError> {
+        // First the feed, then the log: what is committed in between is in both, and skipped the second time.
+        let live = self.0.feed.subscribe();
+        let position = match after {
+            Some(position) => {
+                if self.edge("min").await?.is_some_and(|oldest| position + 1 < oldest) {
+                    return Err(WatchError::TooOld);
+                }
+                position
+            }
+            None => self.edge("max").await?.unwrap_or(0),
+        };
+        Ok(Watch { store: self.clone(), filter, position, caught_up: false, live, pending: VecDeque::new() })
+    }
+
+    /// Reads new changes into the feed, as long as the process runs and somebody watches.
+    pub async fn follow_changes(&self) -> Result<(), Error> {
+        let mut position = None;
+        loop {
+            let polled = tokio::time::timeout(POLL, self.0.feed.announced());
+            if !self.0.feed.is_watched() {
+                position = None;
+                self.0.feed.announced().await;
+            } else if self.sqlite() {
+                self.0.feed.announced().await;
+            } else {
+                let _ = polled.await;
+            }
+            if !self.0.feed.is_watched() {
+                continue;
+            }
+            let mut after = match position {
+                Some(after) => after,
+                // Says where the feed begins, so that a watcher who saw less reads the log.
+                None => {
+                    let newest = self.edge("max").await?.unwrap_or(0);
+                    self.0.feed.send(Batch { after: newest, changes: [].into() });
+                    newest
+                }
+            };
+            loop {
+                let rows = self.read_changes(None, after).await?;
+                let Some(last) = rows.last().map(|row| row.seq) else { break };
+                let changes = rows.into_iter().map(change).collect::<Result<Vec<_>, _>>()?;
+                self.0.feed.send(Batch { after, changes: changes.into() });
+                after = last;
+            }
+            position = Some(after);
+        }
+    }
+
+    /// `min` or `max` of the numbers in the log.
+    async fn edge(&self, which: &str) -> Result<Option<i64>, Error> {
+        let sql = Sql::new(&format!("SELECT {which}(seq) FROM changes"));
+        let row = self.0.read.query_one_raw(sql.build(self.0.read.get_database_backend())).await?;
+        Ok(row.map(|row| row.try_get_by_index::<Option<i64>>(0)).transpose()?.flatten())
+    }
+
+    async fn read_changes(&self, of: Option<&Tenant>, after: i64) -> Result<Vec<change::Model>, Error> {
+        let mut rows = change::Entity::find().filter(change::Column::Seq.gt(after));
+        if let Some(tenant) = of {
+            rows = rows
+                .filter(change::Column::Organization.eq(tenant.organization()))
+                .filter(change::Column::Environment.eq(tenant.environment().as_str()));
+        }
+        Ok(rows.order_by_asc(change::Column::Seq).limit(MAX_READ).all(&self.0.read).await?)
+    }
+}
+
+impl Watch {
+    /// Where the watch stands: what a client resumes from that has seen no change yet.
+    pub fn position(&self) -> i64 {
+        self.position
+    }
+
+    /// The next change, when there is one. Dropping the call in the middle loses nothing.
+    pub async fn next(&mut self) -> Result<Change, WatchError> {
+        loop {
+            if let Some(change) = self.pending.pop_front() {
+                return Ok(change);
+            }
+            if self.caught_up {
+                self.read_live().await?;
+            } else {
+                self.read_log().await?;
+            }
+        }
+    }
+
+    async fn read_log(&mut self) -> Result<(), WatchError> {
+        let rows = self.store.read_changes(Some(&self.filter.tenant), self.position).await?;
+        self.caught_up = rows.is_empty();
+        for row in rows {
+            let (tenant, change) = change(row)?;
+            self.take(&tenant, change);
+        }
+        Ok(())
+    }
+
+    async fn read_live(&mut self) -> Result<(), WatchError> {
+        let batch = match self.live.recv().await {
+            Ok(batch) => batch,
+            Err(broadcast::error::RecvError::Lagged(_)) => return Err(WatchError::TooSlow),
+            Err(broadcast::error::RecvError::Closed) => return Err(Error::Closed.into()),
+        };
+        if batch.after > self.position {
+            // Something came between the log as read and the feed's beginning.
+            self.caught_up = false;
+        }
+        let before = self.position;
+        if batch.after <= before {
+            for (tenant, change) in batch.changes.iter().filter(|(_, change)| change.seq > before) {
+                self.take(tenant, change.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, tenant: &Tenant, change: Change) {
+        let filter = &self.filter;
+        self.position = self.position.max(change.seq);
+        if *tenant == filter.tenant
+            && filter.webhook_id.as_ref().is_none_or(|id| *id == change.webhook_id)
+            && filter.status.is_none_or(|status| status == change.status)
+            && filter.event_type.as_ref().is_none_or(|event_type| *event_type == change.event_type)
+        {
+            self.pending.push_back(change);
+        }
+    }
+}
+
+/// The change that left a delivery as `row` has it, for [`insert`].
+pub(super) fn of(row: &delivery::Model, kind: ChangeKind, at: Timestamp) -> change::ActiveModel {
+    change::ActiveModel {
+        organization: Set(row.organization.clone()),
+        environment: Set(row.environment.clone()),
+        webhook_id: Set(row.webhook_id.clone()),
+        delivery_id: Set(row.id.clone()),
+        event_type: Set(row.event_type.clone()),
+        kind: Set(kind.as_str().to_owned()),
+        status: Set(row.status.clone()),
+        attempts: Set(row.attempts),
+        status_code: Set(None),
+        response_time_ms: Set(None),
+        last_error: Set(if kind == ChangeKind::Attempted { row.last_error.clone() } else { None }),
+        next_attempt_at_ms: Set(row.next_attempt_at_ms),
+        occurred_at_ms: Set(at.millis()),
+        ..Default::default()
+    }
+}
+
+/// Adds to the log; the transaction must be [`super::ordered`].
+pub(super) async fn insert(transaction: &DatabaseTransaction, rows: Vec<change::ActiveModel>) -> Result<(), Error> {
+    for rows in rows.chunks(1_000) {
+        change::Entity::insert_many(rows.to_vec()).exec_without_returning(transaction).await?;
+    }
+    Ok(())
+}
+
+fn change(row: change::Model) -> Result<(Tenant, Change), Error> {
+    let change = Change {
+        seq: row.seq,
+        kind: ChangeKind::parse(&row.kind).ok_or(Error::Corrupt("kind of change"))?,
+        status: status(&row.status)?,
+        webhook_id: row.webhook_id,
+        delivery_id: row.delivery_id,
+        event_type: row.event_type,
+        attempts: row.attempts,
+        status_code: status_code(row.status_code),
+        response_time_ms: row.response_time_ms,
+        last_error: row.last_error,
+        next_attempt_at: row.next_attempt_at_ms.map(Timestamp::from_millis),
+        occurred_at: Timestamp::from_millis(row.occurred_at_ms),
+    };
+    Ok((tenant(&row.organization, &row.environment)?, change))
+}

@@ -1,0 +1,220 @@
+//! Deliveries as people see them: lists, one with its attempts, and the retry by hand.
+
+use std::collections::HashMap;
+
+use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, Value};
+
+use super::{
+    Error, Store, changes, counts::Deltas,
+    entity::{attempt, delivery, event},
+    ordered, sql::Sql,
+};
+use crate::{
+    clock,
+    webhook::{Answer, Attempt, ChangeKind, Delivery, DeliveryStatus, EventData, Timestamp},
+};
+
+/// Which deliveries of a webhook to list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeliveryFilter {
+    /// Only those in this state.
+    pub status: Option<DeliveryStatus>,
+    /// Only those of this event type.
+    pub event_type: Option<String>,
+}
+
+/// Part of a list.
+#[derive(Debug, Clone)]
+pub struct Page<T> {
+    /// The items.
+    pub items: Vec<T>,
+    /// How many there are on all pages.
+    pub total: i64,
+    /// Whether another page follows.
+    pub more: bool,
+}
+
+/// A delivery and what it carries; no data once retention removed it.
+#[derive(Debug, Clone)]
+pub struct ListedDelivery {
+    /// The delivery.
+    pub delivery: Delivery,
+    /// What the publisher said.
+    pub data: Option<EventData>,
+}
+
+/// A delivery with its log.
+#[derive(Debug, Clone)]
+pub struct DeliveryDetail {
+    /// The delivery.
+    pub listed: ListedDelivery,
+    /// The attempts that ended, the first one first.
+    pub attempts: Vec<Attempt>,
+}
+
+/// Why a delivery cannot be retried by hand.
+#[derive(Debug, thiserror::Error)]
+pub enum RetryError {
+    /// There is none of that id.
+    #[error("no such delivery")]
+    NotFound,
+    /// It is pending or has succeeded.
+    #[error("only a failed delivery can be retried; this one is {}", .0.as_str())]
+    NotFailed(DeliveryStatus),
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] Error),
+}
+
+impl<T> Page<T> {
+    /// A page of `limit` items from a read of one more.
+    pub(super) fn cut(mut items: Vec<T>, limit: u64, total: i64) -> Self {
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let more = items.len() > limit;
+        items.truncate(limit);
+        Self { items, total, more }
+    }
+}
+
+impl Store {
+    /// A page of a webhook's deliveries, the newest first, after the one with id `after`.
+    pub async fn list_deliveries(
+        &self,
+        webhook_id: &str,
+        filter: &DeliveryFilter,
+        after: Option<&str>,
+        limit: u64,
+    ) -> Result<Page<ListedDelivery>, Error> {
+        let mut counts = self.counts(webhook_id).await?;
+        counts.retain(|count| {
+            filter.status.is_none_or(|status| status.as_str() == count.status)
+                && filter.event_type.as_ref().is_none_or(|wanted| *wanted == count.event_type)
+        });
+        let total = counts.iter().map(|count| count.total).sum();
+        let filtered = *filter != DeliveryFilter::default();
+        if filtered && counts.is_empty() {
+            return Ok(Page { items: Vec::new(), total, more: false });
+        }
+        // Each type and state is a range of the filter index that is already in order: merging the heads of the few
+        // that exist costs the same however long they are, also for a state that is rare.
+        let ranges: Vec<Option<(&str, &str)>> = if filtered {
+            counts.iter().map(|count| Some((count.event_type.as_str(), count.status.as_str()))).collect()
+        } else {
+            vec![None]
+        };
+        let mut sql = Sql::new("SELECT * FROM (");
+        for (index, range) in ranges.iter().enumerate() {
+            sql.text(if index > 0 { " UNION ALL " } else { "" });
+            sql.text("SELECT * FROM (SELECT * FROM deliveries WHERE webhook_id = ").value(webhook_id);
+            if let Some((event_type, status)) = range {
+                sql.text(" AND event_type = ").value(*event_type).text(" AND status = ").value(*status);
+            }
+            if let Some(id) = after {
+                sql.text(" AND id < ").value(id);
+            }
+            sql.text(" ORDER BY id DESC LIMIT ").value(i64::try_from(limit + 1).unwrap_or(i64::MAX));
+            sql.text(&format!(") AS r{index}"));
+        }
+        sql.text(") AS merged ORDER BY id DESC LIMIT ").value(i64::try_from(limit + 1).unwrap_or(i64::MAX));
+        let statement = sql.build(self.0.read.get_database_backend());
+        let rows = delivery::Entity::find().from_raw_sql(statement).all(&self.0.read).await?;
+        Ok(Page::cut(self.with_data(rows).await?, limit, total))
+    }
+
+    /// One delivery with every attempt.
+    pub async fn get_delivery(&self, webhook_id: &str, id: &str) -> Result<Option<DeliveryDetail>, Error> {
+        let key = (webhook_id.to_owned(), id.to_owned());
+        let Some(row) = delivery::Entity::find_by_id(key).one(&self.0.read).await? else { return Ok(None) };
+        let listed = self.with_data(vec![row]).await?.pop();
+        let attempts = attempt::Entity::find()
+            .filter(attempt::Column::DeliveryId.eq(id))
+            .order_by_asc(attempt::Column::Number)
+            .all(&self.0.read)
+            .await?;
+        let attempts = attempts.into_iter().map(attempt).collect();
+        Ok(listed.map(|listed| DeliveryDetail { listed, attempts }))
+    }
+
+    /// Grants a failed delivery one more attempt, due now.
+    pub async fn retry_delivery(&self, webhook_id: &str, id: &str) -> Result<Delivery, RetryError> {
+        let now = clock::now();
+        let mut sql = Sql::new(
+            "UPDATE deliveries SET status = 'pending', attempts = attempts + 1, granted = TRUE, once = TRUE, \
+             lost_leases = 0, next_attempt_at_ms = ",
+        );
+        sql.value(now.millis()).text(" WHERE webhook_id = ").value(webhook_id);
+        sql.text(" AND id = ").value(id).text(" AND status = 'failed' RETURNING *");
+        let transaction = self.write().await?;
+        let statement = sql.build(transaction.get_database_backend());
+        let updated = delivery::Entity::find().from_raw_sql(statement).one(&transaction).await.map_err(Error::from)?;
+        let Some(row) = updated else {
+            let key = (webhook_id.to_owned(), id.to_owned());
+            let found = delivery::Entity::find_by_id(key).one(&transaction).await.map_err(Error::from)?;
+            return match found {
+                Some(row) => Err(RetryError::NotFailed(status(&row.status)?)),
+                None => Err(RetryError::NotFound),
+            };
+        };
+        ordered(&transaction).await?;
+        let mut deltas = Deltas::default();
+        deltas.add(webhook_id, &row.event_type, DeliveryStatus::Failed, -1);
+        deltas.add(webhook_id, &row.event_type, DeliveryStatus::Pending, 1);
+        deltas.write(&transaction).await?;
+        changes::insert(&transaction, vec![changes::of(&row, ChangeKind::Retried, now)]).await?;
+        transaction.commit().await.map_err(Error::from)?;
+        self.0.feed.announce();
+        self.0.handoff.due.notify_one();
+        Ok(delivery(row)?)
+    }
+
+    /// Reads the data of all events of a page in one query.
+    async fn with_data(&self, rows: Vec<delivery::Model>) -> Result<Vec<ListedDelivery>, Error> {
+        let ids = rows.iter().map(|row| Value::from(row.event_id.clone()));
+        let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(&self.0.read).await?;
+        let data: HashMap<String, EventData> =
+            events.into_iter().map(|event| (event.id, EventData::trusted(event.data))).collect();
+        rows.into_iter()
+            .map(|row| {
+                let delivery = delivery(row)?;
+                Ok(ListedDelivery { data: data.get(&delivery.event_id).cloned(), delivery })
+            })
+            .collect()
+    }
+}
+
+/// The state that a column names.
+pub(super) fn status(word: &str) -> Result<DeliveryStatus, Error> {
+    DeliveryStatus::parse(word).ok_or(Error::Corrupt("delivery status"))
+}
+
+fn delivery(row: delivery::Model) -> Result<Delivery, Error> {
+    Ok(Delivery {
+        status: status(&row.status)?,
+        id: row.id,
+        event_id: row.event_id,
+        event_type: row.event_type,
+        attempts: row.attempts,
+        status_code: status_code(row.status_code),
+        response_time_ms: row.response_time_ms,
+        last_error: row.last_error,
+        last_attempt_at: row.last_attempt_at_ms.map(Timestamp::from_millis),
+        next_attempt_at: row.next_attempt_at_ms.map(Timestamp::from_millis),
+        created_at: Timestamp::from_millis(row.created_at_ms),
+    })
+}
+
+fn attempt(row: attempt::Model) -> Attempt {
+    let answer = status_code(row.status_code)
+        .map(|status_code| Answer { status_code, body: row.response.unwrap_or_default() });
+    Attempt {
+        number: row.number,
+        started_at: Timestamp::from_millis(row.started_at_ms),
+        duration_ms: row.duration_ms,
+        answer,
+        error: row.error,
+    }
+}
+
+pub(super) fn status_code(column: Option<i32>) -> Option<u16> {
+    column.and_then(|code| u16::try_from(code).ok())
+}

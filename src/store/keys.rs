@@ -1,0 +1,186 @@
+//! API keys: shown once, stored as a hash.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use ring::digest::{SHA256, digest};
+use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::Expr};
+
+use super::{
+    Error, Store,
+    entity::api_key::{ActiveModel, Column, Entity, Model},
+};
+use crate::{
+    clock,
+    webhook::{Environment, Tenant, Timestamp},
+};
+
+/// How much of a key is kept to recognise it by.
+const PREFIX_CHARS: usize = 12;
+
+/// What a key may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyKind {
+    /// `sk_`: everything in its organisation and environment.
+    Secret,
+    /// `pk_`: nothing here.
+    Publishable,
+    /// `svc_`: every call, on behalf of any organisation.
+    Service,
+}
+
+/// The key to make.
+#[derive(Debug, Clone)]
+pub struct NewKey {
+    /// Whose key it is; none exactly for a service key.
+    pub organization: Option<String>,
+    /// Its environment.
+    pub environment: Environment,
+    /// What it may do.
+    pub kind: KeyKind,
+    /// From when on it is refused.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// The only sight of a key.
+pub struct CreatedKey {
+    /// The key itself.
+    pub key: String,
+    /// What is stored of it.
+    pub info: KeyInfo,
+}
+
+/// What is known of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyInfo {
+    /// `key_` and a time-ordered unique part.
+    pub id: String,
+    /// Its first characters.
+    pub prefix: String,
+    /// What it may do.
+    pub kind: KeyKind,
+    /// Whose it is.
+    pub organization: Option<String>,
+    /// Its environment.
+    pub environment: Environment,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When it was last accepted, to about ten seconds.
+    pub last_used_at: Option<Timestamp>,
+    /// From when on it is refused.
+    pub expires_at: Option<Timestamp>,
+    /// When it was revoked.
+    pub revoked_at: Option<Timestamp>,
+}
+
+/// Uses of keys that are not yet written down: a write per request would be too dear.
+#[derive(Default)]
+pub(super) struct UsedKeys(Mutex<HashMap<String, Timestamp>>);
+
+impl KeyKind {
+    /// The word for it on the command line and in the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Secret => "secret",
+            Self::Publishable => "publishable",
+            Self::Service => "service",
+        }
+    }
+
+    /// The kind that a word names.
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Secret, Self::Publishable, Self::Service].into_iter().find(|kind| kind.as_str() == word)
+    }
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Secret => "sk",
+            Self::Publishable => "pk",
+            Self::Service => "svc",
+        }
+    }
+}
+
+impl Store {
+    /// Makes a key of 256 random bits.
+    pub async fn create_key(&self, new: NewKey) -> Result<CreatedKey, Error> {
+        let random = URL_SAFE_NO_PAD.encode(clock::random::<32>());
+        let key = format!("{}_{}_{random}", new.kind.prefix(), new.environment.as_str());
+        let row = ActiveModel {
+            id: Set(clock::new_id("key")),
+            hash: Set(hash(&key)),
+            prefix: Set(key.chars().take(PREFIX_CHARS).collect()),
+            kind: Set(new.kind.as_str().to_owned()),
+            organization: Set(new.organization),
+            environment: Set(new.environment.as_str().to_owned()),
+            created_at_ms: Set(clock::now().millis()),
+            last_used_at_ms: Set(None),
+            expires_at_ms: Set(new.expires_at.map(Timestamp::millis)),
+            revoked_at_ms: Set(None),
+        };
+        let row = row.insert(&self.0.write).await?;
+        Ok(CreatedKey { key, info: info(row)? })
+    }
+
+    /// Every key, the newest first.
+    pub async fn list_keys(&self) -> Result<Vec<KeyInfo>, Error> {
+        Entity::find().order_by_desc(Column::Id).all(&self.0.read).await?.into_iter().map(info).collect()
+    }
+
+    /// Ends a key for good; false when there is none of that id. A revoked key keeps the time of its first revocation.
+    pub async fn revoke_key(&self, id: &str) -> Result<bool, Error> {
+        let revoke = Entity::update_many()
+            .col_expr(Column::RevokedAtMs, Expr::cust_with_values("COALESCE(revoked_at_ms, $1)", [clock::now().millis()]))
+            .filter(Column::Id.eq(id));
+        Ok(revoke.exec(&self.0.write).await?.rows_affected > 0)
+    }
+
+    /// What is known of a key in its full text.
+    pub async fn find_key(&self, key: &str) -> Result<Option<KeyInfo>, Error> {
+        Entity::find().filter(Column::Hash.eq(hash(key))).one(&self.0.read).await?.map(info).transpose()
+    }
+
+    /// Remembers that a key was accepted, for the next [`Store::write_used_keys`].
+    pub fn key_used(&self, id: &str) {
+        let mut used = self.0.used_keys.0.lock().unwrap_or_else(PoisonError::into_inner);
+        used.insert(id.to_owned(), clock::now());
+    }
+
+    /// Writes down which keys were used since the last time.
+    pub(super) async fn write_used_keys(&self) -> Result<(), Error> {
+        let used = std::mem::take(&mut *self.0.used_keys.0.lock().unwrap_or_else(PoisonError::into_inner));
+        for (id, at) in used {
+            let update = Entity::update_many().col_expr(Column::LastUsedAtMs, Expr::value(at.millis()));
+            update.filter(Column::Id.eq(id)).exec(&self.0.write).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The tenant that two columns name.
+pub(super) fn tenant(organization: &str, environment: &str) -> Result<Tenant, Error> {
+    let environment = Environment::parse(environment).ok_or(Error::Corrupt("environment"))?;
+    Tenant::new(organization, environment).ok_or(Error::Corrupt("organisation"))
+}
+
+/// Keys are 256 random bits: a plain hash cannot be turned back, and no salt is needed.
+fn hash(key: &str) -> String {
+    digest(&SHA256, key.as_bytes()).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn info(row: Model) -> Result<KeyInfo, Error> {
+    Ok(KeyInfo {
+        kind: KeyKind::parse(&row.kind).ok_or(Error::Corrupt("kind of key"))?,
+        environment: Environment::parse(&row.environment).ok_or(Error::Corrupt("environment"))?,
+        id: row.id,
+        prefix: row.prefix,
+        organization: row.organization,
+        created_at: Timestamp::from_millis(row.created_at_ms),
+        last_used_at: row.last_used_at_ms.map(Timestamp::from_millis),
+        expires_at: row.expires_at_ms.map(Timestamp::from_millis),
+        revoked_at: row.revoked_at_ms.map(Timestamp::from_millis),
+    })
+}

@@ -1,0 +1,273 @@
+//! Leases: who makes an attempt, and until when. The only place where an expired one comes back.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Value};
+use tokio::sync::oneshot;
+
+use super::{
+    Error, Store, changes, counts::Deltas, deliveries::status,
+    entity::{attempt, delivery, event},
+    keys::tenant,
+    ordered,
+    sql::Sql,
+};
+use crate::{
+    clock,
+    webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, Tenant, Timestamp, rescue},
+};
+
+/// One claim takes at most this many deliveries; the rest is in the next.
+const MAX_CLAIM: usize = 512;
+/// One claim serves at most this many webhooks; the rest is in the next.
+const MAX_CLAIM_WEBHOOKS: usize = 64;
+/// One rescue takes at most this many deliveries; the rest is in the next.
+const MAX_RESCUE: u64 = 256;
+/// What the log of a delivery says of an attempt whose node died.
+const LOST: &str = "The attempt was interrupted";
+
+/// What leases are taken for.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    /// How long.
+    pub length: Duration,
+    /// The wait before the first attempt; a delivery is leased at once only when it is zero.
+    pub first_wait: Duration,
+}
+
+/// A delivery leased to this node: its attempt is counted, and to be made before `expires_at`.
+pub struct Leased {
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// Where it goes.
+    pub webhook_id: String,
+    /// Its id.
+    pub delivery_id: String,
+    /// What is sent.
+    pub event: Arc<Event>,
+    /// Number of the attempt.
+    pub attempt: i32,
+    /// What follows a failure.
+    pub plan: Plan,
+    /// When another node may take it.
+    pub expires_at: Timestamp,
+    /// Somebody waits for this very attempt, which therefore goes out ahead of all others.
+    pub done: Option<oneshot::Sender<Attempt>>,
+}
+
+/// A webhook with deliveries in the database that nobody has leased.
+#[derive(Debug, Clone)]
+pub struct Waiting {
+    /// Id of the webhook.
+    pub webhook_id: String,
+    /// When the first of them is due.
+    pub due_at: Timestamp,
+}
+
+impl Store {
+    /// The active webhooks that have deliveries waiting, with the time of the earliest.
+    ///
+    /// It leaps from webhook to webhook through the index of what is due, so it costs a look-up per webhook, however
+    /// many deliveries wait.
+    pub async fn waiting(&self) -> Result<Vec<Waiting>, Error> {
+        const LEAP: &str = "\
+            WITH RECURSIVE queue (webhook_id) AS (\
+             SELECT min(webhook_id) FROM deliveries WHERE next_attempt_at_ms IS NOT NULL \
+             UNION ALL SELECT (SELECT min(d.webhook_id) FROM deliveries d \
+              WHERE d.next_attempt_at_ms IS NOT NULL AND d.webhook_id > queue.webhook_id) \
+             FROM queue WHERE queue.webhook_id IS NOT NULL) \
+            SELECT queue.webhook_id, (SELECT min(d.next_attempt_at_ms) FROM deliveries d \
+             WHERE d.webhook_id = queue.webhook_id AND d.next_attempt_at_ms IS NOT NULL) AS due_at_ms \
+            FROM queue JOIN webhooks w ON w.id = queue.webhook_id \
+            WHERE w.status = 'active' AND w.deleted_at_ms IS NULL";
+        let rows = self.0.read.query_all_raw(Sql::new(LEAP).build(self.0.read.get_database_backend())).await?;
+        let mut waiting = Vec::with_capacity(rows.len());
+        for row in rows {
+            let (webhook_id, due_at): (String, Option<i64>) = row.try_get_many_by_index()?;
+            if let Some(due_at) = due_at {
+                waiting.push(Waiting { webhook_id, due_at: Timestamp::from_millis(due_at) });
+            }
+        }
+        Ok(waiting)
+    }
+
+    /// Leases to this node what is due of `webhooks`, as far as it has room, and hands it to the engine. True when
+    /// there may be more to claim at once.
+    pub async fn claim(&self, webhooks: &[Waiting], now: Timestamp, length: Duration) -> Result<bool, Error> {
+        let share = (MAX_CLAIM / webhooks.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
+        let mut wanted: HashMap<String, usize> = HashMap::new();
+        for webhook in webhooks.iter().filter(|webhook| webhook.due_at <= now).take(MAX_CLAIM_WEBHOOKS) {
+            match self.0.handoff.take_for_waiting(&webhook.webhook_id, share) {
+                0 => {}
+                places => drop(wanted.insert(webhook.webhook_id.clone(), places)),
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(false);
+        }
+        let claimed = self.claim_up_to(&wanted, now, length).await.inspect_err(|_| {
+            wanted.iter().for_each(|(webhook_id, places)| self.0.handoff.give_back(webhook_id, *places));
+        })?;
+        let mut found: HashMap<&str, usize> = HashMap::new();
+        for leased in &claimed {
+            *found.entry(&leased.webhook_id).or_default() += 1;
+        }
+        let mut more = webhooks.len() > MAX_CLAIM_WEBHOOKS;
+        for (webhook_id, places) in &wanted {
+            let unused = places.saturating_sub(found.get(webhook_id.as_str()).copied().unwrap_or(0));
+            if unused > 0 {
+                self.0.handoff.caught_up(webhook_id);
+                self.0.handoff.give_back(webhook_id, unused);
+            } else {
+                more = true;
+            }
+        }
+        claimed.into_iter().for_each(|leased| drop(self.0.ready.send(leased)));
+        Ok(more)
+    }
+
+    async fn claim_up_to(
+        &self,
+        wanted: &HashMap<String, usize>,
+        now: Timestamp,
+        length: Duration,
+    ) -> Result<Vec<Leased>, Error> {
+        let expires_at = now.after(length);
+        let mut sql = Sql::new(
+            "UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
+             next_attempt_at_ms = NULL, lease_node = ",
+        );
+        sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
+        sql.text(" WHERE (webhook_id, id) IN (");
+        // Differs from SQLite because there other nodes claim at the same time.
+        let lock = if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" };
+        for (index, (webhook_id, places)) in wanted.iter().enumerate() {
+            sql.text(if index > 0 { " UNION ALL " } else { "" });
+            sql.text("SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = ");
+            sql.value(webhook_id.as_str()).text(" AND next_attempt_at_ms <= ").value(now.millis());
+            sql.text(" ORDER BY next_attempt_at_ms LIMIT ").value(i64::try_from(*places).unwrap_or(i64::MAX));
+            sql.text(&format!("{lock}) AS r{index}"));
+        }
+        sql.text(") RETURNING *");
+        let statement = sql.build(self.0.write.get_database_backend());
+        let rows = delivery::Entity::find().from_raw_sql(statement).all(&self.0.write).await?;
+        self.with_events(rows, expires_at).await
+    }
+
+    /// Reads the events of claimed deliveries in one query. A delivery whose event is gone cannot be sent; its lease
+    /// runs out, and after some of those it ends as failed.
+    async fn with_events(&self, rows: Vec<delivery::Model>, expires_at: Timestamp) -> Result<Vec<Leased>, Error> {
+        let ids = rows.iter().map(|row| Value::from(row.event_id.clone()));
+        let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(&self.0.read).await?;
+        let events: HashMap<String, Arc<Event>> = events
+            .into_iter()
+            .map(|row| {
+                let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
+                (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
+            })
+            .collect();
+        let mut leased = Vec::with_capacity(rows.len());
+        for row in rows {
+            let Some(event) = events.get(&row.event_id) else {
+                tracing::error!(delivery = row.id, event = row.event_id, "a delivery has lost its event");
+                continue;
+            };
+            leased.push(Leased {
+                tenant: tenant(&row.organization, &row.environment)?,
+                webhook_id: row.webhook_id,
+                delivery_id: row.id,
+                event: Arc::clone(event),
+                attempt: row.attempts,
+                plan: if row.once { Plan::Once } else { Plan::Schedule },
+                expires_at,
+                done: None,
+            });
+        }
+        Ok(leased)
+    }
+
+    /// Says that a delivery is no longer held in memory, because its attempt ended or is given up.
+    pub fn let_go(&self, webhook_id: &str) {
+        self.0.handoff.give_back(webhook_id, 1);
+    }
+
+    /// Gives leases back unused: the deliveries are due again at once, and the attempts stay granted.
+    pub async fn release(&self, leased: &[Leased]) -> Result<(), Error> {
+        if leased.is_empty() {
+            return Ok(());
+        }
+        let mut sql = Sql::new(
+            "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, next_attempt_at_ms = ",
+        );
+        sql.value(clock::now().millis()).text(" WHERE lease_node = ").value(self.0.node.as_str());
+        sql.text(" AND (webhook_id, id) IN (VALUES ");
+        for (index, leased) in leased.iter().enumerate() {
+            sql.text(if index > 0 { "," } else { "" });
+            sql.row([Value::from(leased.webhook_id.as_str()), leased.delivery_id.as_str().into()]);
+        }
+        sql.text(")");
+        self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?;
+        Ok(())
+    }
+
+    /// Brings back deliveries whose lease has expired, or all leased ones when `all`: on SQLite no other node can hold
+    /// a lease, so those found at the start are from a process that is gone. Answers how many there were.
+    pub async fn rescue(&self, all: bool) -> Result<usize, Error> {
+        let now = clock::now();
+        let transaction = self.write().await?;
+        let mut find = delivery::Entity::find().filter(delivery::Column::LeaseExpiresAtMs.is_not_null());
+        if !all {
+            find = find.filter(delivery::Column::LeaseExpiresAtMs.lte(now.millis()));
+        }
+        if !self.sqlite() {
+            find = find.lock_with_behavior(
+                sea_orm::sea_query::LockType::Update,
+                sea_orm::sea_query::LockBehavior::SkipLocked,
+            );
+        }
+        let rows = find.order_by_asc(delivery::Column::LeaseExpiresAtMs).limit(MAX_RESCUE).all(&transaction).await?;
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        let (mut deltas, mut log, mut attempts) = (Deltas::default(), Vec::new(), Vec::new());
+        for mut row in rows {
+            let lost = row.lost_leases + 1;
+            let transition = rescue(lost, now);
+            let started_at = row.last_attempt_at_ms.unwrap_or(row.created_at_ms);
+            row.status = transition.status.as_str().to_owned();
+            row.next_attempt_at_ms = transition.next_attempt_at.map(Timestamp::millis);
+            (row.lost_leases, row.lease_node, row.lease_expires_at_ms) = (lost, None, None);
+            row.last_error = Some(LOST.to_owned());
+            if status(&row.status)? != DeliveryStatus::Pending {
+                deltas.add(&row.webhook_id, &row.event_type, DeliveryStatus::Pending, -1);
+                deltas.add(&row.webhook_id, &row.event_type, transition.status, 1);
+            }
+            attempts.push(interrupted(&row, started_at));
+            log.push(changes::of(&row, ChangeKind::Attempted, now));
+            let update = sea_orm::ActiveModelTrait::reset_all(sea_orm::IntoActiveModel::into_active_model(row));
+            delivery::Entity::update(update).exec(&transaction).await?;
+        }
+        let rescued = log.len();
+        ordered(&transaction).await?;
+        super::record::insert_attempts(&transaction, attempts).await?;
+        deltas.write(&transaction).await?;
+        changes::insert(&transaction, log).await?;
+        transaction.commit().await?;
+        self.0.feed.announce();
+        self.0.handoff.due.notify_one();
+        Ok(rescued)
+    }
+}
+
+fn interrupted(row: &delivery::Model, started_at_ms: i64) -> attempt::ActiveModel {
+    use sea_orm::Set;
+    attempt::ActiveModel {
+        delivery_id: Set(row.id.clone()),
+        number: Set(row.attempts),
+        started_at_ms: Set(started_at_ms),
+        duration_ms: Set(0),
+        status_code: Set(None),
+        response: Set(None),
+        error: Set(Some(LOST.to_owned())),
+    }
+}

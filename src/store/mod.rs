@@ -1,0 +1,236 @@
+//! The only place with sea_orm: SQLite and PostgreSQL behind one interface.
+//!
+//! A write that changes deliveries goes through [`Store::write`] in this order: rows of `deliveries` first, then
+//! [`ordered`], then counts and changes. That keeps the order of `changes` the order of commits on both databases, and
+//! no two transactions wait for each other in a circle.
+
+mod batch;
+mod changes;
+mod counts;
+mod deliveries;
+mod entity;
+mod handoff;
+mod janitor;
+mod keys;
+mod leases;
+#[path = "../../migrations/mod.rs"]
+mod migrations;
+mod publish;
+mod record;
+mod sql;
+mod targets;
+mod webhooks;
+
+use std::{sync::Arc, time::Duration};
+
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait, Set,
+    SqliteTransactionMode, TransactionOptions, TransactionTrait,
+};
+use sea_orm_migration::MigratorTrait;
+use tokio::sync::mpsc;
+
+pub use self::{
+    changes::{ChangeFilter, Watch, WatchError},
+    counts::Stats,
+    deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
+    keys::{CreatedKey, KeyInfo, KeyKind, NewKey},
+    leases::{Lease, Leased, Waiting},
+    publish::Published,
+    record::Finished,
+    targets::Target,
+    webhooks::Rotated,
+};
+use self::{batch::Batcher, handoff::Handoff, targets::Targets};
+use crate::{clock, feed::Feed};
+
+/// Connections for reading, and on PostgreSQL for everything.
+const MAX_CONNECTIONS: u32 = 16;
+/// A call waits this long for a connection, then ends with [`Error::Unavailable`].
+const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(5);
+/// Identifies, among PostgreSQL's advisory locks, the one that orders changes.
+const ORDER_LOCK: i64 = 0x73_6b_77_68;
+
+/// The database and what this node holds of it in memory. Cheap to clone.
+#[derive(Clone)]
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    read: DatabaseConnection,
+    /// On SQLite the one connection that writes; on PostgreSQL the same pool.
+    write: DatabaseConnection,
+    /// Names this run of this process in leases.
+    node: String,
+    feed: Feed,
+    handoff: Handoff,
+    targets: Targets,
+    publisher: std::sync::OnceLock<Batcher<publish::Publish, Published>>,
+    recorder: std::sync::OnceLock<Batcher<Finished, bool>>,
+    /// Deliveries leased to this node, on their way to `dispatch`.
+    ready: mpsc::UnboundedSender<Leased>,
+    ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
+    used_keys: keys::UsedKeys,
+    exclusive: std::sync::Mutex<Option<std::fs::File>>,
+}
+
+/// What can go wrong with the database.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// It cannot be reached, or not within [`MAX_WAIT_FOR_CONNECTION`].
+    #[error("the database cannot be reached: {0}")]
+    Unavailable(Arc<sea_orm::DbErr>),
+    /// It refused a statement, or holds what it must not.
+    #[error("the database failed: {0}")]
+    Failed(Arc<sea_orm::DbErr>),
+    /// A row holds a word that this version does not know.
+    #[error("the database holds an unknown {0}")]
+    Corrupt(&'static str),
+    /// More writes wait than may.
+    #[error("too many writes are waiting for the database")]
+    Overloaded,
+    /// The store is shutting down.
+    #[error("the store is closed")]
+    Closed,
+    /// Another process serves this SQLite database.
+    #[error("another process is serving {0}; stop it first, or use PostgreSQL for several nodes")]
+    Taken(String),
+}
+
+impl From<sea_orm::DbErr> for Error {
+    fn from(error: sea_orm::DbErr) -> Self {
+        match error {
+            sea_orm::DbErr::ConnectionAcquire(_) | sea_orm::DbErr::Conn(_) => Self::Unavailable(Arc::new(error)),
+            _ if error.to_string().contains("error communicating with database") => {
+                Self::Unavailable(Arc::new(error))
+            }
+            _ => Self::Failed(Arc::new(error)),
+        }
+    }
+}
+
+impl Store {
+    /// Opens `sqlite://…` or `postgres://…`; the schema is brought up to date by [`Store::migrate`].
+    pub async fn connect(url: &str) -> Result<Self, Error> {
+        let (read, write) = if url.starts_with("sqlite:") {
+            // The writer first: it makes the file.
+            let write = Database::connect(options(url, 1)).await?;
+            (Database::connect(options(url, MAX_CONNECTIONS)).await?, write)
+        } else {
+            let pool = Database::connect(options(url, MAX_CONNECTIONS)).await?;
+            (pool.clone(), pool)
+        };
+        let (ready, ready_out) = mpsc::unbounded_channel();
+        let store = Self(Arc::new(Inner {
+            read,
+            write,
+            node: clock::new_id("node"),
+            feed: Feed::default(),
+            handoff: Handoff::default(),
+            targets: Targets::default(),
+            publisher: std::sync::OnceLock::new(),
+            recorder: std::sync::OnceLock::new(),
+            ready,
+            ready_out: std::sync::Mutex::new(Some(ready_out)),
+            used_keys: keys::UsedKeys::default(),
+            exclusive: std::sync::Mutex::new(None),
+        }));
+        let publisher = store.clone();
+        let _ = store.0.publisher.set(Batcher::start(move |batch| publisher.clone().publish_batch(batch)));
+        let recorder = store.clone();
+        let _ = store.0.recorder.set(Batcher::start(move |batch| recorder.clone().record_batch(batch)));
+        Ok(store)
+    }
+
+    /// Brings the schema up to date.
+    pub async fn migrate(&self) -> Result<(), Error> {
+        Ok(migrations::Migrator::up(&self.0.write, None).await?)
+    }
+
+    /// Makes sure that no other process serves the same SQLite database; several may share a PostgreSQL.
+    pub fn take_exclusively(&self, url: &str) -> Result<(), Error> {
+        let Some(path) = sqlite_path(url) else { return Ok(()) };
+        let taken = || Error::Taken(path.to_owned());
+        let file = std::fs::File::create(format!("{path}.lock")).map_err(|_| taken())?;
+        file.try_lock().map_err(|_| taken())?;
+        *self.0.exclusive.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(file);
+        Ok(())
+    }
+
+    /// Whether a query is answered.
+    pub async fn ping(&self) -> Result<(), Error> {
+        self.0.read.execute_unprepared("SELECT 1").await?;
+        Ok(())
+    }
+
+    /// 32 random bytes that all nodes on this database share, made by the first: they authenticate cursors and tokens.
+    pub async fn token_key(&self) -> Result<[u8; 32], Error> {
+        use base64::{Engine, engine::general_purpose::STANDARD};
+        use entity::setting::{ActiveModel, Column, Entity};
+        let fresh = ActiveModel {
+            name: Set("token_key".to_owned()),
+            value: Set(STANDARD.encode(clock::random::<32>())),
+        };
+        let keep = sea_orm::sea_query::OnConflict::column(Column::Name).do_nothing().to_owned();
+        Entity::insert(fresh).on_conflict(keep).exec_without_returning(&self.0.write).await?;
+        let stored = Entity::find_by_id("token_key").one(&self.0.write).await?;
+        let bytes = stored.and_then(|setting| STANDARD.decode(setting.value).ok());
+        bytes.and_then(|bytes| bytes.try_into().ok()).ok_or(Error::Corrupt("token key"))
+    }
+
+    /// Rung when something may be due.
+    pub async fn due(&self) {
+        self.0.handoff.due.notified().await;
+    }
+
+    /// The deliveries leased to this node, for the one engine that works on them; none the second time.
+    pub fn ready(&self) -> Option<mpsc::UnboundedReceiver<Leased>> {
+        self.0.ready_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+    }
+
+    fn sqlite(&self) -> bool {
+        self.0.write.get_database_backend() == DbBackend::Sqlite
+    }
+
+    /// Begins a transaction that will write.
+    async fn write(&self) -> Result<DatabaseTransaction, Error> {
+        // A SQLite transaction that reads before it writes would be refused when another one wrote in between.
+        let mode = self.sqlite().then_some(SqliteTransactionMode::Immediate);
+        let options = TransactionOptions { sqlite_transaction_mode: mode, ..Default::default() };
+        Ok(self.0.write.begin_with_options(options).await?)
+    }
+}
+
+/// Makes this transaction the only one, on all nodes, that may add changes until it ends.
+///
+/// PostgreSQL gives out sequence numbers in the order of asking but shows them in the order of commits; a reader that
+/// saw number 8 could find a 7 later. SQLite has one writer anyway.
+async fn ordered(transaction: &DatabaseTransaction) -> Result<(), Error> {
+    if transaction.get_database_backend() == DbBackend::Postgres {
+        transaction.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({ORDER_LOCK})")).await?;
+    }
+    Ok(())
+}
+
+fn options(url: &str, connections: u32) -> ConnectOptions {
+    let mut options = ConnectOptions::new(url);
+    options
+        .max_connections(connections)
+        .acquire_timeout(MAX_WAIT_FOR_CONNECTION)
+        .test_before_acquire(false)
+        .sqlx_logging(false)
+        .map_sqlx_sqlite_opts(|sqlite| {
+            sqlite
+                .pragma("journal_mode", "WAL")
+                // What is acknowledged is on disk, also when the machine loses power.
+                .pragma("synchronous", "FULL")
+                .pragma("busy_timeout", "5000")
+        });
+    options
+}
+
+/// The file of a SQLite URL; none for PostgreSQL and for a database in memory.
+fn sqlite_path(url: &str) -> Option<&str> {
+    let path = url.strip_prefix("sqlite:")?;
+    let path = path.strip_prefix("//").unwrap_or(path).split('?').next()?;
+    (!path.is_empty() && path != ":memory:").then_some(path)
+}

@@ -1,0 +1,181 @@
+//! What an attempt needs to know of a webhook, kept in memory for a second.
+//!
+//! A change on this node is seen at once; one made on another node, within [`MAX_AGE`].
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
+
+use super::{Error, Store, entity::webhook, sql::Sql};
+use crate::{
+    clock,
+    webhook::{Secret, SigningKey, Tenant, Timestamp, WebhookStatus},
+};
+
+/// Older knowledge is asked for again.
+const MAX_AGE: Duration = Duration::from_secs(1);
+/// At most this many entries of each sort are kept; beyond, all are dropped and learned anew.
+const MAX_ENTRIES: usize = 10_000;
+
+/// Where the deliveries of a webhook go, and what signs them.
+pub struct Target {
+    /// Id of the webhook.
+    pub webhook_id: String,
+    /// Where to send.
+    pub url: String,
+    /// Whether deliveries go out.
+    pub status: WebhookStatus,
+    key: SigningKey,
+    previous: Option<(SigningKey, Timestamp)>,
+}
+
+/// Subscribers of one event type of one tenant.
+type Subscribers = Arc<[String]>;
+type Subscription = (Tenant, String);
+
+#[derive(Default)]
+pub(super) struct Targets(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    /// Counts changes, so that what was read before one is not remembered after it.
+    generation: u64,
+    targets: HashMap<String, (Instant, Option<Arc<Target>>)>,
+    subscribers: HashMap<Subscription, (Instant, Subscribers)>,
+}
+
+impl Target {
+    /// The keys that sign at `now`, the newest first.
+    pub fn keys(&self, now: Timestamp) -> Vec<SigningKey> {
+        let previous = self.previous.as_ref().filter(|(_, expires_at)| now < *expires_at);
+        std::iter::once(&self.key).chain(previous.map(|(key, _)| key)).cloned().collect()
+    }
+}
+
+impl Targets {
+    /// Forgets everything, because a webhook has changed.
+    pub(super) fn forget(&self) {
+        let mut known = self.lock();
+        known.generation += 1;
+        known.targets.clear();
+        known.subscribers.clear();
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store {
+    /// Where deliveries of a webhook go; none when it was deleted.
+    pub async fn target(&self, webhook_id: &str) -> Result<Option<Arc<Target>>, Error> {
+        let generation = {
+            let known = self.0.targets.lock();
+            match known.targets.get(webhook_id) {
+                Some((learned, target)) if learned.elapsed() < MAX_AGE => return Ok(target.clone()),
+                _ => known.generation,
+            }
+        };
+        let row = webhook::Entity::find_by_id(webhook_id)
+            .filter(webhook::Column::DeletedAtMs.is_null())
+            .one(&self.0.read)
+            .await?;
+        let target = row.map(target).transpose()?.map(Arc::new);
+        let mut known = self.0.targets.lock();
+        if known.generation == generation {
+            if known.targets.len() >= MAX_ENTRIES {
+                known.targets.clear();
+            }
+            known.targets.insert(webhook_id.to_owned(), (clock::stopwatch(), target.clone()));
+        }
+        Ok(target)
+    }
+
+    /// The active webhooks that each event goes to, in one query for those not known.
+    pub(super) async fn subscribers(
+        &self,
+        wanted: impl Iterator<Item = Subscription>,
+    ) -> Result<HashMap<Subscription, Subscribers>, Error> {
+        let (mut found, mut unknown) = (HashMap::new(), HashMap::<Subscription, Vec<String>>::new());
+        let generation = {
+            let known = self.0.targets.lock();
+            for subscription in wanted {
+                match known.subscribers.get(&subscription) {
+                    Some((learned, ids)) if learned.elapsed() < MAX_AGE => {
+                        found.insert(subscription, Arc::clone(ids));
+                    }
+                    _ => drop(unknown.insert(subscription, Vec::new())),
+                }
+            }
+            known.generation
+        };
+        if unknown.is_empty() {
+            return Ok(found);
+        }
+        self.read_subscribers(&mut unknown).await?;
+        let mut known = self.0.targets.lock();
+        if known.subscribers.len() >= MAX_ENTRIES {
+            known.subscribers.clear();
+        }
+        let now = clock::stopwatch();
+        for (subscription, ids) in unknown {
+            let ids: Subscribers = ids.into();
+            if known.generation == generation {
+                known.subscribers.insert(subscription.clone(), (now, Arc::clone(&ids)));
+            }
+            found.insert(subscription, ids);
+        }
+        Ok(found)
+    }
+
+    async fn read_subscribers(&self, unknown: &mut HashMap<Subscription, Vec<String>>) -> Result<(), Error> {
+        use sea_orm::ConnectionTrait;
+        let mut sql = Sql::new(
+            "SELECT s.organization, s.environment, s.event_type, s.webhook_id FROM subscriptions s \
+             JOIN webhooks w ON w.id = s.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL \
+             WHERE (s.organization, s.environment, s.event_type) IN (VALUES ",
+        );
+        for (index, (tenant, event_type)) in unknown.keys().enumerate() {
+            if index > 0 {
+                sql.text(",");
+            }
+            sql.row([
+                tenant.organization().into(),
+                tenant.environment().as_str().into(),
+                event_type.as_str().into(),
+            ]);
+        }
+        sql.text(") ORDER BY s.webhook_id");
+        for row in self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await? {
+            let (organization, environment, event_type, webhook_id): (String, String, String, String) =
+                row.try_get_many_by_index()?;
+            let tenant = super::keys::tenant(&organization, &environment)?;
+            if let Some(ids) = unknown.get_mut(&(tenant, event_type)) {
+                ids.push(webhook_id);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Prepares the keys of a webhook.
+fn target(row: webhook::Model) -> Result<Target, Error> {
+    let secret = |text: &str| Secret::parse(text).ok_or(Error::Corrupt("signing secret"));
+    let previous = match (&row.previous_secret, row.previous_secret_expires_at_ms) {
+        (Some(text), Some(expires_at)) => {
+            Some((SigningKey::new(&secret(text)?), Timestamp::from_millis(expires_at)))
+        }
+        _ => None,
+    };
+    Ok(Target {
+        key: SigningKey::new(&secret(&row.secret)?),
+        previous,
+        status: WebhookStatus::parse(&row.status).ok_or(Error::Corrupt("webhook status"))?,
+        webhook_id: row.id,
+        url: row.url,
+    })
+}
