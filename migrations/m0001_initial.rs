@@ -160,9 +160,7 @@ impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let (id, seq) = match manager.get_database_backend() {
             // Differs from SQLite because the order of ids must be that of their bytes in every locale.
-            sea_orm::DbBackend::Postgres => {
-                (r#"TEXT COLLATE "C""#, "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY")
-            }
+            sea_orm::DbBackend::Postgres => (r#"TEXT COLLATE "C""#, "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"),
             // Differs from PostgreSQL because text is compared by bytes anyway, and because only AUTOINCREMENT never
             // gives a number out again after the newest row was removed.
             _ => ("TEXT", "INTEGER PRIMARY KEY AUTOINCREMENT"),

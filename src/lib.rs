@@ -3,6 +3,6 @@
 pub mod clock;
 pub mod config;
 mod feed;
-pub mod store;
 pub mod rest;
+pub mod store;
 pub mod webhook;

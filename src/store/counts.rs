@@ -41,20 +41,13 @@ impl Deltas {
         if self.0.is_empty() {
             return Ok(());
         }
-        let mut sql = Sql::new(
-            "INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) VALUES ",
-        );
+        let mut sql =
+            Sql::new("INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) VALUES ");
         for (index, ((webhook_id, event_type, status), (total, last))) in self.0.into_iter().enumerate() {
             if index > 0 {
                 sql.text(",");
             }
-            sql.row([
-                Value::from(webhook_id),
-                event_type.into(),
-                status.as_str().into(),
-                total.into(),
-                last.into(),
-            ]);
+            sql.row([Value::from(webhook_id), event_type.into(), status.as_str().into(), total.into(), last.into()]);
         }
         sql.text(
             " ON CONFLICT (webhook_id, event_type, status) DO UPDATE SET total = delivery_counts.total + excluded.total, \

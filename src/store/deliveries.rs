@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, Value};
 
 use super::{
-    Error, Store, changes, counts::Deltas,
+    Error, Store, changes,
+    counts::Deltas,
     entity::{attempt, delivery, event},
-    ordered, sql::Sql,
+    ordered,
+    sql::Sql,
 };
 use crate::{
     clock,
@@ -204,8 +206,8 @@ fn delivery(row: delivery::Model) -> Result<Delivery, Error> {
 }
 
 fn attempt(row: attempt::Model) -> Attempt {
-    let answer = status_code(row.status_code)
-        .map(|status_code| Answer { status_code, body: row.response.unwrap_or_default() });
+    let answer =
+        status_code(row.status_code).map(|status_code| Answer { status_code, body: row.response.unwrap_or_default() });
     Attempt {
         number: row.number,
         started_at: Timestamp::from_millis(row.started_at_ms),

@@ -25,9 +25,7 @@ impl Store {
     /// log stands.
     async fn forget_changes(&self) -> Result<bool, Error> {
         let oldest = i64::try_from(KEEP_CHANGES.as_millis()).unwrap_or(i64::MAX);
-        let mut sql = Sql::new(
-            "DELETE FROM changes WHERE seq < (SELECT max(seq) FROM changes) AND occurred_at_ms < ",
-        );
+        let mut sql = Sql::new("DELETE FROM changes WHERE seq < (SELECT max(seq) FROM changes) AND occurred_at_ms < ");
         sql.value(clock::now().millis() - oldest);
         // Judged among the first few only, so that a log with nothing to remove is not read to its end.
         sql.text(" AND seq IN (SELECT seq FROM changes ORDER BY seq LIMIT ").value(MAX_STEP).text(")");
@@ -38,9 +36,8 @@ impl Store {
         let find = Sql::new("SELECT id FROM webhooks WHERE deleted_at_ms IS NOT NULL LIMIT 1");
         let found = self.0.read.query_one_raw(find.build(self.0.read.get_database_backend())).await?;
         let Some(id) = found.map(|row| row.try_get_by_index::<String>(0)).transpose()? else { return Ok(false) };
-        let mut attempts = Sql::new(
-            "DELETE FROM attempts WHERE delivery_id IN (SELECT id FROM deliveries WHERE webhook_id = ",
-        );
+        let mut attempts =
+            Sql::new("DELETE FROM attempts WHERE delivery_id IN (SELECT id FROM deliveries WHERE webhook_id = ");
         attempts.value(id.as_str()).text(" AND lease_node IS NULL ORDER BY id LIMIT ").value(MAX_STEP).text(")");
         self.run(attempts).await?;
         let mut deliveries = Sql::new("DELETE FROM deliveries WHERE webhook_id = ");

@@ -133,7 +133,10 @@ impl Store {
     /// Ends a key for good; false when there is none of that id. A revoked key keeps the time of its first revocation.
     pub async fn revoke_key(&self, id: &str) -> Result<bool, Error> {
         let revoke = Entity::update_many()
-            .col_expr(Column::RevokedAtMs, Expr::cust_with_values("COALESCE(revoked_at_ms, $1)", [clock::now().millis()]))
+            .col_expr(
+                Column::RevokedAtMs,
+                Expr::cust_with_values("COALESCE(revoked_at_ms, $1)", [clock::now().millis()]),
+            )
             .filter(Column::Id.eq(id));
         Ok(revoke.exec(&self.0.write).await?.rows_affected > 0)
     }

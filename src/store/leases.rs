@@ -6,7 +6,9 @@ use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder
 use tokio::sync::oneshot;
 
 use super::{
-    Error, Store, changes, counts::Deltas, deliveries::status,
+    Error, Store, changes,
+    counts::Deltas,
+    deliveries::status,
     entity::{attempt, delivery, event},
     keys::tenant,
     ordered,
@@ -220,10 +222,8 @@ impl Store {
             find = find.filter(delivery::Column::LeaseExpiresAtMs.lte(now.millis()));
         }
         if !self.sqlite() {
-            find = find.lock_with_behavior(
-                sea_orm::sea_query::LockType::Update,
-                sea_orm::sea_query::LockBehavior::SkipLocked,
-            );
+            find = find
+                .lock_with_behavior(sea_orm::sea_query::LockType::Update, sea_orm::sea_query::LockBehavior::SkipLocked);
         }
         let rows = find.order_by_asc(delivery::Column::LeaseExpiresAtMs).limit(MAX_RESCUE).all(&transaction).await?;
         if rows.is_empty() {

@@ -30,6 +30,7 @@ use sea_orm::{
 use sea_orm_migration::MigratorTrait;
 use tokio::sync::mpsc;
 
+use self::{batch::Batcher, handoff::Handoff, targets::Targets};
 pub use self::{
     changes::{ChangeFilter, Watch, WatchError},
     counts::Stats,
@@ -41,7 +42,6 @@ pub use self::{
     targets::Target,
     webhooks::Rotated,
 };
-use self::{batch::Batcher, handoff::Handoff, targets::Targets};
 use crate::{clock, feed::Feed};
 
 /// Connections for reading, and on PostgreSQL for everything.
@@ -100,9 +100,7 @@ impl From<sea_orm::DbErr> for Error {
     fn from(error: sea_orm::DbErr) -> Self {
         match error {
             sea_orm::DbErr::ConnectionAcquire(_) | sea_orm::DbErr::Conn(_) => Self::Unavailable(Arc::new(error)),
-            _ if error.to_string().contains("error communicating with database") => {
-                Self::Unavailable(Arc::new(error))
-            }
+            _ if error.to_string().contains("error communicating with database") => Self::Unavailable(Arc::new(error)),
             _ => Self::Failed(Arc::new(error)),
         }
     }
@@ -166,10 +164,8 @@ impl Store {
     pub async fn token_key(&self) -> Result<[u8; 32], Error> {
         use base64::{Engine, engine::general_purpose::STANDARD};
         use entity::setting::{ActiveModel, Column, Entity};
-        let fresh = ActiveModel {
-            name: Set("token_key".to_owned()),
-            value: Set(STANDARD.encode(clock::random::<32>())),
-        };
+        let fresh =
+            ActiveModel { name: Set("token_key".to_owned()), value: Set(STANDARD.encode(clock::random::<32>())) };
         let keep = sea_orm::sea_query::OnConflict::column(Column::Name).do_nothing().to_owned();
         Entity::insert(fresh).on_conflict(keep).exec_without_returning(&self.0.write).await?;
         let stored = Entity::find_by_id("token_key").one(&self.0.write).await?;

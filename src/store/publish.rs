@@ -6,7 +6,8 @@ use sea_orm::{EntityTrait, Set};
 use tokio::sync::oneshot;
 
 use super::{
-    Error, Leased, Store, changes, counts::Deltas,
+    Error, Leased, Store, changes,
+    counts::Deltas,
     entity::{delivery, event},
     leases::Lease,
     ordered,

@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, EntityTrait, Set, Value, sea_query::OnConflict};
 
 use super::{
-    Error, Store, changes, counts::Deltas,
+    Error, Store, changes,
+    counts::Deltas,
     entity::{attempt, change},
     ordered,
     sql::Sql,
@@ -44,8 +45,7 @@ impl Store {
         for row in transaction.query_all_raw(statement).await? {
             recorded.insert(row.try_get_by_index::<String>(0)?);
         }
-        let held: Vec<&Finished> =
-            batch.iter().filter(|finished| recorded.contains(&finished.delivery_id)).collect();
+        let held: Vec<&Finished> = batch.iter().filter(|finished| recorded.contains(&finished.delivery_id)).collect();
         if !held.is_empty() {
             let mut deltas = Deltas::default();
             for finished in &held {

@@ -143,11 +143,7 @@ impl Store {
             if index > 0 {
                 sql.text(",");
             }
-            sql.row([
-                tenant.organization().into(),
-                tenant.environment().as_str().into(),
-                event_type.as_str().into(),
-            ]);
+            sql.row([tenant.organization().into(), tenant.environment().as_str().into(), event_type.as_str().into()]);
         }
         sql.text(") ORDER BY s.webhook_id");
         for row in self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await? {
@@ -166,9 +162,7 @@ impl Store {
 fn target(row: webhook::Model) -> Result<Target, Error> {
     let secret = |text: &str| Secret::parse(text).ok_or(Error::Corrupt("signing secret"));
     let previous = match (&row.previous_secret, row.previous_secret_expires_at_ms) {
-        (Some(text), Some(expires_at)) => {
-            Some((SigningKey::new(&secret(text)?), Timestamp::from_millis(expires_at)))
-        }
+        (Some(text), Some(expires_at)) => Some((SigningKey::new(&secret(text)?), Timestamp::from_millis(expires_at))),
         _ => None,
     };
     Ok(Target {

@@ -67,7 +67,12 @@ impl Store {
     }
 
     /// A page of the tenant's webhooks, the newest first, after the one with id `after`.
-    pub async fn list_webhooks(&self, tenant: &Tenant, after: Option<&str>, limit: u64) -> Result<Page<Webhook>, Error> {
+    pub async fn list_webhooks(
+        &self,
+        tenant: &Tenant,
+        after: Option<&str>,
+        limit: u64,
+    ) -> Result<Page<Webhook>, Error> {
         let all = webhook::Entity::find().filter(of(tenant));
         // An index-only count of the tenant's own webhooks, which are few; deliveries are counted as they change.
         let total = i64::try_from(all.clone().count(&self.0.read).await?).unwrap_or(i64::MAX);

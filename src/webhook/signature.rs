@@ -63,10 +63,8 @@ impl SigningKey {
 /// The values of `X-Shortform-Signature` and `webhook-signature`, one part for each key, the newest first.
 pub fn signature_headers(keys: &[SigningKey], delivery_id: &str, at: Timestamp, body: &[u8]) -> (String, String) {
     let shortform: Vec<String> = keys.iter().map(|key| key.shortform(body)).collect();
-    let standard: Vec<String> = keys
-        .iter()
-        .map(|key| format!("v1,{}", STANDARD.encode(key.standard(delivery_id, at.secs(), body))))
-        .collect();
+    let standard: Vec<String> =
+        keys.iter().map(|key| format!("v1,{}", STANDARD.encode(key.standard(delivery_id, at.secs(), body)))).collect();
     (shortform.join(","), standard.join(" "))
 }
 

@@ -51,10 +51,9 @@ pub fn decide(attempts: i32, plan: Plan, outcome: &Outcome, schedule: &RetrySche
         Plan::Once => None,
     };
     match planned {
-        Some(wait) => Transition {
-            status: DeliveryStatus::Pending,
-            next_attempt_at: Some(now.after(wait.max(retry_after))),
-        },
+        Some(wait) => {
+            Transition { status: DeliveryStatus::Pending, next_attempt_at: Some(now.after(wait.max(retry_after))) }
+        }
         None => Transition { status: DeliveryStatus::Failed, next_attempt_at: None },
     }
 }
