@@ -111,7 +111,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_next_attempt_is_planned_exactly_while_pending(
-            attempts in 0..100_i32, once: bool, accepted: bool, retry_after in proptest::option::of(any::<u64>()),
+            attempts in 1..100_i32, once: bool, accepted: bool, retry_after in proptest::option::of(any::<u64>()),
         ) {
             let plan = if once { Plan::Once } else { Plan::Schedule };
             let outcome = if accepted { Outcome::Accepted } else { refused(retry_after) };
