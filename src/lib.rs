@@ -2,6 +2,8 @@
 
 pub mod clock;
 pub mod config;
+pub mod dispatch;
+pub mod egress;
 mod feed;
 pub mod rest;
 pub mod store;

@@ -105,9 +105,9 @@ fn known_cause(error: &(dyn Error + 'static)) -> Option<Failure> {
 
 fn certificate(error: &rustls::Error) -> Failure {
     match error {
-        rustls::Error::InvalidCertificate(
-            CertificateError::Expired | CertificateError::ExpiredContext { .. },
-        ) => Failure::TlsExpired,
+        rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+            Failure::TlsExpired
+        }
         rustls::Error::InvalidCertificate(
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
         ) => Failure::TlsWrongHost,

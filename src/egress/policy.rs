@@ -122,9 +122,24 @@ mod tests {
     #[test]
     fn judges_every_spelling_of_an_inside_address() {
         for host in [
-            "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "127.0.0.1.", "①②⑦.0.0.1", "127。0。0。1",
-            "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "localhost",
-            "LOCALHOST.", "a.localhost", "169.254.169.254", "0",
+            "127.0.0.1",
+            "127.1",
+            "2130706433",
+            "0x7f000001",
+            "0177.0.0.1",
+            "127.0.0.1.",
+            "①②⑦.0.0.1",
+            "127。0。0。1",
+            "[::1]",
+            "[::ffff:127.0.0.1]",
+            "[::ffff:7f00:1]",
+            "[64:ff9b::7f00:1]",
+            "[2002:7f00:1::]",
+            "localhost",
+            "LOCALHOST.",
+            "a.localhost",
+            "169.254.169.254",
+            "0",
         ] {
             let judged = Policy::default().parse(&format!("https://{host}/hook"));
             assert_eq!(judged, Err(UrlError::Blocked), "{host}");

@@ -1,0 +1,172 @@
+//! One attempt from top to bottom: sign, POST, decide, record.
+
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue, header::CONTENT_TYPE};
+use tokio::sync::mpsc;
+
+use super::Engine;
+use crate::{
+    clock, egress,
+    store::{Finished, Leased, Store, Target},
+    webhook::{self, Answer, Attempt, Outcome, Timestamp, WebhookStatus},
+};
+
+const SIGNATURE: HeaderName = HeaderName::from_static("x-shortform-signature");
+const TIMESTAMP: HeaderName = HeaderName::from_static("x-shortform-timestamp");
+const WEBHOOK_ID: HeaderName = HeaderName::from_static("x-shortform-webhook-id");
+const DELIVERY_ID: HeaderName = HeaderName::from_static("x-shortform-delivery-id");
+const DELIVERY_ATTEMPT: HeaderName = HeaderName::from_static("x-shortform-delivery-attempt");
+const STANDARD_ID: HeaderName = HeaderName::from_static("webhook-id");
+const STANDARD_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
+const STANDARD_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
+
+/// Between tries to record a result while the database cannot be reached.
+const RECORD_AGAIN: Duration = Duration::from_secs(1);
+
+/// A place on the wire, given back however the attempt ends.
+pub(super) struct Slot {
+    store: Store,
+    webhook_id: String,
+    freed: mpsc::UnboundedSender<String>,
+}
+
+impl Slot {
+    pub(super) fn new(store: Store, webhook_id: String, freed: mpsc::UnboundedSender<String>) -> Self {
+        Self { store, webhook_id, freed }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.store.let_go(&self.webhook_id);
+        let _ = self.freed.send(std::mem::take(&mut self.webhook_id));
+    }
+}
+
+impl Engine {
+    /// Makes the attempt and records it; `slot` is free again when this ends.
+    #[tracing::instrument(skip_all, fields(webhook = leased.webhook_id, delivery = leased.delivery_id, attempt = leased.attempt))]
+    pub(super) async fn attempt(self, mut leased: Leased, slot: Option<Slot>) {
+        let target = match self.store.target(&leased.webhook_id).await {
+            Ok(target) => target,
+            Err(error) => {
+                tracing::warn!(%error, "the webhook could not be read; the lease will run out");
+                return;
+            }
+        };
+        let is_test = leased.done.is_some();
+        let sendable = target.filter(|target| is_test || target.status == WebhookStatus::Active);
+        let in_time = clock::now().after(self.request_timeout) < leased.expires_at;
+        let Some(target) = sendable.filter(|_| in_time) else {
+            // Deleted, disabled, or queued for so long that the lease would not last.
+            if let Err(error) = self.store.release(&[leased]).await {
+                tracing::warn!(%error, "the lease could not be given back; it will run out");
+            }
+            return;
+        };
+        let (attempt, outcome) = self.post(&leased, &target).await;
+        let now = clock::now();
+        let transition = webhook::decide(attempt.number, leased.plan, &outcome, &self.schedule, now);
+        tracing::debug!(status = transition.status.as_str(), error = attempt.error, "attempted");
+        let done = leased.done.take();
+        let finished = Finished {
+            tenant: leased.tenant,
+            webhook_id: leased.webhook_id,
+            delivery_id: leased.delivery_id,
+            event_type: leased.event.event_type.clone(),
+            attempt,
+            transition,
+            ended_at: now,
+        };
+        self.record(&finished, leased.expires_at).await;
+        if let Some(done) = done {
+            let _ = done.send(finished.attempt);
+        }
+        drop(slot);
+    }
+
+    async fn post(&self, leased: &Leased, target: &Target) -> (Attempt, Outcome) {
+        let started_at = clock::now();
+        let stopwatch = clock::stopwatch();
+        let body = webhook::body(&leased.event, &leased.webhook_id);
+        let answered = match headers(leased, target, started_at, &body) {
+            Some(headers) => self.client.post(&target.url, headers, body).await,
+            None => egress::Outcome::Failed(egress::Failure::InvalidUrl),
+        };
+        let duration_ms = i32::try_from(stopwatch.elapsed().as_millis()).unwrap_or(i32::MAX);
+        let mut attempt = Attempt { number: leased.attempt, started_at, duration_ms, answer: None, error: None };
+        let outcome = match answered {
+            egress::Outcome::Answered(answer) => {
+                attempt.error = refusal(answer.status);
+                attempt.answer = Some(Answer { status_code: answer.status, body: text(&answer.body) });
+                match attempt.error {
+                    None => Outcome::Accepted,
+                    Some(_) => {
+                        let now_ms = clock::now().millis();
+                        Outcome::Refused { retry_after: answer.retry_after.map(|after| after.wait(now_ms)) }
+                    }
+                }
+            }
+            egress::Outcome::Failed(failure) => {
+                attempt.error = Some(failure.to_string());
+                Outcome::Refused { retry_after: None }
+            }
+        };
+        (attempt, outcome)
+    }
+
+    /// Records the result, again and again while the database fails and the lease lasts.
+    async fn record(&self, finished: &Finished, expires_at: Timestamp) {
+        loop {
+            match self.store.record(finished.clone()).await {
+                Ok(true) => return,
+                Ok(false) => {
+                    tracing::warn!("the lease was lost before the result was recorded; the result is dropped");
+                    return;
+                }
+                Err(error) if clock::now().after(RECORD_AGAIN) >= expires_at => {
+                    tracing::error!(%error, "the result could not be recorded while the lease lasted");
+                    return;
+                }
+                Err(error) => tracing::warn!(%error, "the result could not be recorded; trying again"),
+            }
+            tokio::time::sleep(RECORD_AGAIN).await;
+        }
+    }
+}
+
+/// Why an answer of this status is a failure; none for a 2xx.
+fn refusal(status: u16) -> Option<String> {
+    match status {
+        200..=299 => None,
+        300..=399 => Some("Redirects are not followed".to_owned()),
+        _ => Some(format!("HTTP {status}")),
+    }
+}
+
+/// The answer as text that both databases can hold.
+fn text(body: &[u8]) -> String {
+    String::from_utf8_lossy(body).replace('\0', "\u{fffd}")
+}
+
+/// None when a value is no header value, which ids and signatures always are.
+fn headers(leased: &Leased, target: &Target, now: Timestamp, body: &[u8]) -> Option<HeaderMap> {
+    let keys = target.keys(now);
+    let (shortform, standard) = webhook::signature_headers(&keys, &leased.delivery_id, now, body);
+    let mut headers = HeaderMap::with_capacity(9);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    for (name, value) in [
+        (SIGNATURE, shortform),
+        (TIMESTAMP, leased.event.created_at.to_string()),
+        (WEBHOOK_ID, leased.webhook_id.clone()),
+        (DELIVERY_ID, leased.delivery_id.clone()),
+        (DELIVERY_ATTEMPT, leased.attempt.to_string()),
+        (STANDARD_ID, leased.delivery_id.clone()),
+        (STANDARD_TIMESTAMP, now.secs().to_string()),
+        (STANDARD_SIGNATURE, standard),
+    ] {
+        headers.insert(name, HeaderValue::try_from(value).ok()?);
+    }
+    Some(headers)
+}

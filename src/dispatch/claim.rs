@@ -1,0 +1,51 @@
+//! Fetches what falls due, and what dead nodes left.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::lease_length;
+use crate::{
+    clock,
+    store::{Error, Store},
+};
+
+/// How often the database is looked at for what other nodes left to do.
+const POLL: Duration = Duration::from_secs(1);
+
+/// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
+pub(super) async fn run(store: Store, request_timeout: Duration, shutdown: CancellationToken) {
+    while !shutdown.is_cancelled() {
+        let wait = match round(&store, lease_length(request_timeout)).await {
+            Ok(wait) => wait.min(POLL),
+            Err(error) => {
+                tracing::warn!(%error, "due deliveries could not be claimed; trying again");
+                POLL
+            }
+        };
+        if wait.is_zero() {
+            continue;
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = store.due() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+/// Claims what is due and there is room for; answers how long nothing more will be.
+async fn round(store: &Store, lease: Duration) -> Result<Duration, Error> {
+    let rescued = store.rescue(false).await?;
+    if rescued > 0 {
+        tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
+    }
+    let waiting = store.waiting().await?;
+    let now = clock::now();
+    if store.claim(&waiting, now, lease).await? {
+        return Ok(Duration::ZERO);
+    }
+    // What is due and was not claimed has no room: freeing some rings the bell.
+    let next = waiting.iter().map(|webhook| webhook.due_at).filter(|due_at| *due_at > now).min();
+    Ok(next.map_or(POLL, |due_at| now.until(due_at)))
+}
