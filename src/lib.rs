@@ -1,10 +1,13 @@
 //! Shortkit Webhooks: events in, signed HTTP requests out, every step of the way visible.
 
+pub mod auth;
 pub mod clock;
 pub mod config;
 pub mod dispatch;
 pub mod egress;
 mod feed;
+pub mod grpc;
 pub mod rest;
+pub mod server;
 pub mod store;
 pub mod webhook;

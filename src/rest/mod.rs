@@ -1,1 +1,73 @@
+//! Any annotated gRPC service as JSON over HTTP: a tower layer that knows no resource.
+//!
+//! At the start it reads `google.api.http` and the options of `shortkit.rest.v1` from the descriptors. A REST request
+//! becomes one gRPC call of the service inside, in this process, so authentication and handlers run once for both
+//! protocols; its reply becomes JSON. A request that is gRPC already passes untouched.
 
+mod answer;
+mod call;
+mod decode;
+mod encode;
+mod error;
+mod query;
+mod request;
+mod routes;
+mod service;
+mod sse;
+mod template;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
+use tower::Layer;
+
+use self::routes::Routes;
+pub use self::{routes::StartError, service::Transcoded};
+
+/// A body is at most this long, also after it was unpacked; a longer one is a 413.
+pub const MAX_BODY_BYTES: usize = 1024 * 1024;
+/// Messages in a body may be nested this deep; deeper ones are a 400.
+pub const MAX_DEPTH: usize = 64;
+
+/// What the layer bounds.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// How long a call that is no stream may take; then it is dropped and answered with a 504.
+    pub deadline: Duration,
+    /// A stream that says nothing for so long sends a comment, so that nobody between takes it for dead.
+    pub heartbeat: Duration,
+    /// Ends open streams.
+    pub shutdown: CancellationToken,
+}
+
+/// The layer.
+#[derive(Clone)]
+pub struct Transcode {
+    routes: Arc<Routes>,
+    limits: Limits,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            deadline: Duration::from_secs(60),
+            heartbeat: Duration::from_secs(15),
+            shutdown: CancellationToken::new(),
+        }
+    }
+}
+
+impl Transcode {
+    /// Reads the annotations; a route that is wrong or stands twice is an error that names its method.
+    pub fn new(descriptor_set: &[u8], limits: Limits) -> Result<Self, StartError> {
+        Ok(Self { routes: Arc::new(Routes::read(descriptor_set)?), limits })
+    }
+}
+
+impl<S> Layer<S> for Transcode {
+    type Service = Transcoded<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Transcoded::new(Arc::clone(&self.routes), self.limits.clone(), inner)
+    }
+}

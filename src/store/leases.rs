@@ -212,6 +212,19 @@ impl Store {
         Ok(())
     }
 
+    /// Brings back what a process that is gone had leased. On SQLite no other node can hold a lease, so that is all;
+    /// on PostgreSQL leases of others run out in their own time.
+    pub async fn rescue_all_at_start(&self) -> Result<usize, Error> {
+        let mut total = 0;
+        while self.sqlite() {
+            match self.rescue(true).await? {
+                0 => break,
+                rescued => total += rescued,
+            }
+        }
+        Ok(total)
+    }
+
     /// Brings back deliveries whose lease has expired, or all leased ones when `all`: on SQLite no other node can hold
     /// a lease, so those found at the start are from a process that is gone. Answers how many there were.
     pub async fn rescue(&self, all: bool) -> Result<usize, Error> {

@@ -1,0 +1,170 @@
+//! Who calls: one layer for both protocols, since REST calls go through it as gRPC calls.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
+use ring::digest::{SHA256, digest};
+use tonic::{Status, body::Body};
+use tower::{Layer, Service};
+
+use crate::{
+    clock,
+    grpc::{self, key_refused},
+    store::{KeyInfo, KeyKind, Store},
+    webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant},
+};
+
+/// Names the organisation that a service key acts for.
+const ORGANIZATION: &str = "x-shortkit-organization";
+/// What was learned of a key is asked for again after this time, so that a revocation holds within it on every node.
+const MAX_AGE: Duration = Duration::from_secs(1);
+/// At most this many keys are remembered; beyond, all are forgotten and learned anew.
+const MAX_KEYS: usize = 10_000;
+/// A longer key is none.
+const MAX_KEY_BYTES: usize = 256;
+/// Services that need no key.
+const OPEN: [&str; 2] = ["/grpc.health.v1.", "/grpc.reflection."];
+
+/// Who a call is from.
+#[derive(Debug, Clone)]
+pub struct Principal {
+    /// On whose behalf it acts.
+    pub tenant: Tenant,
+}
+
+/// Lets a call pass only with a key that may make it, and says whose it is.
+#[derive(Clone)]
+pub struct Auth(Arc<Keys>);
+
+struct Keys {
+    store: Store,
+    environments: Vec<Environment>,
+    known: Mutex<HashMap<[u8; 32], (Instant, Option<KeyInfo>)>>,
+}
+
+/// The layer around a service.
+#[derive(Clone)]
+pub struct Authenticated<S> {
+    keys: Arc<Keys>,
+    inner: S,
+}
+
+impl Auth {
+    /// Accepts keys of `environments`.
+    pub fn new(store: Store, environments: Vec<Environment>) -> Self {
+        Self(Arc::new(Keys { store, environments, known: Mutex::default() }))
+    }
+}
+
+impl<S> Layer<S> for Auth {
+    type Service = Authenticated<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Authenticated { keys: Arc::clone(&self.0), inner }
+    }
+}
+
+impl<S> Service<Request<Body>> for Authenticated<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let keys = Arc::clone(&self.keys);
+        // The one that was polled ready is called; the clone waits for the next call.
+        let clone = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, clone);
+        Box::pin(async move {
+            if !OPEN.iter().any(|open| request.uri().path().starts_with(open)) {
+                match keys.principal(request.headers()).await {
+                    Ok(principal) => drop(request.extensions_mut().insert(principal)),
+                    Err(status) => return Ok(status.into_http()),
+                }
+            }
+            inner.call(request).await
+        })
+    }
+}
+
+impl Keys {
+    async fn principal(&self, headers: &HeaderMap) -> Result<Principal, Status> {
+        let bearer = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let key =
+            bearer.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let Some((_, key)) = key else {
+            return Err(key_refused("UNAUTHORIZED", "an API key is required: Authorization: Bearer sk_…"));
+        };
+        let unknown = || key_refused("UNAUTHORIZED", "the API key is not valid");
+        let key = key.trim();
+        if key.is_empty() || key.len() > MAX_KEY_BYTES {
+            return Err(unknown());
+        }
+        let info = self.info(key).await?.ok_or_else(unknown)?;
+        if info.revoked_at.is_some() {
+            return Err(key_refused("KEY_REVOKED", "the API key was revoked"));
+        }
+        if info.expires_at.is_some_and(|expires_at| expires_at <= clock::now()) {
+            return Err(key_refused("KEY_EXPIRED", "the API key has expired"));
+        }
+        if info.kind == KeyKind::Publishable {
+            return Err(key_refused("FORBIDDEN", "a publishable key may not be used here; use a secret key"));
+        }
+        if !self.environments.contains(&info.environment) {
+            return Err(key_refused(
+                "ENVIRONMENT_MISMATCH",
+                "this server does not serve the environment of the API key",
+            ));
+        }
+        let tenant = tenant(&info, headers)?;
+        self.store.key_used(&info.id);
+        Ok(Principal { tenant })
+    }
+
+    /// What is known of a key, no older than [`MAX_AGE`].
+    async fn info(&self, key: &str) -> Result<Option<KeyInfo>, Status> {
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest(&SHA256, key.as_bytes()).as_ref());
+        let lock = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((learned, info)) = lock().get(&hash)
+            && learned.elapsed() < MAX_AGE
+        {
+            return Ok(info.clone());
+        }
+        let info = self.store.find_key(key).await.map_err(grpc::store_failed)?;
+        let mut known = lock();
+        if known.len() >= MAX_KEYS {
+            known.clear();
+        }
+        known.insert(hash, (clock::stopwatch(), info.clone()));
+        Ok(info)
+    }
+}
+
+/// The tenant that a key acts for.
+#[expect(clippy::result_large_err, reason = "tonic's handlers return it")]
+fn tenant(info: &KeyInfo, headers: &HeaderMap) -> Result<Tenant, Status> {
+    let named = match &info.organization {
+        Some(organization) => organization.as_str(),
+        None => headers.get(ORGANIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default(),
+    };
+    Tenant::new(named, info.environment).ok_or_else(|| {
+        let message = format!(
+            "a service key names its organization in {ORGANIZATION}: 1 to {MAX_ORGANIZATION_BYTES} letters, digits, _ and -"
+        );
+        grpc::invalid_parameter(ORGANIZATION, if named.is_empty() { "required" } else { "invalid" }, message)
+    })
+}

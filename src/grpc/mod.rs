@@ -1,0 +1,67 @@
+//! The only place with generated types: requests become domain types here, and domain types answers.
+
+mod convert;
+mod delivery_service;
+mod status;
+mod token;
+mod validate;
+mod watch;
+mod webhook_service;
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Status};
+
+pub(crate) use self::status::{invalid_parameter, key_refused, store as store_failed};
+pub use self::token::Tokens;
+use crate::{
+    auth::Principal,
+    egress,
+    store::{Lease, Store},
+    webhook::{EventTypes, Tenant},
+};
+
+/// What protoc made of `proto/`.
+#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+pub mod proto {
+    tonic::include_proto!("shortkit.webhooks.v1");
+}
+
+/// `proto/` as descriptors, with every option: for REST and for reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Both services.
+#[derive(Clone)]
+pub struct Api(pub Arc<Parts>);
+
+/// What the services work with.
+pub struct Parts {
+    /// Where everything is kept.
+    pub store: Store,
+    /// Judges the URLs of webhooks.
+    pub client: egress::Client,
+    /// The event types that exist.
+    pub event_types: EventTypes,
+    /// Seals cursors and resume tokens.
+    pub tokens: Tokens,
+    /// What a published delivery is leased for.
+    pub lease: Lease,
+    /// Ends open streams.
+    pub shutdown: CancellationToken,
+}
+
+impl std::ops::Deref for Api {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+/// Whose call it is: the tenant of the key, or the organisation that a service key names.
+#[expect(clippy::result_large_err, reason = "tonic's handlers return it")]
+fn tenant<T>(request: &Request<T>) -> Result<Tenant, Status> {
+    let principal = request.extensions().get::<Principal>().ok_or_else(|| status::internal("no principal"))?;
+    Ok(principal.tenant.clone())
+}

@@ -1,0 +1,120 @@
+//! The only place that turns errors into a `Status`. Every one carries `google.rpc.ErrorInfo`, whose reason is the code
+//! of the documented error table; one about a field carries `BadRequest` too.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
+
+use crate::{
+    egress::UrlError,
+    store::{self, RetryError, WatchError},
+    webhook::{EventDataError, Fault},
+};
+
+/// `ErrorInfo.domain` of every error.
+const DOMAIN: &str = "shortkit.dev";
+/// When to ask again after the database failed to answer.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// An error with a code of the documented table.
+fn coded(code: Code, reason: &str, message: impl Into<String>, mut details: ErrorDetails) -> Status {
+    details.set_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(code, message, details)
+}
+
+/// A key that does not open the door, with the code that says why.
+pub(crate) fn key_refused(reason: &'static str, message: &'static str) -> Status {
+    let code = match reason {
+        "FORBIDDEN" | "ENVIRONMENT_MISMATCH" => Code::PermissionDenied,
+        _ => Code::Unauthenticated,
+    };
+    coded(code, reason, message, ErrorDetails::new())
+}
+
+pub(crate) fn fault(fault: Fault) -> Status {
+    let violation = FieldViolation {
+        field: fault.field,
+        description: fault.message.clone(),
+        reason: fault.reason.to_owned(),
+        localized_message: None,
+    };
+    let details = ErrorDetails::with_bad_request(vec![violation]);
+    coded(Code::InvalidArgument, "VALIDATION_ERROR", fault.message, details)
+}
+
+/// A field that holds what it must not.
+pub(crate) fn invalid(field: &str, reason: &'static str, message: impl Into<String>) -> Status {
+    fault(Fault { field: field.to_owned(), reason, message: message.into() })
+}
+
+/// A header, which REST and gRPC have in common, that holds what it must not.
+pub(crate) fn invalid_parameter(name: &str, reason: &'static str, message: String) -> Status {
+    let violation = FieldViolation {
+        field: name.to_owned(),
+        description: message.clone(),
+        reason: reason.to_owned(),
+        localized_message: None,
+    };
+    coded(Code::InvalidArgument, "INVALID_PARAMETER", message, ErrorDetails::with_bad_request(vec![violation]))
+}
+
+pub(super) fn not_found(what: &str) -> Status {
+    coded(Code::NotFound, "NOT_FOUND", format!("no such {what}"), ErrorDetails::new())
+}
+
+pub(super) fn shutting_down() -> Status {
+    unavailable("the server is shutting down; try again")
+}
+
+/// Something that cannot be; the detail goes to the log only.
+pub(super) fn internal(detail: &str) -> Status {
+    tracing::error!(detail, "internal error");
+    coded(Code::Internal, "INTERNAL_ERROR", "internal error", ErrorDetails::new())
+}
+
+fn unavailable(message: &str) -> Status {
+    coded(Code::Unavailable, "SERVICE_UNAVAILABLE", message, ErrorDetails::with_retry_info(Some(RETRY_AFTER)))
+}
+
+pub(crate) fn store(error: store::Error) -> Status {
+    match error {
+        store::Error::Unavailable(_) => {
+            tracing::warn!(%error, "the database does not answer");
+            unavailable("the service is not available for the moment; try again")
+        }
+        store::Error::Overloaded => unavailable("too many requests are waiting; try again"),
+        store::Error::Closed => shutting_down(),
+        other => internal(&other.to_string()),
+    }
+}
+
+pub(super) fn url(error: UrlError) -> Status {
+    invalid("url", error.reason(), error.to_string())
+}
+
+pub(super) fn event_data(error: &EventDataError) -> Status {
+    let reason = match error {
+        EventDataError::Missing => "required",
+        EventDataError::NotAnObject => "wrong_type",
+        EventDataError::Invalid { .. } => "invalid",
+        EventDataError::TooDeep => "too_deep",
+    };
+    invalid("data", reason, error.to_string())
+}
+
+pub(super) fn retry(error: RetryError) -> Status {
+    match error {
+        RetryError::NotFound => not_found("delivery"),
+        RetryError::NotFailed(_) => coded(Code::FailedPrecondition, "CONFLICT", error.to_string(), ErrorDetails::new()),
+        RetryError::Store(error) => store(error),
+    }
+}
+
+pub(super) fn watch(error: WatchError) -> Status {
+    match error {
+        WatchError::TooOld => invalid("resume_token", "too_old", error.to_string()),
+        WatchError::TooSlow => coded(Code::Aborted, "SLOW_READER", error.to_string(), ErrorDetails::new()),
+        WatchError::Store(error) => store(error),
+    }
+}

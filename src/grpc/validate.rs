@@ -1,0 +1,108 @@
+//! Requests as domain types, or the status that names what is wrong with them.
+#![expect(clippy::result_large_err, reason = "tonic's handlers return Status")]
+
+use tonic::Status;
+
+use super::{Api, proto, status};
+use crate::webhook::{
+    self, DeliveryStatus, NewWebhook, WebhookStatus, WebhookUpdate, validate_description, validate_events,
+};
+
+/// Page size when none is asked for.
+const DEFAULT_LIMIT: u64 = 20;
+/// The largest page; more is refused.
+const MAX_LIMIT: u64 = 100;
+
+/// Size of a page.
+pub(super) fn limit(limit: Option<i32>) -> Result<u64, Status> {
+    let Some(limit) = limit else { return Ok(DEFAULT_LIMIT) };
+    match u64::try_from(limit) {
+        Ok(limit @ 1..=MAX_LIMIT) => Ok(limit),
+        _ => Err(status::invalid("limit", "out_of_range", format!("limit must be from 1 to {MAX_LIMIT}"))),
+    }
+}
+
+/// State to filter by.
+pub(super) fn delivery_status(field: Option<i32>) -> Result<Option<DeliveryStatus>, Status> {
+    field
+        .map(|number| match proto::DeliveryStatus::try_from(number) {
+            Ok(proto::DeliveryStatus::Pending) => Ok(DeliveryStatus::Pending),
+            Ok(proto::DeliveryStatus::Success) => Ok(DeliveryStatus::Success),
+            Ok(proto::DeliveryStatus::Failed) => Ok(DeliveryStatus::Failed),
+            _ => Err(status::invalid("status", "unknown", "status must be one of pending, success, failed")),
+        })
+        .transpose()
+}
+
+impl Api {
+    /// An event type that must be known.
+    pub(super) fn event_type(&self, name: &str) -> Result<(), Status> {
+        self.event_types.validate("event", name).map_err(status::fault)
+    }
+
+    pub(super) async fn new_webhook(&self, request: proto::CreateWebhookRequest) -> Result<NewWebhook, Status> {
+        // Cheap checks first: the one of the URL may ask a name server.
+        if request.url.is_empty() {
+            return Err(status::invalid("url", "required", "url is required"));
+        }
+        validate_events(&request.events, &self.event_types).map_err(status::fault)?;
+        if let Some(description) = &request.description {
+            validate_description(description).map_err(status::fault)?;
+        }
+        let url = self.client.check(&request.url).await.map_err(status::url)?;
+        Ok(NewWebhook { url: url.into(), events: request.events, description: request.description })
+    }
+
+    pub(super) async fn update(&self, request: proto::UpdateWebhookRequest) -> Result<WebhookUpdate, Status> {
+        let mask = request.update_mask.unwrap_or_default().paths;
+        if mask.is_empty() {
+            return Err(status::invalid("update_mask", "required", "name at least one field to change"));
+        }
+        let new = request.webhook.unwrap_or_default();
+        let mut update = WebhookUpdate::default();
+        for path in mask {
+            match path.as_str() {
+                "url" => {
+                    let url = new.url.as_deref().unwrap_or_default();
+                    update.url = Some(self.client.check(url).await.map_err(status::url)?.into());
+                }
+                "events" => {
+                    validate_events(&new.events, &self.event_types).map_err(status::fault)?;
+                    update.events = Some(new.events.clone());
+                }
+                "description" => {
+                    if let Some(description) = &new.description {
+                        validate_description(description).map_err(status::fault)?;
+                    }
+                    update.description = Some(new.description.clone());
+                }
+                "status" => update.status = Some(webhook_status(new.status)?),
+                _ => {
+                    let known = "update_mask may name url, events, description and status";
+                    return Err(status::invalid("update_mask", "unknown", known));
+                }
+            }
+        }
+        Ok(update)
+    }
+}
+
+fn webhook_status(field: Option<i32>) -> Result<WebhookStatus, Status> {
+    match field.map(proto::WebhookStatus::try_from) {
+        Some(Ok(proto::WebhookStatus::Active)) => Ok(WebhookStatus::Active),
+        Some(Ok(proto::WebhookStatus::Disabled)) => Ok(WebhookStatus::Disabled),
+        None => Err(status::invalid("status", "required", "status cannot be cleared")),
+        _ => Err(status::invalid("status", "unknown", "status must be one of active, disabled")),
+    }
+}
+
+/// Data of a test event.
+pub(super) fn sample(event_type: &str) -> webhook::EventData {
+    let text = match event_type {
+        "content.ready" => r#"{"contentId":"cnt_test123","title":"Test content","duration":45.2,"status":"ready"}"#,
+        "content.errored" => r#"{"contentId":"cnt_test123","title":"Test content","status":"errored"}"#,
+        "export.ready" => r#"{"exportId":"exp_test123","status":"ready"}"#,
+        _ => r#"{"test":true}"#,
+    };
+    webhook::EventData::parse(text).unwrap_or_else(|error| unreachable!("{error}"))
+}

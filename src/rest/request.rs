@@ -1,0 +1,128 @@
+//! A REST request as the message of its call.
+
+use std::io::Read;
+
+use bytes::{Buf, Bytes};
+use http::{HeaderMap, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use prost_reflect::{DynamicMessage, Value};
+use serde_json::value::RawValue;
+use tonic::body::Body;
+
+use super::{
+    MAX_BODY_BYTES, decode,
+    error::Failure,
+    query,
+    routes::{BodyRule, Route, field},
+    template::Bound,
+};
+
+/// Reads the body and puts it together with what path, query and headers say.
+pub(super) async fn message(
+    route: &Route,
+    bound: Bound<'_>,
+    query: &str,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<DynamicMessage, Failure> {
+    let body = read(headers, body).await?;
+    let mut message = from_body(route, headers, &body)?;
+    query::apply(&mut message, query, route)?;
+    if route.streaming
+        && let Some(id) = headers.get("last-event-id").and_then(|id| id.to_str().ok())
+        && let Some(field) = route.rules.last_event_id(&route.input)
+    {
+        message.set_field(&field, Value::String(id.to_owned()));
+    }
+    // Last, so that the path is what counts.
+    for (path, text) in bound {
+        if let Some(field) = field(&route.input, path) {
+            message.clear_field_by_name(path);
+            query::set(&mut message, path, &field, field.json_name(), &text)?;
+        }
+    }
+    Ok(message)
+}
+
+fn from_body(route: &Route, headers: &HeaderMap, body: &Bytes) -> Result<DynamicMessage, Failure> {
+    let empty = DynamicMessage::new(route.input.clone());
+    if body.is_empty() {
+        return Ok(empty);
+    }
+    if matches!(route.body, BodyRule::None) {
+        return Err(Failure::request("this call takes no body"));
+    }
+    if !is_json(headers) {
+        return Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "the body must be application/json in UTF-8"));
+    }
+    let text = std::str::from_utf8(body).map_err(|error| {
+        let offset = error.valid_up_to();
+        Failure::request(format!("the body is not UTF-8 at byte {offset}")).with("offset", offset)
+    })?;
+    let raw: &RawValue = serde_json::from_str(text).map_err(|error| {
+        let offset = offset(text, error.line(), error.column());
+        Failure::request(format!("the body is not valid JSON at byte {offset}")).with("offset", offset)
+    })?;
+    let BodyRule::Field(field) = &route.body else {
+        return decode::message(&route.input, raw, "", 1, &route.rules);
+    };
+    let mut message = empty;
+    let Some(inner) = field.kind().as_message().cloned() else {
+        return Err(Failure::request("this call takes no JSON body"));
+    };
+    let partial = decode::message(&inner, raw, "", 1, &route.rules)?;
+    if let Some(mask) = &route.update_mask {
+        let paths = decode::members(raw, "")?.0.into_iter().filter_map(|(key, _)| {
+            let field = inner.get_field_by_json_name(&key).or_else(|| inner.get_field_by_name(&key))?;
+            Some(Value::String(field.name().to_owned()))
+        });
+        if let Some(mask) = message.get_field_mut(mask).as_message_mut() {
+            mask.set_field_by_name("paths", Value::List(paths.collect()));
+        }
+    }
+    message.set_field(field, Value::Message(partial));
+    Ok(message)
+}
+
+async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Failure> {
+    let too_large = || Failure::new("PAYLOAD_TOO_LARGE", format!("the body must be at most {MAX_BODY_BYTES} bytes"));
+    let collected = Limited::new(body, MAX_BODY_BYTES).collect().await.map_err(|error| {
+        if error.is::<LengthLimitError>() { too_large() } else { Failure::request("the body could not be read") }
+    })?;
+    let bytes = collected.to_bytes();
+    match headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or_default().trim()) {
+        None | Some("" | "identity") => Ok(bytes),
+        Some(encoding) if encoding.eq_ignore_ascii_case("gzip") => {
+            let mut unpacked = Vec::new();
+            // One byte more than allowed tells a body that is too long from one that just fits.
+            let limit = u64::try_from(MAX_BODY_BYTES).unwrap_or(u64::MAX) + 1;
+            flate2::read::MultiGzDecoder::new(bytes.reader())
+                .take(limit)
+                .read_to_end(&mut unpacked)
+                .map_err(|_| Failure::request("the body is not valid gzip"))?;
+            if unpacked.len() > MAX_BODY_BYTES { Err(too_large()) } else { Ok(unpacked.into()) }
+        }
+        Some(_) => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "the body may be encoded with gzip only")),
+    }
+}
+
+/// `application/json`, in any spelling of UTF-8 or in none.
+fn is_json(headers: &HeaderMap) -> bool {
+    let Some(value) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
+    let mut parts = value.split(';').map(str::trim);
+    let essence = parts.next().unwrap_or_default();
+    essence.eq_ignore_ascii_case("application/json")
+        && parts.filter(|part| !part.is_empty()).all(|part| match part.split_once('=') {
+            Some((name, charset)) if name.trim().eq_ignore_ascii_case("charset") => {
+                let charset = charset.trim().trim_matches('"');
+                charset.eq_ignore_ascii_case("utf-8") || charset.eq_ignore_ascii_case("utf8")
+            }
+            _ => true,
+        })
+}
+
+/// The byte that serde_json means by a line and a column.
+fn offset(text: &str, line: usize, column: usize) -> usize {
+    let before: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
+    (before + column.saturating_sub(1)).min(text.len())
+}

@@ -1,0 +1,142 @@
+//! From request to response.
+
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures_util::future::BoxFuture;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use tonic::body::Body;
+use tower::{Service, ServiceExt};
+
+use super::{
+    Limits, answer, call,
+    error::Failure,
+    request,
+    routes::{Found, Route, Routes},
+    sse,
+    template::Bound,
+};
+
+/// The layer around a service.
+#[derive(Clone)]
+pub struct Transcoded<S> {
+    routes: Arc<Routes>,
+    limits: Limits,
+    inner: S,
+}
+
+impl<S> Transcoded<S> {
+    pub(super) fn new(routes: Arc<Routes>, limits: Limits, inner: S) -> Self {
+        Self { routes, limits, inner }
+    }
+}
+
+impl<S> Service<Request<Body>> for Transcoded<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        if is_grpc(&request) {
+            return Box::pin(self.inner.call(request));
+        }
+        let this = self.clone();
+        Box::pin(async move {
+            let request_id = request.headers().get("x-request-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
+            let head = request.method() == Method::HEAD;
+            let answered = match this.answer(request, request_id.clone()).await {
+                Ok(response) => response?,
+                Err(failure) => failure.response(request_id.as_deref()),
+            };
+            Ok(if head { without_body(answered) } else { answered })
+        })
+    }
+}
+
+impl<S> Transcoded<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    async fn answer(
+        self,
+        request: Request<Body>,
+        request_id: Option<String>,
+    ) -> Result<Result<Response<Body>, S::Error>, Failure> {
+        let routes = Arc::clone(&self.routes);
+        match routes.find(request.method(), request.uri().path()) {
+            Found::Route(route, bound) => self.call_inner(route, bound, request, request_id).await,
+            Found::OtherMethods(methods) if request.method() == Method::OPTIONS => Ok(Ok(options(&methods))),
+            Found::OtherMethods(methods) => Err(Failure::method_not_allowed(&methods.join(", "))),
+            Found::BadPath => Err(Failure::new("INVALID_PARAMETER", "the path has a broken escape")),
+            Found::Unknown => Err(Failure::new("NOT_FOUND", "no such path")),
+        }
+    }
+
+    async fn call_inner(
+        self,
+        route: &Route,
+        bound: Bound<'_>,
+        request: Request<Body>,
+        request_id: Option<String>,
+    ) -> Result<Result<Response<Body>, S::Error>, Failure> {
+        let (parts, body) = request.into_parts();
+        let deadline = self.limits.deadline;
+        let whole = async {
+            let query = parts.uri.query().unwrap_or_default().to_owned();
+            let message = request::message(route, bound, &query, &parts.headers, body).await?;
+            let called = self.inner.oneshot(call::request(route, parts, &message)).await;
+            let response = match called {
+                Ok(response) => response,
+                Err(error) => return Ok(Err(error)),
+            };
+            if route.streaming {
+                if let Some(status) = call::refusal(response.headers()) {
+                    return Err(Failure::from_status(&status, route));
+                }
+                let (parts, body) = response.into_parts();
+                let routes = Arc::clone(&self.routes);
+                return Ok(Ok(sse::response(routes, route, self.limits, request_id, parts.headers, body)));
+            }
+            let headers = response.headers().clone();
+            let reply = call::unary(response).await.map_err(|error| Failure::from_inner(error, route))?;
+            answer::response(route, headers, reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
+        };
+        // Dropping the call when the time is over also drops the handler inside.
+        tokio::time::timeout(deadline, whole).await.unwrap_or_else(|_| Err(Failure::deadline()))
+    }
+}
+
+fn is_grpc(request: &Request<Body>) -> bool {
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+fn options(methods: &[&str]) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    if let Ok(allow) = HeaderValue::from_str(&methods.join(", ")) {
+        response.headers_mut().insert(header::ALLOW, allow);
+    }
+    response
+}
+
+/// An answer to HEAD: all but the body, with its length where it is known.
+fn without_body(response: Response<Body>) -> Response<Body> {
+    let (mut parts, body) = response.into_parts();
+    if let Some(length) = http_body::Body::size_hint(&body).exact() {
+        parts.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    Response::from_parts(parts, Body::empty())
+}

@@ -1,0 +1,218 @@
+//! Wires everything, and takes it apart in order.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
+use tower::ServiceBuilder;
+use tower_http::{
+    catch_panic::CatchPanicLayer,
+    map_response_body::MapResponseBodyLayer,
+    request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
+};
+
+use crate::{
+    auth::Auth,
+    clock,
+    config::Config,
+    dispatch::{self, Engine},
+    egress,
+    grpc::{
+        Api, DESCRIPTORS, Parts, Tokens,
+        proto::{delivery_service_server::DeliveryServiceServer, webhook_service_server::WebhookServiceServer},
+    },
+    rest,
+    store::{self, Lease, Store},
+};
+
+/// Concurrent calls on one HTTP/2 connection; more wait for the client's own accord.
+const MAX_STREAMS: u32 = 100;
+/// Header bytes of one request; more end it with 431.
+const MAX_HEADER_BYTES: u32 = 16 * 1024;
+/// Streams a client may reset before the server has looked at them; more end the connection (rapid reset).
+const MAX_PENDING_RESETS: usize = 20;
+/// A request message is at most this long; a longer one is refused.
+const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
+/// An HTTP/2 connection is asked whether it is alive after this time of silence …
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// … and closed when it does not answer within this.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between rounds of tidying up.
+const TIDY: Duration = Duration::from_secs(10);
+
+/// Why the server ends.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The HTTP client.
+    #[error(transparent)]
+    Egress(#[from] egress::StartError),
+    /// The annotations of the proto.
+    #[error(transparent)]
+    Rest(#[from] rest::StartError),
+    /// Reflection.
+    #[error("reflection cannot be served: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// The network.
+    #[error("the server failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Serves on `listener` until `shutdown`, then stops in order: no new connections, no new calls, open streams end, what
+/// is on the wire finishes, the rest is given back.
+pub async fn run(
+    listener: TcpListener,
+    config: Config,
+    store: Store,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    store.take_exclusively(&config.database_url)?;
+    let rescued = store.rescue_all_at_start().await?;
+    if rescued > 0 {
+        tracing::info!(count = rescued, "deliveries that were interrupted go out again");
+    }
+    let client = client(&config)?;
+    let engine = Engine {
+        store: store.clone(),
+        client: client.clone(),
+        schedule: Arc::new(config.retry_schedule.clone()),
+        request_timeout: config.request_timeout,
+        max_in_flight_per_webhook: config.max_in_flight_per_webhook,
+    };
+    let api = Api(Arc::new(Parts {
+        tokens: Tokens::new(&store.token_key().await?),
+        store: store.clone(),
+        client,
+        event_types: config.event_types.clone(),
+        lease: Lease {
+            length: dispatch::lease_length(config.request_timeout),
+            first_wait: config.retry_schedule.first_wait(),
+        },
+        shutdown: shutdown.clone(),
+    }));
+    let stop_engine = CancellationToken::new();
+    let engine = tokio::spawn(engine.run(stop_engine.clone(), config.shutdown_grace));
+    let mut background = JoinSet::new();
+    background.spawn(follow(store.clone()));
+    background.spawn(tidy(store));
+
+    let served = serve(listener, &config, api, shutdown).await;
+    // A test event may still wait for its attempt; only after the last call does the engine stop.
+    stop_engine.cancel();
+    let _ = engine.await;
+    served
+}
+
+async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: CancellationToken) -> Result<(), Error> {
+    let auth = Auth::new(api.0.store.clone(), config.environments.clone());
+    let mut routes = Routes::builder();
+    routes.add_service(WebhookServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES));
+    routes.add_service(DeliveryServiceServer::new(api).max_decoding_message_size(MAX_MESSAGE_BYTES));
+    if config.health {
+        let (reporter, health) = tonic_health::server::health_reporter();
+        reporter.set_serving::<WebhookServiceServer<Api>>().await;
+        reporter.set_serving::<DeliveryServiceServer<Api>>().await;
+        routes.add_service(health);
+    }
+    if config.reflection {
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        routes.add_service(reflection().build_v1()?);
+        routes.add_service(reflection().build_v1alpha()?);
+    }
+    // An attempt made for a test may take its whole time, and looking up its name comes on top.
+    let deadline = config.request_timeout + Duration::from_secs(10);
+    let limits = rest::Limits { deadline, shutdown: shutdown.clone(), ..rest::Limits::default() };
+    let layers = ServiceBuilder::new()
+        .layer(SetRequestIdLayer::x_request_id(MakeId))
+        .layer(PropagateRequestIdLayer::x_request_id())
+        .layer(rest::Transcode::new(DESCRIPTORS, limits)?)
+        .layer(tonic_web::GrpcWebLayer::new())
+        .layer(auth)
+        .layer(MapResponseBodyLayer::new(Body::new))
+        .layer(CatchPanicLayer::custom(panicked));
+    let drained = shutdown.clone();
+    let serving = tonic::transport::Server::builder()
+        .accept_http1(true)
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+        .layer(layers)
+        .add_routes(routes.routes())
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+            drained.cancelled().await
+        });
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(config.shutdown_grace).await;
+    };
+    tokio::select! {
+        served = serving => Ok(served?),
+        () = overdue => {
+            tracing::warn!("some calls did not end within the grace and were cut off");
+            Ok(())
+        }
+    }
+}
+
+fn client(config: &Config) -> Result<egress::Client, egress::StartError> {
+    let policy = egress::Policy {
+        allow: config.egress_allow.clone(),
+        allow_loopback: config.allow_loopback,
+        allow_http: config.allow_http,
+    };
+    let settings = egress::Settings {
+        request_timeout: config.request_timeout,
+        user_agent: concat!("Shortkit-Webhooks/", env!("CARGO_PKG_VERSION")).to_owned(),
+        extra_roots: config.egress_ca.clone(),
+    };
+    egress::Client::new(policy, &settings)
+}
+
+/// Feeds the live streams, through every failure of the database.
+async fn follow(store: Store) {
+    loop {
+        if let Err(error) = store.follow_changes().await {
+            tracing::warn!(%error, "the log of changes could not be read; trying again");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+async fn tidy(store: Store) {
+    loop {
+        match store.purge().await {
+            Ok(true) => tokio::task::yield_now().await,
+            Ok(false) => tokio::time::sleep(TIDY).await,
+            Err(error) => {
+                tracing::warn!(%error, "tidying up failed; trying again");
+                tokio::time::sleep(TIDY).await;
+            }
+        }
+    }
+}
+
+/// What a handler that panics answers: nothing of the inside.
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> http::Response<Body> {
+    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    tracing::error!(message, "a handler panicked");
+    Status::internal("internal error").into_http()
+}
+
+/// Names every request.
+#[derive(Clone, Copy)]
+struct MakeId;
+
+impl MakeRequestId for MakeId {
+    fn make_request_id<B>(&mut self, _request: &http::Request<B>) -> Option<RequestId> {
+        http::HeaderValue::try_from(clock::new_id("req")).ok().map(RequestId::new)
+    }
+}
