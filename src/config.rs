@@ -1,10 +1,35 @@
-//! What the operator can set.
+//! File, environment and flags become a [`Config`]. The only reader of the environment.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use ipnet::IpNet;
 
 use crate::webhook::{Environment, EventTypes, RetrySchedule};
+
+/// A request may take at most this long; a longer setting is refused, since a lease lasts as long.
+const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+
+/// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
+const SETTINGS: [(&str, &str); 14] = [
+    ("database-url", "sqlite://shortkit.db?mode=rwc"),
+    ("log", "info"),
+    ("listen", "127.0.0.1:8080"),
+    ("egress-allow", ""),
+    ("egress-ca", ""),
+    ("allow-http", "false"),
+    ("retry-schedule", "0s,1m,5m,30m,2h,24h"),
+    ("event-types", "content.ready,content.errored,export.ready"),
+    ("request-timeout", "30s"),
+    ("environments", "live,test"),
+    ("max-in-flight", "32"),
+    ("shutdown-grace", "35s"),
+    ("reflection", "true"),
+    ("health", "true"),
+];
 
 /// Everything that `serve` needs to know, valid.
 #[derive(Debug, Clone)]
@@ -13,6 +38,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `sqlite://…` or `postgres://…`.
     pub database_url: String,
+    /// What to log, in the words of `tracing_subscriber`'s `EnvFilter`.
+    pub log: String,
     /// Ranges where requests may go beside public addresses.
     pub egress_allow: Vec<IpNet>,
     /// PEM files of certificate authorities that receivers are trusted by, beside the system's.
@@ -37,4 +64,297 @@ pub struct Config {
     pub reflection: bool,
     /// Whether the health service is served, which needs no key.
     pub health: bool,
+}
+
+/// What every command that opens the database has to know.
+#[derive(Debug, Clone)]
+pub struct DatabaseConfig {
+    /// `sqlite://…` or `postgres://…`.
+    pub database_url: String,
+    /// What to log.
+    pub log: String,
+}
+
+/// Settings of every command that opens the database, as given.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct DatabaseArgs {
+    /// TOML file of settings, whose keys are the names of the flags; flags and environment win over it
+    #[arg(long, env = "SHORTKIT_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// `sqlite://FILE?mode=rwc`, or `postgres://USER:PASSWORD@HOST/NAME` for several nodes on one database [default: sqlite://shortkit.db?mode=rwc]
+    #[arg(long, env = "SHORTKIT_DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    database_url: Option<String>,
+    /// What to log: error, warn, info, debug, trace, or a filter such as `info,sqlx=warn` [default: info]
+    #[arg(long, env = "SHORTKIT_LOG", value_name = "LEVEL")]
+    log: Option<String>,
+}
+
+/// Settings of `serve`, as given.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// Nothing to prepare: loopback and `http` receivers allowed, keys made once and printed with lines to try
+    #[arg(long)]
+    dev: bool,
+    /// Address to serve on; port 0 picks a free one [default: 127.0.0.1:8080]
+    #[arg(long, env = "SHORTKIT_LISTEN", value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// CIDR ranges, comma-separated, where requests may go beside public addresses [default: none]
+    #[arg(long, env = "SHORTKIT_EGRESS_ALLOW", value_name = "RANGES")]
+    egress_allow: Option<String>,
+    /// PEM files, comma-separated, of authorities that receivers are trusted by beside the system's [default: none]
+    #[arg(long, env = "SHORTKIT_EGRESS_CA", value_name = "FILES")]
+    egress_ca: Option<String>,
+    /// Whether webhooks may have `http` URLs [default: false, with --dev true]
+    #[arg(long, env = "SHORTKIT_ALLOW_HTTP", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    allow_http: Option<String>,
+    /// Waits before each attempt, the first one's included; at most 50, each at most 24h [default: 0s,1m,5m,30m,2h,24h]
+    #[arg(long, env = "SHORTKIT_RETRY_SCHEDULE", value_name = "WAITS")]
+    retry_schedule: Option<String>,
+    /// The event types that exist, comma-separated [default: content.ready,content.errored,export.ready]
+    #[arg(long, env = "SHORTKIT_EVENT_TYPES", value_name = "TYPES")]
+    event_types: Option<String>,
+    /// How long one attempt may take; 1s to 5m [default: 30s]
+    #[arg(long, env = "SHORTKIT_REQUEST_TIMEOUT", value_name = "DURATION")]
+    request_timeout: Option<String>,
+    /// The environments whose keys are accepted: live, test or both [default: live,test]
+    #[arg(long, env = "SHORTKIT_ENVIRONMENTS", value_name = "NAMES")]
+    environments: Option<String>,
+    /// Attempts under way to one webhook at a time; 1 to 1024 [default: 32]
+    #[arg(long, env = "SHORTKIT_MAX_IN_FLIGHT", value_name = "COUNT")]
+    max_in_flight: Option<String>,
+    /// How long shutting down may take before what is under way is cut off; at most 1h [default: 35s]
+    #[arg(long, env = "SHORTKIT_SHUTDOWN_GRACE", value_name = "DURATION")]
+    shutdown_grace: Option<String>,
+    /// Whether gRPC reflection is served, which needs no key [default: true]
+    #[arg(long, env = "SHORTKIT_REFLECTION", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    reflection: Option<String>,
+    /// Whether the gRPC health service is served, which needs no key [default: true]
+    #[arg(long, env = "SHORTKIT_HEALTH", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    health: Option<String>,
+}
+
+/// Everything that is wrong with the configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration is not valid:\n  {}", .0.join("\n  "))]
+pub struct Invalid(pub Vec<String>);
+
+impl DatabaseArgs {
+    /// The configuration that these settings, the file they name and the defaults make.
+    pub fn load(self) -> Result<DatabaseConfig, Invalid> {
+        let mut settings = Settings::open(self.config.as_deref());
+        let database = settings.database(self);
+        settings.finish(database)
+    }
+}
+
+impl ServeArgs {
+    /// Whether this is for trying things out.
+    pub fn dev(&self) -> bool {
+        self.dev
+    }
+
+    /// The configuration that these settings, the file they name and the defaults make.
+    pub fn load(self) -> Result<Config, Invalid> {
+        let mut settings = Settings::open(self.database.config.as_deref());
+        let DatabaseConfig { database_url, log } = settings.database(self.database);
+        let config = Config {
+            database_url,
+            log,
+            listen: settings.read("listen", self.listen, |text| {
+                text.parse().map_err(|_| "must be an IP address and a port, such as 127.0.0.1:8080".to_owned())
+            }),
+            egress_allow: settings.read("egress-allow", self.egress_allow, |text| list(text, range)),
+            egress_ca: settings.read("egress-ca", self.egress_ca, |text| list(text, certificates)),
+            allow_http: settings.read("allow-http", self.allow_http, boolean) || self.dev,
+            allow_loopback: self.dev,
+            retry_schedule: settings.read("retry-schedule", self.retry_schedule, RetrySchedule::parse),
+            event_types: settings.read("event-types", self.event_types, EventTypes::parse),
+            request_timeout: settings.read("request-timeout", self.request_timeout, |text| {
+                duration(text, Duration::from_secs(1), MAX_REQUEST_TIMEOUT)
+            }),
+            environments: settings.read("environments", self.environments, |text| list(text, environment)),
+            max_in_flight_per_webhook: settings.read("max-in-flight", self.max_in_flight, |text| {
+                let count = text.parse().ok().filter(|count| (1..=1024).contains(count));
+                count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to 1024"))
+            }),
+            shutdown_grace: settings.read("shutdown-grace", self.shutdown_grace, |text| {
+                duration(text, Duration::ZERO, Duration::from_secs(60 * 60))
+            }),
+            reflection: settings.read("reflection", self.reflection, boolean),
+            health: settings.read("health", self.health, boolean),
+        };
+        settings.finish(config)
+    }
+}
+
+/// Reads settings one after the other and collects what is wrong with them.
+struct Settings {
+    file: toml::Table,
+    faults: Vec<String>,
+}
+
+impl Settings {
+    fn open(path: Option<&Path>) -> Self {
+        let mut settings = Self { file: toml::Table::new(), faults: Vec::new() };
+        let Some(path) = path else { return settings };
+        let read = std::fs::read_to_string(path).map_err(|error| error.to_string());
+        match read.and_then(|text| text.parse::<toml::Table>().map_err(|error| error.to_string())) {
+            Ok(file) => settings.file = file,
+            Err(error) => settings.faults.push(format!("{}: {}", path.display(), error.trim_end())),
+        }
+        let unknown = settings.file.keys().filter(|key| SETTINGS.iter().all(|(name, _)| name != key));
+        settings.faults.extend(unknown.map(|key| format!("{}: unknown setting `{key}`", path.display())));
+        settings
+    }
+
+    fn database(&mut self, args: DatabaseArgs) -> DatabaseConfig {
+        DatabaseConfig {
+            database_url: self.read("database-url", args.database_url, database_url),
+            log: self.read("log", args.log, |text| {
+                let filter = tracing_subscriber::EnvFilter::builder().parse(text);
+                filter.map(|_| text.to_owned()).map_err(|error| format!("`{text}`: {error}"))
+            }),
+        }
+    }
+
+    /// The setting as given, else as the file says, else its default; a faulty one is noted and counts as not given.
+    fn read<T>(&mut self, name: &'static str, given: Option<String>, parse: impl Fn(&str) -> Result<T, String>) -> T {
+        let text = given.map(Ok).or_else(|| self.file.get(name).map(text));
+        let parsed = text.map(|text| text.and_then(|text| parse(&text)));
+        if let Some(Err(fault)) = &parsed {
+            self.faults.push(format!("{name}: {fault}"));
+        }
+        let default = || {
+            let (_, default) = SETTINGS.iter().find(|(known, _)| *known == name).expect("SETTINGS names it");
+            parse(default).expect("a default is valid")
+        };
+        parsed.and_then(Result::ok).unwrap_or_else(default)
+    }
+
+    fn finish<T>(self, config: T) -> Result<T, Invalid> {
+        if self.faults.is_empty() { Ok(config) } else { Err(Invalid(self.faults)) }
+    }
+}
+
+/// A value of the file as it would stand in a flag.
+fn text(value: &toml::Value) -> Result<String, String> {
+    match value {
+        toml::Value::String(text) => Ok(text.clone()),
+        toml::Value::Boolean(value) => Ok(value.to_string()),
+        toml::Value::Integer(value) => Ok(value.to_string()),
+        toml::Value::Array(items) => Ok(items.iter().map(text).collect::<Result<Vec<_>, _>>()?.join(",")),
+        _ => Err(format!("must not be a {}", value.type_str())),
+    }
+}
+
+fn list<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(parse).collect()
+}
+
+fn range(text: &str) -> Result<IpNet, String> {
+    let address = || text.parse().ok().map(|address: std::net::IpAddr| IpNet::from(address));
+    text.parse().ok().or_else(address).ok_or_else(|| format!("`{text}` is not a range such as 10.1.0.0/16"))
+}
+
+fn certificates(path: &str) -> Result<Vec<u8>, String> {
+    std::fs::read(path).map_err(|error| format!("{path}: {error}"))
+}
+
+fn environment(word: &str) -> Result<Environment, String> {
+    Environment::parse(word).ok_or_else(|| format!("`{word}` is not an environment: live or test"))
+}
+
+fn boolean(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| format!("`{text}` is neither true nor false"))
+}
+
+fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {
+    let parsed = humantime::parse_duration(text).map_err(|error| format!("`{text}`: {error}"))?;
+    if (min..=max).contains(&parsed) {
+        return Ok(parsed);
+    }
+    Err(format!("`{text}` is not from {} to {}", humantime::format_duration(min), humantime::format_duration(max)))
+}
+
+fn database_url(text: &str) -> Result<String, String> {
+    let known = ["sqlite:", "postgres:", "postgresql:"].iter().any(|scheme| text.starts_with(scheme));
+    // Not the text itself: it may hold a password.
+    known.then(|| text.to_owned()).ok_or_else(|| "must start with sqlite:// or postgres://".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, Command};
+
+    use super::*;
+
+    #[test]
+    fn help_shows_every_setting_with_its_default() {
+        let help = ServeArgs::augment_args(Command::new("serve")).render_long_help().to_string();
+        for (name, default) in SETTINGS {
+            let default = if default.is_empty() { "none" } else { default };
+            let (_, section) = help.split_once(&format!("--{name} ")).unwrap_or_else(|| panic!("--{name}"));
+            let (_, shown) = section.split_once("[default: ").unwrap();
+            assert!(shown.starts_with(default), "{name}: {shown}");
+            assert!(section.contains(&format!("[env: SHORTKIT_{}", name.to_uppercase().replace('-', "_"))), "{name}");
+        }
+    }
+
+    #[test]
+    fn nothing_given_is_valid() {
+        let config = ServeArgs::default().load().unwrap();
+        assert_eq!(config.retry_schedule, RetrySchedule::default());
+        assert_eq!(config.environments, [Environment::Live, Environment::Test]);
+        assert!(!config.allow_http && !config.allow_loopback);
+    }
+
+    #[test]
+    fn every_fault_is_named_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("shortkit.toml");
+        std::fs::write(&file, "listen = \"x\"\nhealth = \"maybe\"\nmax-in-flight = 0\nevent-types = [\"a\", \"a\"]\n")
+            .unwrap();
+        let args = ServeArgs {
+            database: DatabaseArgs {
+                config: Some(file),
+                database_url: Some("mysql://me:pw@h/d".to_owned()),
+                log: None,
+            },
+            retry_schedule: Some("0s,soon".to_owned()),
+            egress_allow: Some("10.0.0.0/33".to_owned()),
+            environments: Some("live,prod".to_owned()),
+            ..ServeArgs::default()
+        };
+        let Invalid(faults) = args.load().unwrap_err();
+        for part in [
+            "`listen`",
+            "health:",
+            "max-in-flight:",
+            "event-types:",
+            "database-url:",
+            "`soon`",
+            "10.0.0.0/33",
+            "`prod`",
+        ] {
+            assert!(faults.iter().any(|fault| fault.contains(part)), "{part}: {faults:?}");
+        }
+        assert_eq!(faults.len(), 8, "{faults:?}");
+        assert!(!faults.iter().any(|fault| fault.contains("pw")));
+    }
+
+    #[test]
+    fn what_is_given_wins_over_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("shortkit.toml");
+        std::fs::write(&file, "listen = \"127.0.0.1:1\"\nallow-http = true\nmax-in-flight = 7\n").unwrap();
+        let args = ServeArgs {
+            database: DatabaseArgs { config: Some(file), ..DatabaseArgs::default() },
+            listen: Some("127.0.0.1:2".to_owned()),
+            ..ServeArgs::default()
+        };
+        let config = args.load().unwrap();
+        assert_eq!((config.listen.port(), config.max_in_flight_per_webhook, config.allow_http), (2, 7, true));
+    }
 }

@@ -1,6 +1,7 @@
 //! Shortkit Webhooks: events in, signed HTTP requests out, every step of the way visible.
 
 pub mod auth;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod dispatch;
@@ -10,4 +11,5 @@ pub mod grpc;
 pub mod rest;
 pub mod server;
 pub mod store;
+mod telemetry;
 pub mod webhook;

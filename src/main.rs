@@ -1,1 +1,10 @@
-fn main() {}
+//! Parses the command line and runs one subcommand.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use shortkit_webhooks::cli::Cli;
+
+fn main() -> ExitCode {
+    Cli::parse().run()
+}

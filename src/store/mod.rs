@@ -144,13 +144,18 @@ impl Store {
         Ok(migrations::Migrator::up(&self.0.write, None).await?)
     }
 
-    /// Makes sure that no other process serves the same SQLite database; several may share a PostgreSQL.
+    /// Makes sure, until the last clone is gone, that no other process serves the same SQLite database; several may share
+    /// a PostgreSQL.
     pub fn take_exclusively(&self, url: &str) -> Result<(), Error> {
         let Some(path) = sqlite_path(url) else { return Ok(()) };
+        let mut exclusive = self.0.exclusive.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if exclusive.is_some() {
+            return Ok(());
+        }
         let taken = || Error::Taken(path.to_owned());
         let file = std::fs::File::create(format!("{path}.lock")).map_err(|_| taken())?;
         file.try_lock().map_err(|_| taken())?;
-        *self.0.exclusive.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(file);
+        *exclusive = Some(file);
         Ok(())
     }
 
@@ -225,7 +230,7 @@ fn options(url: &str, connections: u32) -> ConnectOptions {
 }
 
 /// The file of a SQLite URL; none for PostgreSQL and for a database in memory.
-fn sqlite_path(url: &str) -> Option<&str> {
+pub fn sqlite_path(url: &str) -> Option<&str> {
     let path = url.strip_prefix("sqlite:")?;
     let path = path.strip_prefix("//").unwrap_or(path).split('?').next()?;
     (!path.is_empty() && path != ":memory:").then_some(path)

@@ -16,7 +16,7 @@ pub use delivery::{Answer, Attempt, Change, ChangeKind, Delivery, DeliveryStatus
 pub use event_data::{EventData, EventDataError, MAX_EVENT_DATA_DEPTH};
 pub use retry_schedule::RetrySchedule;
 pub use secret::Secret;
-pub use signature::{SigningKey, TOLERANCE_SECS, VerifyError, signature_headers, verify};
+pub use signature::{SigningKey, TOLERANCE_SECS, VerifyError, signature_headers, verify, verify_shortform};
 pub use tenant::{Environment, MAX_ORGANIZATION_BYTES, Tenant};
 pub use timestamp::Timestamp;
 pub use transition::{MAX_LOST_LEASES, Outcome, Plan, Transition, decide, rescue};

@@ -1,0 +1,79 @@
+//! The way from the command line to a running server.
+
+use clap::Args;
+use tonic::{
+    Request, Status,
+    metadata::AsciiMetadataValue,
+    service::Interceptor,
+    service::interceptor::InterceptedService,
+    transport::{Channel, ClientTlsConfig, Endpoint},
+};
+
+use super::Error;
+use crate::grpc::proto::delivery_service_client::DeliveryServiceClient;
+
+/// Where the server is and who asks.
+#[derive(Args)]
+pub(super) struct ClientArgs {
+    /// Where the server is
+    #[arg(long, env = "SHORTKIT_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    server: String,
+    /// The API key, `sk_…` or `svc_…`
+    #[arg(long, env = "SHORTKIT_KEY", value_name = "KEY", hide_env_values = true)]
+    key: String,
+    /// The organization to act for; only with a service key
+    #[arg(long, env = "SHORTKIT_ORGANIZATION", value_name = "NAME")]
+    organization: Option<String>,
+}
+
+pub(super) type Client = DeliveryServiceClient<InterceptedService<Channel, Credentials>>;
+
+/// Adds the key to every call.
+#[derive(Clone)]
+pub(super) struct Credentials {
+    authorization: AsciiMetadataValue,
+    organization: Option<AsciiMetadataValue>,
+}
+
+impl Interceptor for Credentials {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("authorization", self.authorization.clone());
+        if let Some(organization) = &self.organization {
+            request.metadata_mut().insert("x-shortkit-organization", organization.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl ClientArgs {
+    /// A client that connects with the first call, and again whenever it has to.
+    pub(super) fn connect(&self) -> Result<Client, Error> {
+        let refuse = |_| Error::Usage(format!("--server {}: not a URL such as http://127.0.0.1:8080", self.server));
+        let mut endpoint = Endpoint::from_shared(self.server.clone()).map_err(refuse)?.tcp_nodelay(true);
+        if self.server.starts_with("https:") {
+            endpoint = endpoint.tls_config(ClientTlsConfig::new().with_native_roots()).map_err(refuse)?;
+        }
+        let value = |name: &str, text: &str| {
+            let mut value = AsciiMetadataValue::try_from(text)
+                .map_err(|_| Error::Usage(format!("--{name} holds characters that it cannot hold")))?;
+            value.set_sensitive(true);
+            Ok::<_, Error>(value)
+        };
+        let credentials = Credentials {
+            authorization: value("key", &format!("Bearer {}", self.key))?,
+            organization: self.organization.as_deref().map(|name| value("organization", name)).transpose()?,
+        };
+        Ok(DeliveryServiceClient::with_interceptor(endpoint.connect_lazy(), credentials))
+    }
+
+    /// What a failed call means for the person at the terminal.
+    pub(super) fn explain(&self, status: &Status) -> String {
+        match status.code() {
+            tonic::Code::Unavailable => {
+                format!("{} does not answer ({}); is the server running there?", self.server, status.message())
+            }
+            tonic::Code::Unauthenticated => format!("{}; `shortkit-webhooks keys create` makes one", status.message()),
+            _ => status.message().to_owned(),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! `keys`: create, list and revoke.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
+
+use super::{Error, open};
+use crate::{
+    clock,
+    config::DatabaseArgs,
+    store::{KeyInfo, KeyKind, NewKey},
+    webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant, Timestamp},
+};
+
+/// Arguments of `keys`.
+#[derive(Args)]
+pub(super) struct KeysArgs {
+    #[command(subcommand)]
+    command: KeysCommand,
+}
+
+#[derive(Subcommand)]
+enum KeysCommand {
+    /// Make a key and print it, once
+    Create(CreateArgs),
+    /// List keys, the newest first; never the keys themselves
+    List(ListArgs),
+    /// End a key for good, within a second
+    Revoke(RevokeArgs),
+}
+
+#[derive(Args)]
+struct CreateArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// Whose key it is: 1 to 64 letters, digits, _ and -; not for a service key, which names one with each call
+    #[arg(long, value_name = "NAME", value_parser = organization)]
+    organization: Option<String>,
+    /// The environment it works in
+    #[arg(long, value_enum)]
+    environment: EnvironmentWord,
+    /// What it may do
+    #[arg(long, value_enum, default_value = "secret")]
+    kind: KindWord,
+    /// From when on it is refused, such as 90d [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    expires_in: Option<Duration>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ListArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct RevokeArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// Id of the key, `key_…`, as `keys list` shows it
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum EnvironmentWord {
+    Live,
+    Test,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KindWord {
+    /// sk_…: everything in its organization and environment
+    Secret,
+    /// pk_…: refused by every call of this service
+    Publishable,
+    /// svc_…: every call, on behalf of any organization
+    Service,
+}
+
+impl KeysArgs {
+    pub(super) async fn run(self) -> Result<(), Error> {
+        match self.command {
+            KeysCommand::Create(args) => create(args).await,
+            KeysCommand::List(args) => list(args).await,
+            KeysCommand::Revoke(args) => revoke(args).await,
+        }
+    }
+}
+
+async fn create(args: CreateArgs) -> Result<(), Error> {
+    match (args.kind, &args.organization) {
+        (KindWord::Service, Some(_)) => {
+            return Err(Error::Usage("a service key acts for any organization; leave --organization out".to_owned()));
+        }
+        (KindWord::Secret | KindWord::Publishable, None) => {
+            return Err(Error::Usage("--organization NAME says whose key it is".to_owned()));
+        }
+        _ => {}
+    }
+    let store = open(args.database).await?;
+    store.migrate().await?;
+    let kind = match args.kind {
+        KindWord::Secret => KeyKind::Secret,
+        KindWord::Publishable => KeyKind::Publishable,
+        KindWord::Service => KeyKind::Service,
+    };
+    let environment = match args.environment {
+        EnvironmentWord::Live => Environment::Live,
+        EnvironmentWord::Test => Environment::Test,
+    };
+    let expires_at = args.expires_in.map(|after| clock::now().after(after));
+    let created = store.create_key(NewKey { organization: args.organization, environment, kind, expires_at }).await?;
+    if args.json {
+        let mut object = describe(&created.info);
+        object["key"] = json!(created.key);
+        println!("{object}");
+    } else {
+        println!("{}", created.key);
+        eprintln!("This is the only time the key is shown. Its id is {}.", created.info.id);
+    }
+    Ok(())
+}
+
+async fn list(args: ListArgs) -> Result<(), Error> {
+    let store = open(args.database).await?;
+    store.migrate().await?;
+    let keys = store.list_keys().await?;
+    if args.json {
+        keys.iter().for_each(|key| println!("{}", describe(key)));
+        return Ok(());
+    }
+    if keys.is_empty() {
+        eprintln!(
+            "There are no keys yet. Make one: shortkit-webhooks keys create --organization acme --environment test"
+        );
+        return Ok(());
+    }
+    let header =
+        ["ID", "PREFIX", "KIND", "ORGANIZATION", "CREATED", "LAST USED", "EXPIRES", "STATE"].map(str::to_owned);
+    let rows: Vec<[String; 8]> = std::iter::once(header).chain(keys.iter().map(row)).collect();
+    let widths: [usize; 8] =
+        std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
+    for row in &rows {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        println!("{}", cells.join("  ").trim_end());
+    }
+    Ok(())
+}
+
+async fn revoke(args: RevokeArgs) -> Result<(), Error> {
+    let store = open(args.database).await?;
+    store.migrate().await?;
+    if !store.revoke_key(&args.id).await? {
+        return Err(Error::Failed(format!("there is no key {}; `keys list` shows the ids", args.id)));
+    }
+    eprintln!("{} is revoked", args.id);
+    Ok(())
+}
+
+fn organization(text: &str) -> Result<String, String> {
+    let rule = || format!("must be 1 to {MAX_ORGANIZATION_BYTES} letters, digits, _ and -");
+    Tenant::new(text, Environment::Test).map(|_| text.to_owned()).ok_or_else(rule)
+}
+
+fn state(key: &KeyInfo) -> &'static str {
+    if key.revoked_at.is_some() {
+        "revoked"
+    } else if key.expires_at.is_some_and(|at| at <= clock::now()) {
+        "expired"
+    } else {
+        "active"
+    }
+}
+
+fn row(key: &KeyInfo) -> [String; 8] {
+    let time = |at: Option<Timestamp>| at.map_or_else(|| "never".to_owned(), |at| at.to_string());
+    [
+        key.id.clone(),
+        key.prefix.clone(),
+        key.kind.as_str().to_owned(),
+        key.organization.clone().unwrap_or_else(|| "any".to_owned()),
+        key.created_at.to_string(),
+        time(key.last_used_at),
+        time(key.expires_at),
+        state(key).to_owned(),
+    ]
+}
+
+fn describe(key: &KeyInfo) -> serde_json::Value {
+    let mut object = json!({
+        "id": key.id,
+        "prefix": key.prefix,
+        "kind": key.kind.as_str(),
+        "environment": key.environment.as_str(),
+        "state": state(key),
+        "createdAt": key.created_at.to_string(),
+    });
+    for (name, value) in [
+        ("organization", key.organization.clone()),
+        ("lastUsedAt", key.last_used_at.map(|at| at.to_string())),
+        ("expiresAt", key.expires_at.map(|at| at.to_string())),
+        ("revokedAt", key.revoked_at.map(|at| at.to_string())),
+    ] {
+        if let Some(value) = value {
+            object[name] = json!(value);
+        }
+    }
+    object
+}

@@ -1,0 +1,110 @@
+//! `serve`, and what `--dev` prints.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::Error;
+use crate::{
+    config::ServeArgs,
+    server,
+    store::{KeyKind, NewKey, Store, sqlite_path},
+    telemetry,
+    webhook::Environment,
+};
+
+/// The organisation of development keys.
+const ORGANIZATION: &str = "dev";
+
+/// Keys of development mode, kept beside the database so that every start prints lines that work.
+#[derive(Default, Serialize, Deserialize)]
+struct DevKeys {
+    secret: String,
+    service: String,
+}
+
+pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<(), Error> {
+    let dev = args.dev();
+    let config = args.load()?;
+    telemetry::start(&config.log);
+    let store = Store::connect(&config.database_url).await?;
+    // Before anything is changed or promised.
+    store.take_exclusively(&config.database_url)?;
+    store.migrate().await?;
+    let keys = if dev { Some(dev_keys(&store, &dev_keys_path(&config.database_url)).await?) } else { None };
+    let listener = TcpListener::bind(config.listen).await.map_err(|error| {
+        Error::Failed(format!("cannot listen on {}: {error}\n  Choose another address with --listen.", config.listen))
+    })?;
+    let address = listener.local_addr()?;
+    println!("listening on http://{address}");
+    if let Some(keys) = keys {
+        println!("{}", welcome(&address.to_string(), &keys));
+    }
+    std::io::stdout().flush()?;
+    Ok(server::run(listener, config, store, stop).await?)
+}
+
+fn dev_keys_path(database_url: &str) -> PathBuf {
+    PathBuf::from(format!("{}.dev-keys.json", sqlite_path(database_url).unwrap_or("shortkit")))
+}
+
+/// The keys of the last start, when the database still knows them, else new ones.
+async fn dev_keys(store: &Store, path: &Path) -> Result<DevKeys, Error> {
+    let mut keys: DevKeys =
+        fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+    let mut fresh = false;
+    for (key, kind) in [(&mut keys.secret, KeyKind::Secret), (&mut keys.service, KeyKind::Service)] {
+        let works = store.find_key(key).await?.is_some_and(|info| info.revoked_at.is_none());
+        if !works {
+            let organization = (kind == KeyKind::Secret).then(|| ORGANIZATION.to_owned());
+            let new = NewKey { organization, environment: Environment::Test, kind, expires_at: None };
+            *key = store.create_key(new).await?.key;
+            fresh = true;
+        }
+    }
+    if fresh {
+        write_private(path, &serde_json::to_vec_pretty(&keys).unwrap_or_default())?;
+    }
+    Ok(keys)
+}
+
+/// Writes a file that only its owner can read.
+fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(bytes)
+}
+
+fn welcome(address: &str, keys: &DevKeys) -> String {
+    let DevKeys { secret, service } = keys;
+    format!(
+        r#"
+Development mode: receivers on this machine and plain http are allowed. Never open it to others.
+
+  secret key   {secret}   (organization {ORGANIZATION})
+  service key  {service}   (any organization)
+
+See a signed delivery: in a second terminal
+
+  shortkit-webhooks listen --port 9000
+
+and in a third, with curl
+
+  curl -X POST http://{address}/v1/webhooks -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' -d '{{"url":"http://localhost:9000/","events":["content.ready"]}}'
+  curl -X POST http://{address}/v1/events -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' -d '{{"event":"content.ready","data":{{"contentId":"cnt_abc123","title":"My Video","duration":45.2}}}}'
+  curl http://{address}/v1/webhooks -H 'Authorization: Bearer {secret}'
+
+or with grpcurl
+
+  grpcurl -plaintext {address} list
+  grpcurl -plaintext -H 'authorization: Bearer {service}' -H 'x-shortkit-organization: {ORGANIZATION}' -d '{{"event":"content.ready","data":"{{\"contentId\":\"cnt_abc123\"}}"}}' {address} shortkit.webhooks.v1.DeliveryService/PublishEvent
+  grpcurl -plaintext -H 'authorization: Bearer {secret}' {address} shortkit.webhooks.v1.DeliveryService/WatchDeliveries
+"#
+    )
+}

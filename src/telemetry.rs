@@ -1,0 +1,16 @@
+//! Logs: text on a terminal, one JSON object a line otherwise, always on standard error.
+
+use std::io::{IsTerminal, stderr};
+
+use tracing_subscriber::{EnvFilter, fmt};
+
+/// Starts logging what `filter` lets through, once for the process.
+pub(crate) fn start(filter: &str) {
+    let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(stderr);
+    // Fails when a log is running already; that one goes on.
+    let _ = if stderr().is_terminal() {
+        builder.with_target(false).compact().try_init()
+    } else {
+        builder.json().flatten_event(true).try_init()
+    };
+}
