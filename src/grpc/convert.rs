@@ -54,7 +54,8 @@ pub(super) fn delivery(listed: ListedDelivery) -> proto::Delivery {
         status: status(delivery.status).into(),
         status_code: delivery.status_code.map(i32::from),
         attempts: delivery.attempts,
-        response_time: delivery.response_time_ms,
+        // Without an answer there is no time of one; the attempt log says how long it took to fail.
+        response_time: delivery.response_time_ms.filter(|_| delivery.status_code.is_some()),
         payload,
         last_error: delivery.last_error,
         next_attempt_at: delivery.next_attempt_at.map(timestamp),

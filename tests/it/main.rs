@@ -1,1 +1,10 @@
-//! The integration tests, one binary.
+//! The whole service through its doors: real sockets, real SQLite, real PostgreSQL.
+
+mod support;
+
+mod delivering;
+mod documented_examples;
+mod errors;
+mod listing;
+mod tenants;
+mod watching;

@@ -1,0 +1,198 @@
+//! A running server, and one caller of it.
+
+use std::net::SocketAddr;
+
+use http::{HeaderMap, Method};
+use serde_json::Value;
+use shortkit_webhooks::{
+    config::{Config, ServeArgs},
+    grpc::proto::{
+        WatchDeliveriesRequest, WatchDeliveriesResponse, delivery_service_client::DeliveryServiceClient,
+        webhook_service_client::WebhookServiceClient,
+    },
+    server,
+    store::{KeyKind, NewKey, Store},
+    webhook::{Environment, RetrySchedule},
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Request, Status, Streaming,
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
+};
+
+use super::{Database, soon};
+
+/// A server on a port of its own, with a secret key for the organisation `acme`.
+pub(crate) struct TestServer {
+    pub(crate) address: SocketAddr,
+    pub(crate) store: Store,
+    pub(crate) key: String,
+    http: reqwest::Client,
+    shutdown: CancellationToken,
+    task: JoinHandle<Result<(), server::Error>>,
+}
+
+/// An answer over REST.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
+}
+
+/// Adds a key to every gRPC call.
+#[derive(Clone)]
+pub(crate) struct Bearer(pub(crate) String);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("authorization", format!("Bearer {}", self.0).parse().unwrap());
+        Ok(request)
+    }
+}
+
+type Authorized = InterceptedService<Channel, Bearer>;
+
+impl Answer {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+
+    pub(crate) fn data(&self) -> Value {
+        assert!((200..300).contains(&self.status), "{} {}", self.status, self.text);
+        self.json()["data"].clone()
+    }
+}
+
+/// The configuration of most tests: loopback receivers, retries at once.
+pub(crate) fn config(database: &Database) -> Config {
+    Config {
+        database_url: database.url.clone(),
+        allow_http: true,
+        allow_loopback: true,
+        retry_schedule: RetrySchedule::parse("0s,0s,0s,0s,0s,0s").unwrap(),
+        ..ServeArgs::default().load().unwrap()
+    }
+}
+
+impl TestServer {
+    pub(crate) async fn start(database: &Database) -> Self {
+        Self::with(config(database)).await
+    }
+
+    pub(crate) async fn with(config: Config) -> Self {
+        let store = Store::connect(&config.database_url).await.unwrap();
+        store.migrate().await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(server::run(listener, config, store.clone(), shutdown.clone()));
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let mut server = Self { address, store, key: String::new(), http, shutdown, task };
+        server.key = server.new_key(Some("acme"), KeyKind::Secret, Environment::Test).await;
+        server
+    }
+
+    /// Makes a key in the database.
+    pub(crate) async fn new_key(&self, organization: Option<&str>, kind: KeyKind, environment: Environment) -> String {
+        let organization = organization.map(str::to_owned);
+        let new = NewKey { organization, environment, kind, expires_at: None };
+        self.store.create_key(new).await.unwrap().key
+    }
+
+    /// Stops as a signal would, and waits until everything has ended.
+    pub(crate) async fn stop(self) {
+        self.shutdown.cancel();
+        soon("the end of the server", self.task).await.unwrap().unwrap();
+    }
+
+    pub(crate) fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method, format!("http://{}{path}", self.address)).bearer_auth(&self.key)
+    }
+
+    pub(crate) async fn send(&self, request: reqwest::RequestBuilder) -> Answer {
+        let response = soon("an answer", request.send()).await.unwrap();
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        Answer { status, headers, text: response.text().await.unwrap() }
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.send(self.request(Method::GET, path)).await
+    }
+
+    pub(crate) async fn call(&self, method: Method, path: &str, body: &str) -> Answer {
+        let request = self.request(method, path).header("content-type", "application/json");
+        self.send(request.body(body.to_owned())).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &str) -> Answer {
+        self.call(Method::POST, path, body).await
+    }
+
+    pub(crate) async fn patch(&self, path: &str, body: &str) -> Answer {
+        self.call(Method::PATCH, path, body).await
+    }
+
+    pub(crate) async fn delete(&self, path: &str) -> Answer {
+        self.send(self.request(Method::DELETE, path)).await
+    }
+
+    /// Registers a webhook for `events`; its id and secret.
+    pub(crate) async fn webhook(&self, url: &str, events: &[&str]) -> (String, String) {
+        let body = serde_json::json!({ "url": url, "events": events }).to_string();
+        let data = self.post("/v1/webhooks", &body).await.data();
+        let text = |key: &str| data[key].as_str().unwrap().to_owned();
+        (text("id"), text("secret"))
+    }
+
+    /// Publishes an event; how many deliveries it made.
+    pub(crate) async fn publish(&self, event: &str, data: &str) -> i64 {
+        let answer = self.post("/v1/events", &format!(r#"{{"event":"{event}","data":{data}}}"#)).await;
+        answer.data()["deliveries"].as_i64().unwrap()
+    }
+
+    pub(crate) fn channel(&self) -> Channel {
+        Endpoint::from_shared(format!("http://{}", self.address)).unwrap().connect_lazy()
+    }
+
+    pub(crate) fn webhooks(&self) -> WebhookServiceClient<Authorized> {
+        WebhookServiceClient::with_interceptor(self.channel(), Bearer(self.key.clone()))
+    }
+
+    pub(crate) fn deliveries(&self) -> DeliveryServiceClient<Authorized> {
+        DeliveryServiceClient::with_interceptor(self.channel(), Bearer(self.key.clone()))
+    }
+
+    /// The live stream of all the tenant's deliveries.
+    pub(crate) async fn watch(&self) -> Watch {
+        let stream = self.deliveries().watch_deliveries(WatchDeliveriesRequest::default()).await;
+        Watch(stream.unwrap().into_inner())
+    }
+}
+
+/// The live stream, to wait for what must happen.
+pub(crate) struct Watch(pub(crate) Streaming<WatchDeliveriesResponse>);
+
+impl Watch {
+    pub(crate) async fn next(&mut self) -> WatchDeliveriesResponse {
+        soon("a change", self.0.message()).await.unwrap().expect("the stream goes on")
+    }
+
+    /// Waits for `count` changes that `wanted` picks.
+    pub(crate) async fn until(
+        &mut self,
+        count: usize,
+        wanted: impl Fn(&WatchDeliveriesResponse) -> bool,
+    ) -> Vec<WatchDeliveriesResponse> {
+        let mut found = Vec::new();
+        while found.len() < count {
+            let change = self.next().await;
+            if wanted(&change) {
+                found.push(change);
+            }
+        }
+        found
+    }
+}

@@ -1,0 +1,103 @@
+//! Keys and tenants: nothing crosses an organisation or an environment.
+
+use http::Method;
+use shortkit_webhooks::{
+    clock,
+    store::{KeyKind, NewKey},
+    webhook::Environment,
+};
+
+use crate::support::{Database, Receiver, TestServer, config, on_both_databases};
+
+on_both_databases!(keys_open_what_they_may, another_tenant_is_as_good_as_none, other_environments_are_refused);
+
+async fn code(server: &TestServer, key: &str, organization: Option<&str>) -> (u16, String) {
+    let mut request = reqwest::Client::new().get(format!("http://{}/v1/webhooks", server.address));
+    if !key.is_empty() {
+        request = request.bearer_auth(key);
+    }
+    if let Some(organization) = organization {
+        request = request.header("x-shortkit-organization", organization);
+    }
+    let answer = server.send(request).await;
+    (answer.status, answer.json()["error"]["code"].as_str().unwrap_or_default().to_owned())
+}
+
+async fn keys_open_what_they_may(database: Database) {
+    let server = TestServer::start(&database).await;
+    let publishable = server.new_key(Some("acme"), KeyKind::Publishable, Environment::Test).await;
+    let service = server.new_key(None, KeyKind::Service, Environment::Test).await;
+    let key = |expires_at| NewKey {
+        organization: Some("acme".to_owned()),
+        environment: Environment::Test,
+        kind: KeyKind::Secret,
+        expires_at,
+    };
+    let expired = server.store.create_key(key(Some(clock::now()))).await.unwrap().key;
+    let revoked = server.store.create_key(key(None)).await.unwrap();
+    assert!(server.store.revoke_key(&revoked.info.id).await.unwrap());
+    assert!(!server.store.revoke_key("key_none").await.unwrap());
+    let mut forged = server.key.clone();
+    forged.pop();
+
+    let refused = |status, code: &str| (status, code.to_owned());
+    assert_eq!(code(&server, "", None).await, refused(401, "UNAUTHORIZED"));
+    assert_eq!(code(&server, &forged, None).await, refused(401, "UNAUTHORIZED"));
+    assert_eq!(code(&server, &expired, None).await, refused(401, "KEY_EXPIRED"));
+    assert_eq!(code(&server, &revoked.key, None).await, refused(401, "KEY_REVOKED"));
+    assert_eq!(code(&server, &publishable, None).await, refused(403, "FORBIDDEN"));
+    assert_eq!(code(&server, &service, None).await, refused(400, "INVALID_PARAMETER"));
+    assert_eq!(code(&server, &service, Some("no spaces")).await, refused(400, "INVALID_PARAMETER"));
+    assert_eq!(code(&server, &service, Some("acme")).await, refused(200, ""));
+    assert_eq!(code(&server, &server.key, None).await, refused(200, ""));
+    server.stop().await;
+}
+
+async fn another_tenant_is_as_good_as_none(database: Database) {
+    let mut server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let test = server.post(&format!("/v1/webhooks/{id}/test"), "{}").await.data();
+    let delivery = test["deliveryId"].as_str().unwrap();
+    let own = server.key.clone();
+    let strangers = [("acme", Environment::Live), ("other", Environment::Test)];
+    for (organization, environment) in strangers {
+        server.key = server.new_key(Some(organization), KeyKind::Secret, environment).await;
+        let webhook = format!("/v1/webhooks/{id}");
+        for (method, path, body) in [
+            (Method::GET, webhook.clone(), ""),
+            (Method::PATCH, webhook.clone(), r#"{"status":"disabled"}"#),
+            (Method::DELETE, webhook.clone(), ""),
+            (Method::POST, format!("{webhook}/rotate-secret"), ""),
+            (Method::POST, format!("{webhook}/test"), ""),
+            (Method::GET, format!("{webhook}/deliveries"), ""),
+            (Method::GET, format!("{webhook}/deliveries/watch"), ""),
+            (Method::GET, format!("{webhook}/deliveries/{delivery}"), ""),
+            (Method::POST, format!("{webhook}/deliveries/{delivery}/retry"), ""),
+        ] {
+            let answer = server.call(method.clone(), &path, body).await;
+            assert_eq!(answer.status, 404, "{method} {path} {}", answer.text);
+            let none = server.call(method, &path.replace(&id, "whk_none"), body).await;
+            assert_eq!(answer.json()["error"], none.json()["error"]);
+        }
+        assert_eq!(server.get("/v1/webhooks").await.json()["meta"]["total"], 0);
+        assert_eq!(server.publish("content.ready", "{}").await, 0);
+    }
+    server.key = own;
+    assert_eq!(server.get(&format!("/v1/webhooks/{id}")).await.data()["status"], "active");
+    assert_eq!(receiver.received().len(), 1);
+
+    let other = server.webhook(&receiver.url(), &["content.ready"]).await.0;
+    assert_eq!(server.get(&format!("/v1/webhooks/{other}/deliveries/{delivery}")).await.status, 404);
+    server.stop().await;
+}
+
+async fn other_environments_are_refused(database: Database) {
+    let config =
+        shortkit_webhooks::config::Config { environments: vec![Environment::Live], ..config(&database) };
+    let server = TestServer::with(config).await;
+    assert_eq!(code(&server, &server.key, None).await, (403, "ENVIRONMENT_MISMATCH".to_owned()));
+    let live = server.new_key(Some("acme"), KeyKind::Secret, Environment::Live).await;
+    assert_eq!(code(&server, &live, None).await.0, 200);
+    server.stop().await;
+}

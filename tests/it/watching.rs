@@ -1,0 +1,125 @@
+//! The live stream, over gRPC and as Server-Sent Events.
+
+use shortkit_webhooks::grpc::proto::{DeliveryChange, DeliveryStatus, WatchDeliveriesRequest};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio_stream::StreamExt;
+use tokio_util::io::StreamReader;
+
+use crate::support::{Database, Receiver, TestServer, on_both_databases, soon};
+
+on_both_databases!(every_change_in_order, resumes_after_a_restart, filters, server_sent_events, ends_on_shutdown);
+
+async fn every_change_in_order(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    server.publish("content.ready", "{}").await;
+    let created = watch.next().await;
+    assert_eq!((created.change(), created.status()), (DeliveryChange::Created, DeliveryStatus::Pending));
+    assert_eq!((created.webhook_id, created.event.as_str()), (id, "content.ready"));
+    let attempted = watch.next().await;
+    assert_eq!((attempted.change(), attempted.status()), (DeliveryChange::Attempted, DeliveryStatus::Success));
+    assert_eq!((attempted.attempts, attempted.status_code, attempted.last_error), (1, Some(200), None));
+    server.stop().await;
+}
+
+async fn resumes_after_a_restart(database: Database) {
+    let server = TestServer::start(&database).await;
+    let key = server.key.clone();
+    let receiver = Receiver::start().await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    server.publish("content.ready", "{}").await;
+    let first = watch.next().await;
+    // Its own later changes are missed, and so are those of the others.
+    drop(watch);
+    for _ in 0..3 {
+        server.publish("content.ready", "{}").await;
+    }
+    receiver.wait_for(4).await;
+    server.stop().await;
+
+    let mut server = TestServer::start(&database).await;
+    server.key = key;
+    let request = WatchDeliveriesRequest { resume_token: Some(first.resume_token), ..Default::default() };
+    let stream = server.deliveries().watch_deliveries(request).await.unwrap().into_inner();
+    let missed: Vec<_> = soon("7 changes", stream.take(7).collect::<Result<Vec<_>, _>>()).await.unwrap();
+    let attempted = missed.iter().filter(|change| change.change() == DeliveryChange::Attempted).count();
+    assert_eq!((missed.len(), attempted), (7, 4));
+    server.stop().await;
+}
+
+async fn filters(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready", "export.ready"]).await;
+    server.webhook(&receiver.url(), &["content.ready", "export.ready"]).await;
+    let request = WatchDeliveriesRequest {
+        webhook_id: id.clone(),
+        status: Some(DeliveryStatus::Success.into()),
+        event: Some("export.ready".to_owned()),
+        resume_token: None,
+    };
+    let mut stream = server.deliveries().watch_deliveries(request).await.unwrap().into_inner();
+    server.publish("content.ready", "{}").await;
+    receiver.wait_for(2).await;
+    server.publish("export.ready", "{}").await;
+    let change = soon("a change", stream.message()).await.unwrap().unwrap();
+    assert_eq!((change.webhook_id, change.event.as_str()), (id, "export.ready"));
+    assert_eq!(change.status(), DeliveryStatus::Success);
+    server.stop().await;
+}
+
+async fn server_sent_events(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let path = format!("/v1/webhooks/{id}/deliveries/watch");
+
+    let response = server.request(http::Method::GET, &path).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    server.publish("content.ready", "{}").await;
+    let events = events(response, 2).await;
+    assert!(events[0].1.starts_with("{"), "{events:?}");
+    assert!(events[0].1.contains(r#""change":"created""#) && events[1].1.contains(r#""status":"success""#), "{events:?}");
+
+    let request = server.request(http::Method::GET, &path).header("last-event-id", &events[0].0);
+    let resumed = self::events(request.send().await.unwrap(), 1).await;
+    assert_eq!(resumed[0], events[1]);
+
+    let forged = server.request(http::Method::GET, &path).header("last-event-id", "x");
+    let refused = server.send(forged).await;
+    assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (400, Some("INVALID_PARAMETER")));
+    server.stop().await;
+}
+
+/// The first `count` events of a stream: id and data.
+async fn events(response: reqwest::Response, count: usize) -> Vec<(String, String)> {
+    let bytes = response.bytes_stream().map(|chunk| chunk.map_err(std::io::Error::other));
+    let mut lines = BufReader::new(StreamReader::new(bytes)).lines();
+    let (mut events, mut id) = (Vec::new(), String::new());
+    while events.len() < count {
+        let line = soon("a line", lines.next_line()).await.unwrap().expect("the stream goes on");
+        if let Some(value) = line.strip_prefix("id: ") {
+            id = value.to_owned();
+        } else if let Some(data) = line.strip_prefix("data: ") {
+            events.push((id.clone(), data.to_owned()));
+        }
+    }
+    events
+}
+
+async fn ends_on_shutdown(database: Database) {
+    let server = TestServer::start(&database).await;
+    let mut watch = server.watch().await;
+    let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    let path = format!("/v1/webhooks/{id}/deliveries/watch");
+    let response = server.request(http::Method::GET, &path).send().await.unwrap();
+    server.stop().await;
+    let ended = soon("the end of the stream", watch.0.message()).await.unwrap_err();
+    assert_eq!(ended.code(), tonic::Code::Unavailable);
+    let text = soon("the end of the stream", response.text()).await.unwrap();
+    assert!(text.contains("event: error") && text.contains("SERVICE_UNAVAILABLE"), "{text}");
+}
