@@ -103,6 +103,7 @@ pub async fn run(
     // A test event may still wait for its attempt; only after the last call does the engine stop.
     stop_engine.cancel();
     let _ = engine.await;
+    background.shutdown().await;
     served
 }
 

@@ -1,6 +1,6 @@
 //! JSON into messages. A fault names the field by its path, for example `retry.max` or `events[1]`.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, collections::HashSet, fmt};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use prost_reflect::{DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MapKey, MessageDescriptor, Value};
@@ -72,8 +72,9 @@ pub(super) fn members<'a>(raw: &'a RawValue, path: &str) -> Result<Members<'a>, 
     }
     let members: Members<'a> = serde_json::from_str(raw.get())
         .map_err(|error| Failure::request(format!("the body is not valid JSON: {error}")))?;
-    for (index, (key, _)) in members.0.iter().enumerate() {
-        if members.0[..index].iter().any(|(earlier, _)| earlier == key) {
+    let mut seen = HashSet::with_capacity(members.0.len());
+    for (key, _) in &members.0 {
+        if !seen.insert(key) {
             return Err(Failure::about("INVALID_REQUEST", &join(path, key), "duplicate", "is given twice"));
         }
     }
@@ -96,7 +97,7 @@ pub(super) fn message(
     for (key, value) in members(raw, path)?.0 {
         let path = join(path, &key);
         let field = descriptor.get_field_by_json_name(&key).or_else(|| descriptor.get_field_by_name(&key));
-        let field = field.ok_or_else(|| Failure::body(&path, "unknown_field", "is not a known field"))?;
+        let field = field.ok_or_else(|| Failure::body(&path, "unknown", "is not a known field"))?;
         // The same field by its JSON name and by its proto name.
         if filled.contains(&field.number()) {
             return Err(Failure::about("INVALID_REQUEST", &path, "duplicate", "is given twice"));

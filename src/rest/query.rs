@@ -56,7 +56,8 @@ fn value(kind: &Kind, name: &str, text: &str) -> Result<Value, Failure> {
         Kind::String => Ok(Value::String(text.to_owned())),
         Kind::Bool => text.parse().map(Value::Bool).map_err(|_| wrong("true or false")),
         Kind::Enum(descriptor) => {
-            enum_value(descriptor, text).ok_or_else(|| wrong(&format!("one of {}", words(descriptor))))
+            let unknown = || Failure::parameter(name, "unknown", &format!("must be one of {}", words(descriptor)));
+            enum_value(descriptor, text).ok_or_else(unknown)
         }
         Kind::Message(descriptor) => timestamp(descriptor, text).ok_or_else(|| wrong("an RFC 3339 time")),
         Kind::Bytes => Err(wrong("given in a body")),

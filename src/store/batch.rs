@@ -1,7 +1,10 @@
 //! Natural batching: what queues up while one commit runs is the next batch, so a lone item waits for nobody and a
 //! crowd shares the cost of the disk.
 
-use std::future::Future;
+use std::{
+    future::Future,
+    sync::{Arc, Weak},
+};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -18,18 +21,21 @@ pub(super) struct Batcher<I, O> {
 }
 
 impl<I: Send + 'static, O: Send + 'static> Batcher<I, O> {
-    /// Starts the task. `commit` answers each item in the order given, or fails them all.
-    pub(super) fn start<C, F>(commit: C) -> Self
+    /// Starts the task. `commit` answers each item in the order given, or fails them all. The task does not keep the
+    /// owner, which has the batcher, alive.
+    pub(super) fn start<S, C, F>(owner: Weak<S>, commit: C) -> Self
     where
-        C: Fn(Vec<I>) -> F + Send + 'static,
+        S: Send + Sync + 'static,
+        C: Fn(Arc<S>, Vec<I>) -> F + Send + 'static,
         F: Future<Output = Result<Vec<O>, Error>> + Send,
     {
         let (queue, mut waiting) = mpsc::channel(MAX_QUEUED);
         tokio::spawn(async move {
             let mut batch = Vec::with_capacity(MAX_BATCH);
             while waiting.recv_many(&mut batch, MAX_BATCH).await > 0 {
+                let Some(owner) = owner.upgrade() else { return };
                 let (items, answers): (Vec<I>, Vec<oneshot::Sender<_>>) = batch.drain(..).unzip();
-                match commit(items).await {
+                match commit(owner, items).await {
                     Ok(outputs) => {
                         // A caller that left in the meantime misses only the answer: its item is committed.
                         answers.into_iter().zip(outputs).for_each(|(answer, output)| drop(answer.send(Ok(output))));

@@ -7,7 +7,10 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use ring::digest::{SHA256, digest};
-use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::Expr};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set,
+    sea_query::{Expr, Func},
+};
 
 use super::{
     Error, Store,
@@ -132,12 +135,8 @@ impl Store {
 
     /// Ends a key for good; false when there is none of that id. A revoked key keeps the time of its first revocation.
     pub async fn revoke_key(&self, id: &str) -> Result<bool, Error> {
-        let revoke = Entity::update_many()
-            .col_expr(
-                Column::RevokedAtMs,
-                Expr::cust_with_values("COALESCE(revoked_at_ms, $1)", [clock::now().millis()]),
-            )
-            .filter(Column::Id.eq(id));
+        let first = Func::coalesce([Expr::col(Column::RevokedAtMs), Expr::value(clock::now().millis())]);
+        let revoke = Entity::update_many().col_expr(Column::RevokedAtMs, first.into()).filter(Column::Id.eq(id));
         Ok(revoke.exec(&self.0.write).await?.rows_affected > 0)
     }
 

@@ -132,10 +132,11 @@ impl Store {
             used_keys: keys::UsedKeys::default(),
             exclusive: std::sync::Mutex::new(None),
         }));
-        let publisher = store.clone();
-        let _ = store.0.publisher.set(Batcher::start(move |batch| publisher.clone().publish_batch(batch)));
-        let recorder = store.clone();
-        let _ = store.0.recorder.set(Batcher::start(move |batch| recorder.clone().record_batch(batch)));
+        let weak = Arc::downgrade(&store.0);
+        let publisher = Batcher::start(weak.clone(), |inner, batch| Self(inner).publish_batch(batch));
+        let recorder = Batcher::start(weak, |inner, batch| Self(inner).record_batch(batch));
+        let _ = store.0.publisher.set(publisher);
+        let _ = store.0.recorder.set(recorder);
         Ok(store)
     }
 

@@ -26,14 +26,16 @@ on_both_databases!(
 );
 
 /// Data that a parser would change.
-const TOUCHY: &str = r#"{ "z":1e400,"a" : 12345678901234567890, "price":45.20,"e":"\u00e9\/\ud83d\ude00 é","n":{"b":-0.0,"a":[ ]} }"#;
+const TOUCHY: &str =
+    r#"{ "z":1e400,"a" : 12345678901234567890, "price":45.20,"e":"\u00e9\/\ud83d\ude00 é","n":{"b":-0.0,"a":[ ]} }"#;
 
 fn hmac_sha256(key: &[u8], message: &[u8]) -> Vec<u8> {
     hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), message).as_ref().to_vec()
 }
 
 fn shortform(secret: &str, body: &str) -> String {
-    let hex: String = hmac_sha256(secret.as_bytes(), body.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex: String =
+        hmac_sha256(secret.as_bytes(), body.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
     format!("sha256={hex}")
 }
 
@@ -66,7 +68,11 @@ async fn signed_and_untouched(database: Database) {
 
     watch.until(1, |change| change.status() == DeliveryStatus::Success).await;
     let listed = server.get(&format!("/v1/webhooks/{id}/deliveries")).await;
-    assert!(listed.text.contains(&format!(r#""payload":{{"event":"content.ready","data":{TOUCHY}}}"#)), "{}", listed.text);
+    assert!(
+        listed.text.contains(&format!(r#""payload":{{"event":"content.ready","data":{TOUCHY}}}"#)),
+        "{}",
+        listed.text
+    );
     server.stop().await;
 }
 
@@ -97,11 +103,9 @@ async fn retried_by_the_schedule_until_it_fails(database: Database) {
 
 async fn retry_after_lengthens_a_wait(database: Database) {
     let server = TestServer::start(&database).await;
-    let receiver = Receiver::scripted(|_, _| Reply {
-        headers: vec![("retry-after", "3600".to_owned())],
-        ..Reply::status(429)
-    })
-    .await;
+    let receiver =
+        Receiver::scripted(|_, _| Reply { headers: vec![("retry-after", "3600".to_owned())], ..Reply::status(429) })
+            .await;
     server.webhook(&receiver.url(), &["content.ready"]).await;
     let mut watch = server.watch().await;
     server.publish("content.ready", "{}").await;
@@ -137,7 +141,10 @@ async fn test_events_go_to_disabled_webhooks_and_are_not_retried(database: Datab
     let (id, _) = server.webhook(&receiver.url(), &["export.ready", "content.ready"]).await;
     server.patch(&format!("/v1/webhooks/{id}"), r#"{"status":"disabled"}"#).await.data();
     let test = server.call(http::Method::POST, &format!("/v1/webhooks/{id}/test"), "").await.data();
-    assert_eq!((&test["status"], &test["statusCode"], &test["response"]), (&json!("failed"), &json!(503), &json!("no")));
+    assert_eq!(
+        (&test["status"], &test["statusCode"], &test["response"]),
+        (&json!("failed"), &json!(503), &json!("no"))
+    );
     assert!(receiver.received()[0].body.starts_with(r#"{"event":"export.ready","data":{"#));
     let delivery = test["deliveryId"].as_str().unwrap();
     let recorded = server.get(&format!("/v1/webhooks/{id}/deliveries/{delivery}")).await.data();
@@ -182,8 +189,7 @@ async fn disabled_webhooks_hold_their_deliveries(database: Database) {
 
 async fn deleted_webhooks_take_their_deliveries_along(database: Database) {
     let server = TestServer::start(&database).await;
-    let receiver =
-        Receiver::scripted(|_, _| Reply { delay: Duration::from_millis(200), ..Reply::status(500) }).await;
+    let receiver = Receiver::scripted(|_, _| Reply { delay: Duration::from_millis(200), ..Reply::status(500) }).await;
     let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
     server.publish("content.ready", "{}").await;
     receiver.wait_for(1).await;
@@ -234,11 +240,9 @@ async fn redirects_are_not_followed(database: Database) {
     let server = TestServer::start(&database).await;
     let target = Receiver::start().await;
     let location = target.url();
-    let receiver = Receiver::scripted(move |_, _| Reply {
-        headers: vec![("location", location.clone())],
-        ..Reply::status(307)
-    })
-    .await;
+    let receiver =
+        Receiver::scripted(move |_, _| Reply { headers: vec![("location", location.clone())], ..Reply::status(307) })
+            .await;
     let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
     let test = server.post(&format!("/v1/webhooks/{id}/test"), "{}").await.data();
     assert_eq!((&test["status"], &test["lastError"]), (&json!("failed"), &json!("Redirects are not followed")));

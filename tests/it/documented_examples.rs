@@ -25,7 +25,9 @@ fn assert_shape(actual: &Value, documented: &Value, path: &str) {
                 assert_shape(actual, documented, &format!("{path}[{index}]"));
             }
         }
-        (Value::Number(actual), Value::Number(documented)) => assert_eq!(actual.is_i64(), documented.is_i64(), "{path}"),
+        (Value::Number(actual), Value::Number(documented)) => {
+            assert_eq!(actual.is_i64(), documented.is_i64(), "{path}")
+        }
         (Value::Bool(actual), Value::Bool(documented)) => assert_eq!(actual, documented, "{path}"),
         (Value::String(actual), Value::String(documented)) => match documented.split_once('_') {
             Some((prefix @ ("whk" | "del" | "evt" | "whsec"), _)) => {
@@ -51,10 +53,7 @@ async fn the_documented_walk(database: Database) {
     let events = json!(["content.ready", "content.errored"]);
 
     let created = server
-        .post(
-            "/v1/webhooks",
-            &json!({ "url": url, "events": events, "description": "Production webhook" }).to_string(),
-        )
+        .post("/v1/webhooks", &json!({ "url": url, "events": events, "description": "Production webhook" }).to_string())
         .await;
     let mut webhook = json!({
         "id": "whk_abc123", "url": url, "events": events, "description": "Production webhook",
@@ -112,10 +111,7 @@ async fn deliveries(server: &TestServer) {
     server.publish("content.errored", r#"{"contentId":"cnt_abc123"}"#).await;
     watch.until(1, |change| change.status().as_str_name() == "DELIVERY_STATUS_FAILED").await;
     let published = server
-        .post(
-            "/v1/events",
-            r#"{"event":"content.ready","data":{"contentId":"cnt_abc123","title":"My Video"}}"#,
-        )
+        .post("/v1/events", r#"{"event":"content.ready","data":{"contentId":"cnt_abc123","title":"My Video"}}"#)
         .await;
     assert_answer(&published, 202, &json!({ "data": { "id": "evt_abc", "deliveries": 1 } }));
     watch.until(1, |change| change.status().as_str_name() == "DELIVERY_STATUS_SUCCESS").await;

@@ -12,7 +12,7 @@ use crate::support::{Database, Receiver, TestServer, config, on_both_databases};
 on_both_databases!(keys_open_what_they_may, another_tenant_is_as_good_as_none, other_environments_are_refused);
 
 async fn code(server: &TestServer, key: &str, organization: Option<&str>) -> (u16, String) {
-    let mut request = reqwest::Client::new().get(format!("http://{}/v1/webhooks", server.address));
+    let mut request = server.anonymous(Method::GET, "/v1/webhooks");
     if !key.is_empty() {
         request = request.bearer_auth(key);
     }
@@ -93,8 +93,7 @@ async fn another_tenant_is_as_good_as_none(database: Database) {
 }
 
 async fn other_environments_are_refused(database: Database) {
-    let config =
-        shortkit_webhooks::config::Config { environments: vec![Environment::Live], ..config(&database) };
+    let config = shortkit_webhooks::config::Config { environments: vec![Environment::Live], ..config(&database) };
     let server = TestServer::with(config).await;
     assert_eq!(code(&server, &server.key, None).await, (403, "ENVIRONMENT_MISMATCH".to_owned()));
     let live = server.new_key(Some("acme"), KeyKind::Secret, Environment::Live).await;

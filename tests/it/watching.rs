@@ -66,8 +66,8 @@ async fn filters(database: Database) {
     receiver.wait_for(2).await;
     server.publish("export.ready", "{}").await;
     let change = soon("a change", stream.message()).await.unwrap().unwrap();
-    assert_eq!((change.webhook_id, change.event.as_str()), (id, "export.ready"));
     assert_eq!(change.status(), DeliveryStatus::Success);
+    assert_eq!((change.webhook_id, change.event.as_str()), (id, "export.ready"));
     server.stop().await;
 }
 
@@ -83,7 +83,10 @@ async fn server_sent_events(database: Database) {
     server.publish("content.ready", "{}").await;
     let events = events(response, 2).await;
     assert!(events[0].1.starts_with("{"), "{events:?}");
-    assert!(events[0].1.contains(r#""change":"created""#) && events[1].1.contains(r#""status":"success""#), "{events:?}");
+    assert!(
+        events[0].1.contains(r#""change":"created""#) && events[1].1.contains(r#""status":"success""#),
+        "{events:?}"
+    );
 
     let request = server.request(http::Method::GET, &path).header("last-event-id", &events[0].0);
     let resumed = self::events(request.send().await.unwrap(), 1).await;

@@ -13,7 +13,6 @@ pub(crate) enum Kind {
 
 /// An empty database; a file is gone when this is dropped, a PostgreSQL database with its server.
 pub(crate) struct Database {
-    pub(crate) kind: Kind,
     pub(crate) url: String,
     _directory: Option<TempDir>,
 }
@@ -24,7 +23,7 @@ impl Database {
             Kind::Sqlite => {
                 let directory = tempfile::tempdir().unwrap();
                 let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
-                Self { kind, url, _directory: Some(directory) }
+                Self { url, _directory: Some(directory) }
             }
             Kind::Postgres => {
                 let server = std::env::var("SHORTKIT_TEST_POSTGRES")
@@ -33,7 +32,7 @@ impl Database {
                 let admin = SeaOrm::connect(format!("{server}/postgres")).await.unwrap();
                 admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.unwrap();
                 admin.close().await.unwrap();
-                Self { kind, url: format!("{server}/{name}"), _directory: None }
+                Self { url: format!("{server}/{name}"), _directory: None }
             }
         }
     }

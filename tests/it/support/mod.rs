@@ -9,7 +9,7 @@ use std::time::Duration;
 pub(crate) use self::{
     database::{Database, Kind},
     receiver::{Received, Receiver, Reply},
-    server::{Answer, Bearer, TestServer, Watch, config},
+    server::{Answer, TestServer, config},
 };
 
 /// Something that does not happen within this time does not happen.

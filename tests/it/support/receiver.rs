@@ -65,11 +65,8 @@ impl Receiver {
     pub(crate) async fn scripted(script: impl Fn(usize, &Received) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = Arc::new(Shared {
-            script: Box::new(script),
-            received: Mutex::default(),
-            count: watch::Sender::new(0),
-        });
+        let shared =
+            Arc::new(Shared { script: Box::new(script), received: Mutex::default(), count: watch::Sender::new(0) });
         let app = Router::new().fallback(answer).with_state(Arc::clone(&shared));
         let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         Self { address, shared, task }

@@ -89,6 +89,8 @@ impl TestServer {
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(server::run(listener, config, store.clone(), shutdown.clone()));
+        // The first of the tests in this process installs it; the others find it there.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let mut server = Self { address, store, key: String::new(), http, shutdown, task };
         server.key = server.new_key(Some("acme"), KeyKind::Secret, Environment::Test).await;
@@ -108,8 +110,13 @@ impl TestServer {
         soon("the end of the server", self.task).await.unwrap().unwrap();
     }
 
+    /// A request without a key.
+    pub(crate) fn anonymous(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method, format!("http://{}{path}", self.address))
+    }
+
     pub(crate) fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
-        self.http.request(method, format!("http://{}{path}", self.address)).bearer_auth(&self.key)
+        self.anonymous(method, path).bearer_auth(&self.key)
     }
 
     pub(crate) async fn send(&self, request: reqwest::RequestBuilder) -> Answer {
