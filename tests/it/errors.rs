@@ -81,7 +81,6 @@ async fn bodies(database: Database) {
         (r#"{"status":"paused"}"#, (400, INVALID, "status", "unknown")),
         (r#"{"status":"ACTIVE"}"#, (400, INVALID, "status", "unknown")),
         (r#"{"secret":"x"}"#, (400, INVALID, "secret", "unknown")),
-        (r#"{"url":"https://127.0.0.2.nip/ /"}"#, (400, INVALID, "url", "invalid")),
     ] {
         let path = format!("/v1/webhooks/{id}");
         let answer = server.patch(&path, body).await;

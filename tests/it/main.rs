@@ -2,6 +2,7 @@
 
 mod support;
 
+mod crashing;
 mod delivering;
 mod documented_examples;
 mod errors;

@@ -13,7 +13,7 @@ pub(crate) use self::{
 };
 
 /// Something that does not happen within this time does not happen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Makes a test of `async fn name(database: Database)` for each database.
 macro_rules! on_both_databases {

@@ -1,0 +1,151 @@
+//! What was acknowledged arrives, whatever happens to the process.
+
+use std::{
+    collections::BTreeSet,
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use http::Method;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+};
+
+use crate::support::{Answer, Database, Receiver, Reply, on_both_databases, soon};
+
+on_both_databases!(killed_in_the_middle, stopped_in_the_middle);
+
+/// How many events are published before the process ends.
+const EVENTS: usize = 50;
+
+/// The real binary, in development mode.
+struct Process {
+    child: Child,
+    base: String,
+    key: String,
+}
+
+impl Process {
+    async fn start(database: &Database, directory: &std::path::Path) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"))
+            .args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "warn", "--database-url", &database.url])
+            .args(["--request-timeout", "5s"])
+            .current_dir(directory)
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut next = async || soon("a line", lines.next_line()).await.unwrap().expect("the process goes on");
+        let base = next().await.strip_prefix("listening on ").expect("the first line").to_owned();
+        let key = loop {
+            if let Some(rest) = next().await.trim().strip_prefix("secret key") {
+                break rest.split_whitespace().next().unwrap().to_owned();
+            }
+        };
+        Self { child, base, key }
+    }
+
+    async fn call(&self, method: Method, path: &str, body: String) -> Answer {
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let request = http.request(method, format!("{}{path}", self.base)).bearer_auth(&self.key);
+        let response = request.header("content-type", "application/json").body(body).send().await.unwrap();
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        Answer { status, headers, text: response.text().await.unwrap() }
+    }
+
+    async fn webhook(&self, url: &str) {
+        let body = serde_json::json!({ "url": url, "events": ["content.ready"] }).to_string();
+        self.call(Method::POST, "/v1/webhooks", body).await.data();
+    }
+
+    /// Publishes [`EVENTS`] events; all are acknowledged.
+    async fn publish(&self) {
+        for number in 0..EVENTS {
+            let body = format!(r#"{{"event":"content.ready","data":{{"number":{number}}}}}"#);
+            assert_eq!(self.call(Method::POST, "/v1/events", body).await.data()["deliveries"], 1);
+        }
+    }
+}
+
+/// A receiver that holds its first answers back until it is told to give them.
+async fn hesitant() -> (Receiver, Arc<AtomicBool>) {
+    let open = Arc::new(AtomicBool::new(false));
+    let opened = Arc::clone(&open);
+    let receiver = Receiver::scripted(move |index, _| match index {
+        10.. if !opened.load(Ordering::SeqCst) => Reply { delay: Duration::from_secs(20), ..Reply::status(200) },
+        _ => Reply::status(200),
+    })
+    .await;
+    (receiver, open)
+}
+
+fn ids(receiver: &Receiver) -> Vec<String> {
+    receiver.received().iter().map(|got| got.header("x-shortform-delivery-id").to_owned()).collect()
+}
+
+/// Waits until every event has come at least once.
+async fn all_arrive(receiver: &Receiver) {
+    let mut count = EVENTS;
+    loop {
+        receiver.wait_for(count).await;
+        let numbers: BTreeSet<String> = receiver.received().into_iter().map(|got| got.body).collect();
+        if numbers.len() >= EVENTS {
+            break;
+        }
+        count = receiver.received().len() + 1;
+    }
+    assert_eq!(ids(receiver).into_iter().collect::<BTreeSet<_>>().len(), EVENTS, "a repeat carries the same id");
+}
+
+async fn killed_in_the_middle(database: Database) {
+    let directory = tempfile::tempdir().unwrap();
+    let (receiver, open) = hesitant().await;
+    let mut first = Process::start(&database, directory.path()).await;
+    rustls_ready();
+    first.webhook(&receiver.url()).await;
+    first.publish().await;
+    receiver.wait_for(30).await;
+    first.child.start_kill().unwrap();
+    first.child.wait().await.unwrap();
+    let seen = receiver.received().len();
+    assert!(seen < EVENTS, "some had not even begun");
+
+    open.store(true, Ordering::SeqCst);
+    let mut second = Process::start(&database, directory.path()).await;
+    all_arrive(&receiver).await;
+    // At most those that were under way come twice.
+    assert!(receiver.received().len() <= EVENTS + 32, "{} requests", receiver.received().len());
+    second.child.start_kill().unwrap();
+    second.child.wait().await.unwrap();
+}
+
+async fn stopped_in_the_middle(database: Database) {
+    let directory = tempfile::tempdir().unwrap();
+    let receiver =
+        Receiver::scripted(|_, _| Reply { delay: Duration::from_millis(100), ..Reply::status(200) }).await;
+    let mut first = Process::start(&database, directory.path()).await;
+    rustls_ready();
+    first.webhook(&receiver.url()).await;
+    first.publish().await;
+    let pid = first.child.id().unwrap().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+    let ended = soon("the end", first.child.wait()).await.unwrap();
+    assert!(ended.success(), "{ended}");
+
+    let mut second = Process::start(&database, directory.path()).await;
+    all_arrive(&receiver).await;
+    assert_eq!(receiver.received().len(), EVENTS, "no repeats after an orderly stop");
+    second.child.start_kill().unwrap();
+    second.child.wait().await.unwrap();
+}
+
+/// The client of this test needs a crypto provider though it never encrypts.
+fn rustls_ready() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
