@@ -127,8 +127,7 @@ async fn killed_in_the_middle(database: Database) {
 
 async fn stopped_in_the_middle(database: Database) {
     let directory = tempfile::tempdir().unwrap();
-    let receiver =
-        Receiver::scripted(|_, _| Reply { delay: Duration::from_millis(100), ..Reply::status(200) }).await;
+    let receiver = Receiver::scripted(|_, _| Reply { delay: Duration::from_millis(100), ..Reply::status(200) }).await;
     let mut first = Process::start(&database, directory.path()).await;
     rustls_ready();
     first.webhook(&receiver.url()).await;

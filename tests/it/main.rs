@@ -2,10 +2,12 @@
 
 mod support;
 
+mod command_line;
 mod crashing;
 mod delivering;
 mod documented_examples;
 mod errors;
+mod interop;
 mod listing;
 mod tenants;
 mod watching;

@@ -36,8 +36,4 @@ impl Database {
             }
         }
     }
-
-    pub(crate) async fn sqlite() -> Self {
-        Self::fresh(Kind::Sqlite).await
-    }
 }

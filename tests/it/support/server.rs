@@ -22,7 +22,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Database, soon};
+use super::{Database, Kind, soon};
 
 /// A server on a port of its own, with a secret key for the organisation `acme`.
 pub(crate) struct TestServer {
@@ -32,6 +32,8 @@ pub(crate) struct TestServer {
     http: reqwest::Client,
     shutdown: CancellationToken,
     task: JoinHandle<Result<(), server::Error>>,
+    /// Goes last: the server works on it.
+    _database: Option<Database>,
 }
 
 /// An answer over REST.
@@ -82,6 +84,13 @@ impl TestServer {
         Self::with(config(database)).await
     }
 
+    /// For what does not depend on the database.
+    pub(crate) async fn on_sqlite() -> Self {
+        let database = Database::fresh(Kind::Sqlite).await;
+        let server = Self::start(&database).await;
+        Self { _database: Some(database), ..server }
+    }
+
     pub(crate) async fn with(config: Config) -> Self {
         let store = Store::connect(&config.database_url).await.unwrap();
         store.migrate().await.unwrap();
@@ -92,7 +101,7 @@ impl TestServer {
         // The first of the tests in this process installs it; the others find it there.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        let mut server = Self { address, store, key: String::new(), http, shutdown, task };
+        let mut server = Self { address, store, key: String::new(), http, shutdown, task, _database: None };
         server.key = server.new_key(Some("acme"), KeyKind::Secret, Environment::Test).await;
         server
     }
