@@ -4,6 +4,7 @@ pub mod auth;
 pub mod cli;
 pub mod clock;
 pub mod config;
+mod cors;
 pub mod dispatch;
 pub mod egress;
 mod feed;

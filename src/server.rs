@@ -5,9 +5,11 @@ use std::{sync::Arc, time::Duration};
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
-use tower::ServiceBuilder;
+use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::{ServiceBuilder, util::MapRequestLayer};
 use tower_http::{
     catch_panic::CatchPanicLayer,
+    compression::CompressionLayer,
     map_response_body::MapResponseBodyLayer,
     request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
 };
@@ -16,6 +18,7 @@ use crate::{
     auth::Auth,
     clock,
     config::Config,
+    cors::Cors,
     dispatch::{self, Engine},
     egress,
     grpc::{
@@ -117,6 +120,7 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
         reporter.set_serving::<WebhookServiceServer<Api>>().await;
         reporter.set_serving::<DeliveryServiceServer<Api>>().await;
         routes.add_service(health);
+        tokio::spawn(not_ready(reporter, shutdown.clone()));
     }
     if config.reflection {
         let reflection = || {
@@ -131,8 +135,12 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
     let deadline = config.request_timeout + Duration::from_secs(10);
     let limits = rest::Limits { deadline, shutdown: shutdown.clone(), ..rest::Limits::default() };
     let layers = ServiceBuilder::new()
+        .layer(MapRequestLayer::new(without_request_id))
         .layer(SetRequestIdLayer::x_request_id(MakeId))
         .layer(PropagateRequestIdLayer::x_request_id())
+        .layer(Cors)
+        .layer(MapResponseBodyLayer::new(Body::new))
+        .layer(CompressionLayer::new())
         .layer(rest::Transcode::new(DESCRIPTORS, limits)?)
         .layer(tonic_web::GrpcWebLayer::new())
         .layer(auth)
@@ -162,6 +170,14 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
             Ok(())
         }
     }
+}
+
+/// Tells those who ask that no more work should come here.
+async fn not_ready(reporter: HealthReporter, shutdown: CancellationToken) {
+    shutdown.cancelled().await;
+    reporter.set_service_status("", ServingStatus::NotServing).await;
+    reporter.set_not_serving::<WebhookServiceServer<Api>>().await;
+    reporter.set_not_serving::<DeliveryServiceServer<Api>>().await;
 }
 
 fn client(config: &Config) -> Result<egress::Client, egress::StartError> {
@@ -206,6 +222,12 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> http::Response<Body> {
     let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     tracing::error!(message, "a handler panicked");
     Status::internal("internal error").into_http()
+}
+
+/// Forgets the id that a caller chose: ids are ours, so that one in a log is one request.
+fn without_request_id(mut request: http::Request<Body>) -> http::Request<Body> {
+    request.headers_mut().remove("x-request-id");
+    request
 }
 
 /// Names every request.

@@ -2,12 +2,15 @@
 
 mod support;
 
+mod architecture;
 mod command_line;
 mod crashing;
 mod delivering;
 mod documented_examples;
 mod errors;
+mod hostile_receivers;
 mod interop;
 mod listing;
 mod tenants;
+mod transport;
 mod watching;
