@@ -1,4 +1,21 @@
 //! Shortkit Webhooks: events in, signed HTTP requests out, every step of the way visible.
+//!
+//! In reading order: [`webhook`] is the domain, pure. [`store`] keeps it, on SQLite and PostgreSQL. [`dispatch`] makes
+//! attempts and sends them through [`egress`]. [`grpc`] is the way in, [`rest`] the same as JSON, [`auth`] the lock on
+//! both. [`server`] puts them together, [`cli`] starts it.
+//!
+//! # Invariants
+//!
+//! - What was acknowledged is on disk, and ends as delivered or as a visible failure.
+//! - An attempt is leased and counted before its request leaves; a result is recorded only while the lease holds.
+//! - Nothing crosses a tenant.
+//! - Event data is never parsed into values and printed again.
+//! - [`webhook::decide`] alone chooses the state after an attempt; [`clock`] alone knows the time and makes ids.
+//!
+//! # Deliberately absent
+//!
+//! Order of deliveries, exactly-once, redirects, a queue beside the database, transformations of payloads.
+//! `docs/architecture.md` says why.
 
 pub mod auth;
 pub mod cli;

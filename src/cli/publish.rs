@@ -58,7 +58,7 @@ impl PublishArgs {
         let answer = client.publish_event(request).await;
         let answer = answer.map_err(|status| Error::Failed(self.client.explain(&status)))?.into_inner();
         println!("{}", answer.id);
-        eprintln!("published, with {} deliveries", answer.deliveries);
+        eprintln!("published; deliveries made: {}", answer.deliveries);
         Ok(())
     }
 

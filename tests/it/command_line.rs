@@ -180,7 +180,7 @@ async fn publish_and_watch() {
     let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
 
     let (code, out, error) = run(client(&["publish", "content.ready", "--data", r#"{"n":1}"#]), "").await;
-    assert!(code == 0 && out.starts_with("evt_") && error.contains("1 deliveries"), "{out}{error}");
+    assert!(code == 0 && out.starts_with("evt_") && error.contains("deliveries made: 1"), "{out}{error}");
     let (code, _, error) = run(client(&["publish", "content.ready"]), "{\"n\":2}\n\nnope\n{\"n\":3}\n").await;
     assert_eq!(code, 1);
     assert!(error.contains("line 3: ") && error.contains("2 events published, 2 deliveries"), "{error}");
