@@ -10,13 +10,14 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use axum::{Router, extract::State};
 use futures_util::{StreamExt, stream};
 use http::StatusCode;
 use serde_json::{Value, json};
+use shortkit_webhooks::clock;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     net::TcpListener,
@@ -83,7 +84,7 @@ impl Service {
     async fn time(&self, path: &str) -> (Duration, Duration) {
         let mut times = Vec::with_capacity(CALLS);
         for _ in 0..CALLS {
-            let started = Instant::now();
+            let started = clock::stopwatch();
             self.get(path).await;
             times.push(started.elapsed());
         }

@@ -45,7 +45,14 @@ pub struct Auth(Arc<Keys>);
 struct Keys {
     store: Store,
     environments: Vec<Environment>,
-    known: Mutex<HashMap<[u8; 32], (Instant, Option<KeyInfo>)>>,
+    /// By SHA-256 of the key: a key itself is not kept.
+    known: Mutex<HashMap<[u8; 32], Known>>,
+}
+
+/// What the database said of a key, and when.
+struct Known {
+    learned: Instant,
+    info: Option<KeyInfo>,
 }
 
 /// The layer around a service.
@@ -139,23 +146,22 @@ impl Keys {
         let mut hash = [0; 32];
         hash.copy_from_slice(digest(&SHA256, key.as_bytes()).as_ref());
         let lock = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((learned, info)) = lock().get(&hash)
-            && learned.elapsed() < MAX_AGE
+        if let Some(known) = lock().get(&hash)
+            && known.learned.elapsed() < MAX_AGE
         {
-            return Ok(info.clone());
+            return Ok(known.info.clone());
         }
         let info = self.store.find_key(key).await.map_err(grpc::store_failed)?;
         let mut known = lock();
         if known.len() >= MAX_KEYS {
             known.clear();
         }
-        known.insert(hash, (clock::stopwatch(), info.clone()));
+        known.insert(hash, Known { learned: clock::stopwatch(), info: info.clone() });
         Ok(info)
     }
 }
 
 /// The tenant that a key acts for.
-#[expect(clippy::result_large_err, reason = "tonic's handlers return it")]
 fn tenant(info: &KeyInfo, headers: &HeaderMap) -> Result<Tenant, Status> {
     let named = match &info.organization {
         Some(organization) => organization.as_str(),

@@ -16,7 +16,6 @@ impl Api {
     }
 
     /// What a cursor stands for.
-    #[expect(clippy::result_large_err, reason = "tonic's handlers return it")]
     pub(super) fn cursor(&self, purpose: &Purpose<'_>, cursor: Option<&str>) -> Result<Option<String>, Status> {
         let Some(cursor) = cursor else { return Ok(None) };
         let opened = self.tokens.open(purpose, cursor);

@@ -60,7 +60,6 @@ impl std::ops::Deref for Api {
 }
 
 /// Whose call it is: the tenant of the key, or the organisation that a service key names.
-#[expect(clippy::result_large_err, reason = "tonic's handlers return it")]
 fn tenant<T>(request: &Request<T>) -> Result<Tenant, Status> {
     let principal = request.extensions().get::<Principal>().ok_or_else(|| status::internal("no principal"))?;
     Ok(principal.tenant.clone())

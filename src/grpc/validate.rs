@@ -1,5 +1,4 @@
 //! Requests as domain types, or the status that names what is wrong with them.
-#![expect(clippy::result_large_err, reason = "tonic's handlers return Status")]
 
 use tonic::Status;
 

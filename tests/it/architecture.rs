@@ -98,3 +98,16 @@ fn only_the_store_knows_the_database_and_only_grpc_the_generated_types() {
         assert!(matches!(module, "egress") || !source.contains("reqwest::"), "{module}");
     }
 }
+
+#[test]
+fn the_states_are_those_of_the_schema_and_of_the_diagram() {
+    use shortkit_webhooks::webhook::DeliveryStatus;
+    let read = |path: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+    let words = [DeliveryStatus::Pending, DeliveryStatus::Success, DeliveryStatus::Failed].map(DeliveryStatus::as_str);
+    let check = format!("deliveries_status_known CHECK (status IN ('{}'))", words.join("', '"));
+    assert!(read("migrations/m0001_initial.rs").contains(&check), "{check}");
+    let docs = read("docs/architecture.md");
+    let (_, diagram) = docs.split_once("## The states of a delivery").unwrap();
+    let diagram = diagram.split("```").nth(1).unwrap();
+    assert!(words.iter().all(|word| diagram.contains(word)));
+}

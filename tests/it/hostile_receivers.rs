@@ -1,13 +1,10 @@
 //! Receivers that do not behave, from raw sockets: each ends in time, with a reason of its own.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
-use shortkit_webhooks::config::Config;
+use shortkit_webhooks::{clock, config::Config};
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -49,7 +46,7 @@ async fn server(database: &Database) -> TestServer {
 /// Sends a test event and asserts how it ended.
 async fn assert_ends(server: &TestServer, url: &str, expected: serde_json::Value) -> serde_json::Value {
     let (id, _) = server.webhook(url, &["content.ready"]).await;
-    let started = Instant::now();
+    let started = clock::stopwatch();
     let test = server.post(&format!("/v1/webhooks/{id}/test"), "{}").await.data();
     assert!(started.elapsed() < TIMEOUT + Duration::from_secs(2), "{:?} {test}", started.elapsed());
     for (key, value) in expected.as_object().unwrap() {
