@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use super::{Error, open};
+use super::{Error, open, print};
 use crate::{
     clock,
     config::DatabaseArgs,
@@ -121,9 +121,9 @@ async fn create(args: CreateArgs) -> Result<(), Error> {
     if args.json {
         let mut object = describe(&created.info);
         object["key"] = json!(created.key);
-        println!("{object}");
+        print(object)?;
     } else {
-        println!("{}", created.key);
+        print(&created.key)?;
         eprintln!("This is the only time the key is shown. Its id is {}.", created.info.id);
     }
     Ok(())
@@ -134,7 +134,9 @@ async fn list(args: ListArgs) -> Result<(), Error> {
     store.migrate().await?;
     let keys = store.list_keys().await?;
     if args.json {
-        keys.iter().for_each(|key| println!("{}", describe(key)));
+        for key in &keys {
+            print(describe(key))?;
+        }
         return Ok(());
     }
     if keys.is_empty() {
@@ -150,7 +152,7 @@ async fn list(args: ListArgs) -> Result<(), Error> {
         std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
     for row in &rows {
         let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        println!("{}", cells.join("  ").trim_end());
+        print(cells.join("  ").trim_end())?;
     }
     Ok(())
 }

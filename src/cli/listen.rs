@@ -12,7 +12,7 @@ use http::{HeaderMap, Request, StatusCode};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::Error;
+use super::{Error, print};
 use crate::{
     clock,
     webhook::{Secret, SigningKey, VerifyError, verify, verify_shortform},
@@ -50,7 +50,7 @@ impl ListenArgs {
         let listener = TcpListener::bind(address).await.map_err(|error| {
             Error::Failed(format!("cannot listen on {address}: {error}\n  Choose another port with --port."))
         })?;
-        println!("listening on http://{}", listener.local_addr()?);
+        print(format_args!("listening on http://{}", listener.local_addr()?))?;
         if self.secret.is_empty() {
             eprintln!("Without --secret whsec_… signatures are shown and not verified.");
         }
@@ -71,7 +71,7 @@ async fn receive(State(receiver): State<Arc<Receiver>>, request: Request<body::B
     let verified = receiver.verify(&head.headers, &payload);
     let header = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("-");
     let status = if verified == Some(false) { StatusCode::UNAUTHORIZED } else { receiver.status };
-    println!(
+    let shown = print(format_args!(
         "\n{}  {} {}  {}  attempt {}  {}\n{}\nanswering {status}",
         clock::now(),
         head.method,
@@ -80,7 +80,10 @@ async fn receive(State(receiver): State<Arc<Receiver>>, request: Request<body::B
         header("x-shortform-delivery-attempt"),
         receiver.sentences(&head.headers, &payload),
         pretty(&String::from_utf8_lossy(&payload)),
-    );
+    ));
+    if let Err(error) = shown {
+        eprintln!("a request could not be shown: {error}");
+    }
     tokio::time::sleep(receiver.delay).await;
     (status, "received")
 }

@@ -59,6 +59,8 @@ enum Error {
     Store(store::Error),
     #[error(transparent)]
     Server(#[from] server::Error),
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
     #[error("{0}")]
     Usage(String),
     #[error("{0}")]
@@ -74,12 +76,6 @@ impl From<store::Error> for Error {
     }
 }
 
-impl From<std::io::Error> for Error {
-    fn from(error: std::io::Error) -> Self {
-        Self::Failed(error.to_string())
-    }
-}
-
 impl Cli {
     /// Runs the subcommand; the code is 0 when it did what it was asked, 2 for wrong usage, 64 when the configuration is not valid, else 1.
     pub fn run(self) -> ExitCode {
@@ -89,6 +85,8 @@ impl Cli {
         };
         match runtime.block_on(self.command.run(shutdown_on_signal())) {
             Ok(()) => ExitCode::SUCCESS,
+            // Whoever reads has seen enough, as `head` does.
+            Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
             Err(error) => failed(&error),
         }
     }
@@ -120,6 +118,14 @@ fn failed(error: &Error) -> ExitCode {
         Error::Usage(_) => ExitCode::from(WRONG_USAGE),
         _ => ExitCode::FAILURE,
     }
+}
+
+/// Prints a line on standard output, at once.
+fn print(line: impl std::fmt::Display) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    out.flush()
 }
 
 /// Ends when the operator or the system asks this process to stop.

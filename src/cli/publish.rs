@@ -14,6 +14,7 @@ use tonic::Status;
 use super::{
     Error,
     client::{Client, ClientArgs},
+    print,
 };
 use crate::{clock, grpc::proto::PublishEventRequest};
 
@@ -57,7 +58,7 @@ impl PublishArgs {
         let request = PublishEventRequest { event: self.event.clone(), data };
         let answer = client.publish_event(request).await;
         let answer = answer.map_err(|status| Error::Failed(self.client.explain(&status)))?.into_inner();
-        println!("{}", answer.id);
+        print(&answer.id)?;
         eprintln!("published; deliveries made: {}", answer.deliveries);
         Ok(())
     }

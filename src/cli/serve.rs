@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::Error;
+use super::{Error, print};
 use crate::{
     config::ServeArgs,
     server,
@@ -42,11 +42,11 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
         Error::Failed(format!("cannot listen on {}: {error}\n  Choose another address with --listen.", config.listen))
     })?;
     let address = listener.local_addr()?;
-    println!("listening on http://{address}");
+    // A service serves on, also when nobody reads what it prints.
+    let _ = print(format_args!("listening on http://{address}"));
     if let Some(keys) = keys {
-        println!("{}", welcome(&address.to_string(), &keys));
+        let _ = print(welcome(&address.to_string(), &keys));
     }
-    std::io::stdout().flush()?;
     Ok(server::run(listener, config, store, stop).await?)
 }
 

@@ -1,6 +1,6 @@
 //! `watch`: the live stream in the terminal.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use clap::{Args, ValueEnum};
 use tokio_util::sync::CancellationToken;
@@ -9,6 +9,7 @@ use tonic::{Code, Status};
 use super::{
     Error,
     client::{Client, ClientArgs},
+    print,
 };
 use crate::{
     grpc::proto::{DeliveryChange, DeliveryStatus, WatchDeliveriesRequest, WatchDeliveriesResponse},
@@ -65,7 +66,7 @@ impl WatchArgs {
             let before = request.resume_token.clone();
             let ended = tokio::select! {
                 () = stop.cancelled() => return Ok(()),
-                ended = follow(client.clone(), &mut request) => ended,
+                ended = follow(client.clone(), &mut request) => ended?,
             };
             if let Err(status) = ended {
                 if !matches!(status.code(), Code::Unavailable | Code::Aborted | Code::Unknown | Code::Cancelled) {
@@ -82,14 +83,23 @@ impl WatchArgs {
     }
 }
 
-/// Prints changes until the stream ends; `request` then asks for what comes after the last one.
-async fn follow(mut client: Client, request: &mut WatchDeliveriesRequest) -> Result<(), Status> {
-    let mut changes = client.watch_deliveries(request.clone()).await?.into_inner();
-    while let Some(change) = changes.message().await? {
-        println!("{}", line(&change));
-        request.resume_token = Some(change.resume_token);
+/// Prints changes until the stream ends; `request` then asks for what comes after the last one. The outer error is that
+/// nobody reads any more, the inner one how the stream ended.
+async fn follow(mut client: Client, request: &mut WatchDeliveriesRequest) -> io::Result<Result<(), Status>> {
+    let mut changes = match client.watch_deliveries(request.clone()).await {
+        Ok(answer) => answer.into_inner(),
+        Err(status) => return Ok(Err(status)),
+    };
+    loop {
+        match changes.message().await {
+            Ok(Some(change)) => {
+                print(line(&change))?;
+                request.resume_token = Some(change.resume_token);
+            }
+            Ok(None) => return Ok(Ok(())),
+            Err(status) => return Ok(Err(status)),
+        }
     }
-    Ok(())
 }
 
 fn line(change: &WatchDeliveriesResponse) -> String {
