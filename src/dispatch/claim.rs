@@ -1,6 +1,6 @@
 //! Fetches what falls due, and what dead nodes left.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
@@ -15,8 +15,14 @@ const POLL: Duration = Duration::from_secs(1);
 
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(store: Store, request_timeout: Duration, shutdown: CancellationToken) {
+    let mut rescued = None;
     while !shutdown.is_cancelled() {
-        let wait = match round(&store, lease_length(request_timeout)).await {
+        // Leases run out by the clock, not by what happens here: looking once in a while is enough.
+        let rescue = rescued.is_none_or(|at: Instant| at.elapsed() >= POLL);
+        if rescue {
+            rescued = Some(clock::stopwatch());
+        }
+        let wait = match round(&store, rescue, lease_length(request_timeout)).await {
             Ok(wait) => wait.min(POLL),
             Err(error) => {
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
@@ -35,8 +41,8 @@ pub(super) async fn run(store: Store, request_timeout: Duration, shutdown: Cance
 }
 
 /// Claims what is due and there is room for; answers how long nothing more will be.
-async fn round(store: &Store, lease: Duration) -> Result<Duration, Error> {
-    let rescued = store.rescue(false).await?;
+async fn round(store: &Store, rescue: bool, lease: Duration) -> Result<Duration, Error> {
+    let rescued = if rescue { store.rescue(false).await? } else { 0 };
     if rescued > 0 {
         tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
     }

@@ -20,6 +20,9 @@ pub struct Stats {
     pub last_attempt_at: Option<Timestamp>,
 }
 
+/// One statement writes at most this many counts, since a database takes only so many values in one.
+const MAX_ROWS: usize = 1_000;
+
 /// Changes of counts, added up before they are written.
 #[derive(Default)]
 pub(super) struct Deltas(BTreeMap<(String, String, DeliveryStatus), (i64, Option<i64>)>);
@@ -38,22 +41,28 @@ impl Deltas {
 
     /// Writes them; the transaction must be [`super::ordered`].
     pub(super) async fn write(self, transaction: &DatabaseTransaction) -> Result<(), Error> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
-        let mut sql =
-            Sql::new("INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) VALUES ");
-        for (index, ((webhook_id, event_type, status), (total, last))) in self.0.into_iter().enumerate() {
-            if index > 0 {
-                sql.text(",");
+        let mut rows = self.0.into_iter().peekable();
+        while rows.peek().is_some() {
+            let mut sql = Sql::new(
+                "INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) VALUES ",
+            );
+            for (index, ((webhook_id, event_type, status), (total, last))) in rows.by_ref().take(MAX_ROWS).enumerate() {
+                sql.text(if index > 0 { "," } else { "" });
+                sql.row([
+                    webhook_id.into(),
+                    event_type.into(),
+                    status.as_str().into(),
+                    total.into(),
+                    Value::from(last),
+                ]);
             }
-            sql.row([Value::from(webhook_id), event_type.into(), status.as_str().into(), total.into(), last.into()]);
+            sql.text(
+                " ON CONFLICT (webhook_id, event_type, status) DO UPDATE SET \
+                 total = delivery_counts.total + excluded.total, \
+                 last_attempt_at_ms = COALESCE(excluded.last_attempt_at_ms, delivery_counts.last_attempt_at_ms)",
+            );
+            transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
         }
-        sql.text(
-            " ON CONFLICT (webhook_id, event_type, status) DO UPDATE SET total = delivery_counts.total + excluded.total, \
-             last_attempt_at_ms = COALESCE(excluded.last_attempt_at_ms, delivery_counts.last_attempt_at_ms)",
-        );
-        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
         Ok(())
     }
 

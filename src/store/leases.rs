@@ -135,12 +135,8 @@ impl Store {
         length: Duration,
     ) -> Result<Vec<Leased>, Error> {
         let expires_at = now.after(length);
-        let mut sql = Sql::new(
-            "UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
-             next_attempt_at_ms = NULL, lease_node = ",
-        );
-        sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
-        sql.text(" WHERE (webhook_id, id) IN (");
+        // Materialized, so that a plan that looks twice does not lock, and claim, more than there are places for.
+        let mut sql = Sql::new("WITH due AS MATERIALIZED (");
         // Differs from SQLite because there other nodes claim at the same time.
         let lock = if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" };
         for (index, (webhook_id, places)) in wanted.iter().enumerate() {
@@ -150,6 +146,12 @@ impl Store {
             sql.text(" ORDER BY next_attempt_at_ms LIMIT ").value(i64::try_from(*places).unwrap_or(i64::MAX));
             sql.text(&format!("{lock}) AS r{index}"));
         }
+        sql.text(
+            ") UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
+             next_attempt_at_ms = NULL, lease_node = ",
+        );
+        sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
+        sql.text(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due");
         sql.text(") RETURNING *");
         let statement = sql.build(self.0.write.get_database_backend());
         let rows = delivery::Entity::find().from_raw_sql(statement).all(&self.0.write).await?;
@@ -245,7 +247,9 @@ impl Store {
         let (mut deltas, mut log, mut attempts) = (Deltas::default(), Vec::new(), Vec::new());
         for mut row in rows {
             let lost = row.lost_leases + 1;
-            let transition = rescue(lost, now);
+            // A test event is only ever the first attempt; a retry by hand comes later.
+            let is_test = row.once && row.attempts == 1;
+            let transition = rescue(lost, is_test, now);
             let started_at = row.last_attempt_at_ms.unwrap_or(row.created_at_ms);
             row.status = transition.status.as_str().to_owned();
             row.next_attempt_at_ms = transition.next_attempt_at.map(Timestamp::millis);
