@@ -12,6 +12,8 @@
 mod answer;
 mod call;
 mod decode;
+#[cfg(test)]
+mod differential;
 mod encode;
 mod error;
 mod json;
