@@ -3,36 +3,21 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
-use prost_reflect::{DynamicMessage, ReflectMessage};
 use tonic::body::Body;
 
-use super::{call::InnerError, encode, routes::Route};
-
-/// The envelope: the field that `response_body` names is `data`, its siblings are `meta`; without one the message is
-/// `data`.
-pub(super) fn envelope(route: &Route, reply: &DynamicMessage) -> String {
-    let mut out = String::with_capacity(256);
-    out.push_str("{\"data\":");
-    match &route.response_body {
-        None => encode::message(&mut out, reply, &route.rules, |_| false),
-        Some(field) => {
-            encode::field(&mut out, reply, field, &route.rules);
-            let sibling = |other: &prost_reflect::FieldDescriptor| other.number() != field.number();
-            let shown = |other: &_| sibling(other) && encode::is_shown(reply, other, &route.rules);
-            if reply.descriptor().fields().any(|other| shown(&other)) {
-                out.push_str(",\"meta\":");
-                encode::message(&mut out, reply, &route.rules, |other| !sibling(other));
-            }
-        }
-    }
-    out.push('}');
-    out
-}
+use super::{
+    call::{InnerError, remove_grpc},
+    encode,
+    routes::Route,
+};
 
 /// The whole answer.
-pub(super) fn response(route: &Route, headers: HeaderMap, reply: Bytes) -> Result<Response<Body>, InnerError> {
-    let reply = DynamicMessage::decode(route.output.clone(), reply).map_err(|_| InnerError::Broken)?;
-    let mut response = Response::new(Body::new(Full::from(envelope(route, &reply))));
+pub(super) fn response(route: &Route, headers: HeaderMap, reply: &[u8]) -> Result<Response<Body>, InnerError> {
+    // JSON has names where the wire has numbers.
+    let mut out = Vec::with_capacity(2 * reply.len() + 128);
+    encode::envelope(&route.tables, route.output, route.response_body, reply, &mut out)
+        .map_err(|_| InnerError::Broken)?;
+    let mut response = Response::new(Body::new(Full::new(Bytes::from(out))));
     *response.status_mut() = StatusCode::from_u16(route.success).unwrap_or(StatusCode::OK);
     *response.headers_mut() = passed_on(headers);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -41,8 +26,7 @@ pub(super) fn response(route: &Route, headers: HeaderMap, reply: Bytes) -> Resul
 
 /// The headers of a reply that are not gRPC's own.
 pub(super) fn passed_on(mut headers: HeaderMap) -> HeaderMap {
-    let own: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("grpc-")).cloned().collect();
-    own.iter().for_each(|name| drop(headers.remove(name)));
+    remove_grpc(&mut headers);
     headers.remove(header::CONTENT_TYPE);
     headers.remove(header::CONTENT_LENGTH);
     headers

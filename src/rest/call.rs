@@ -1,18 +1,17 @@
 //! The call of the service inside, as one gRPC frame.
 
-use bytes::{BufMut, Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, Version, header};
+use bytes::{Buf, Bytes};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Version, header};
 use http_body_util::{BodyExt, Full};
-use prost::Message;
-use prost_reflect::DynamicMessage;
 use tonic::{Code, Status, body::Body};
 
 use super::routes::Route;
 
 /// Length of what stands before a message: a flag, and the length in four bytes.
-const PREFIX: usize = 5;
+pub(super) const PREFIX: usize = 5;
 
 /// What came back instead of an answer.
+#[derive(Debug)]
 pub(super) enum InnerError {
     /// The service refused.
     Status(Box<Status>),
@@ -37,23 +36,22 @@ const LEFT_OUT: [header::HeaderName; 13] = [
     header::UPGRADE,
 ];
 
-/// The request for the service inside, with the caller's headers and extensions.
-pub(super) fn request(route: &Route, parts: http::request::Parts, message: &DynamicMessage) -> Request<Body> {
-    let length = message.encoded_len();
-    let mut frame = BytesMut::with_capacity(PREFIX + length);
-    frame.put_u8(0);
-    frame.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-    frame.put_slice(&message.encode_to_vec());
-    let mut request = Request::new(Body::new(Full::new(frame.freeze())));
+/// The request for the service inside, with the caller's headers and extensions. The frame has room for its prefix.
+pub(super) fn request(route: &Route, parts: http::request::Parts, mut frame: Vec<u8>) -> Request<Body> {
+    // A body is so bounded that its message cannot exceed four bytes of length.
+    let length = u32::try_from(frame.len().saturating_sub(PREFIX)).unwrap_or(u32::MAX);
+    if let Some(place) = frame.get_mut(1..PREFIX) {
+        place.copy_from_slice(&length.to_be_bytes());
+    }
+    let mut request = Request::new(Body::new(Full::new(Bytes::from(frame))));
     *request.method_mut() = Method::POST;
     *request.version_mut() = Version::HTTP_2;
-    *request.uri_mut() = Uri::try_from(route.grpc_path.as_str()).unwrap_or_default();
+    *request.uri_mut() = route.uri.clone();
     *request.extensions_mut() = parts.extensions;
     *request.headers_mut() = parts.headers;
     let headers = request.headers_mut();
     LEFT_OUT.iter().for_each(|name| drop(headers.remove(name)));
-    let grpc: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("grpc-")).cloned().collect();
-    grpc.iter().for_each(|name| drop(headers.remove(name)));
+    remove_grpc(headers);
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(header::TE, HeaderValue::from_static("trailers"));
     request
@@ -73,17 +71,25 @@ pub(super) async fn unary(response: Response<Body>) -> Result<Bytes, InnerError>
     if let Some(status) = collected.trailers().and_then(refusal) {
         return Err(InnerError::Status(status));
     }
-    let mut bytes = BytesMut::from(collected.to_bytes().as_ref());
-    take_frame(&mut bytes).ok_or(InnerError::Broken)
+    take_frame(&mut collected.to_bytes())?.ok_or(InnerError::Broken)
 }
 
-/// Takes the first message off the front, when it is there whole.
-pub(super) fn take_frame(bytes: &mut BytesMut) -> Option<Bytes> {
-    let prefix: [u8; PREFIX] = bytes.get(..PREFIX)?.try_into().ok()?;
-    let [_, a, b, c, d] = prefix;
-    let end = PREFIX + usize::try_from(u32::from_be_bytes([a, b, c, d])).ok()?;
-    if bytes.len() < end {
-        return None;
+/// Takes the first message off the front, when it is there whole. A compressed one was not asked for.
+pub(super) fn take_frame(bytes: &mut (impl Buf + AsRef<[u8]>)) -> Result<Option<Bytes>, InnerError> {
+    let Some([flag, length @ ..]) = bytes.as_ref().first_chunk::<PREFIX>() else { return Ok(None) };
+    if *flag != 0 {
+        return Err(InnerError::Broken);
     }
-    Some(bytes.split_to(end).freeze().slice(PREFIX..))
+    let length = usize::try_from(u32::from_be_bytes(*length)).map_err(|_| InnerError::Broken)?;
+    if bytes.remaining() - PREFIX < length {
+        return Ok(None);
+    }
+    bytes.advance(PREFIX);
+    Ok(Some(bytes.copy_to_bytes(length)))
+}
+
+/// Removes the headers that are gRPC's own.
+pub(super) fn remove_grpc(headers: &mut HeaderMap) {
+    let own: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("grpc-")).cloned().collect();
+    own.iter().for_each(|name| drop(headers.remove(name)));
 }

@@ -122,8 +122,8 @@ impl Failure {
         if let Some(violation) = violation.filter(|_| !hidden) {
             let in_query = !matches!(route.body, super::routes::BodyRule::Whole);
             let first = violation.field.split(['.', '[']).next().unwrap_or_default();
-            let elsewhere = route.binds(&violation.field)
-                || (in_query && route.update_mask.is_none() && route.input.get_field_by_name(first).is_some());
+            let elsewhere =
+                route.binds(&violation.field) || (in_query && route.update_mask.is_none() && route.has_field(first));
             if failure.code == "VALIDATION_ERROR" && elsewhere {
                 "INVALID_PARAMETER".clone_into(&mut failure.code);
             }

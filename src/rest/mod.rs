@@ -3,18 +3,30 @@
 //! At the start it reads `google.api.http` and the options of `shortkit.rest.v1` from the descriptors. A REST request
 //! becomes one gRPC call of the service inside, in this process, so authentication and handlers run once for both
 //! protocols; its reply becomes JSON. A request that is gRPC already passes untouched.
+//!
+//! One request's way: `routes` finds the route → `request` reads the body, `decode` turns its JSON into wire bytes, and
+//! `query` appends what path and query say, because in protobuf what stands later counts → `call` → `encode` turns the
+//! wire bytes of the reply into JSON, for `answer` or `sse`. All of it is driven by `tables`; descriptors are looked at
+//! only at the start.
 
 mod answer;
 mod call;
 mod decode;
+#[cfg(test)]
+mod differential;
 mod encode;
 mod error;
+mod json;
+mod path;
 mod query;
 mod request;
 mod routes;
+mod scalar;
 mod service;
 mod sse;
+mod tables;
 mod template;
+mod wire;
 
 use std::{sync::Arc, time::Duration};
 

@@ -5,49 +5,52 @@ use std::io::Read;
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use prost_reflect::{DynamicMessage, Value};
 use serde_json::value::RawValue;
 use tonic::body::Body;
 
 use super::{
-    MAX_BODY_BYTES, decode,
+    MAX_BODY_BYTES, call, decode,
     error::Failure,
     query,
-    routes::{BodyRule, Route, field},
+    routes::{BodyRule, Route},
     template::Bound,
+    wire::{self, Value},
 };
 
-/// Reads the body and puts it together with what path, query and headers say.
+/// The number of `paths` in `google.protobuf.FieldMask`.
+const MASK_PATHS: u32 = 1;
+
+/// Reads the body and appends what query, headers and path say; what stands later counts. The frame's prefix is still
+/// to be filled.
 pub(super) async fn message(
     route: &Route,
     bound: Bound<'_>,
     query: &str,
     headers: &HeaderMap,
     body: Body,
-) -> Result<DynamicMessage, Failure> {
+) -> Result<Vec<u8>, Failure> {
     let body = read(headers, body).await?;
-    let mut message = from_body(route, headers, &body)?;
-    query::apply(&mut message, query, route)?;
+    let mut out = Vec::with_capacity(call::PREFIX + body.len() + query.len() + 64);
+    out.resize(call::PREFIX, 0);
+    append_body(&mut out, route, headers, &body)?;
+    query::append(&mut out, query, route)?;
+    let table = route.tables.message(route.input);
     if route.streaming
         && let Some(id) = headers.get("last-event-id").and_then(|id| id.to_str().ok())
-        && let Some(field) = route.rules.last_event_id(&route.input)
+        && let Some(field) = table.last_event_id
     {
-        message.set_field(&field, Value::String(id.to_owned()));
+        wire::field(&mut out, table.fields[field].number, Value::Bytes(id.as_bytes()));
     }
-    // Last, so that the path is what counts.
-    for (path, text) in bound {
-        if let Some(field) = field(&route.input, path) {
-            message.clear_field_by_name(path);
-            query::set(&mut message, path, &field, field.json_name(), &text)?;
-        }
+    for (path, (_, text)) in route.variables.iter().zip(bound) {
+        let shown = route.tables.last(route.input, path).map_or("", |field| field.json_name.as_str());
+        query::set(&mut out, route, path, shown, &text)?;
     }
-    Ok(message)
+    Ok(out)
 }
 
-fn from_body(route: &Route, headers: &HeaderMap, body: &Bytes) -> Result<DynamicMessage, Failure> {
-    let empty = DynamicMessage::new(route.input.clone());
+fn append_body(out: &mut Vec<u8>, route: &Route, headers: &HeaderMap, body: &Bytes) -> Result<(), Failure> {
     if body.is_empty() {
-        return Ok(empty);
+        return Ok(());
     }
     if matches!(route.body, BodyRule::None) {
         return Err(Failure::request("this call takes no body"));
@@ -63,25 +66,23 @@ fn from_body(route: &Route, headers: &HeaderMap, body: &Bytes) -> Result<Dynamic
         let offset = offset(text, error.line(), error.column());
         Failure::request(format!("the body is not valid JSON at byte {offset}")).with("offset", offset)
     })?;
-    let BodyRule::Field(field) = &route.body else {
-        return decode::message(&route.input, raw, "", 1, &route.rules);
+    let (tables, input) = (&route.tables, route.tables.message(route.input));
+    let BodyRule::Field { field, message } = route.body else {
+        return decode::body(tables, route.input, raw, out).map(drop);
     };
-    let mut message = empty;
-    let Some(inner) = field.kind().as_message().cloned() else {
-        return Err(Failure::request("this call takes no JSON body"));
-    };
-    let partial = decode::message(&inner, raw, "", 1, &route.rules)?;
-    if let Some(mask) = &route.update_mask {
-        let paths = decode::members(raw, "")?.0.into_iter().filter_map(|(key, _)| {
-            let field = inner.get_field_by_json_name(&key).or_else(|| inner.get_field_by_name(&key))?;
-            Some(Value::String(field.name().to_owned()))
-        });
-        if let Some(mask) = message.get_field_mut(mask).as_message_mut() {
-            mask.set_field_by_name("paths", Value::List(paths.collect()));
+    let mut given = Vec::new();
+    wire::nested(out, input.fields[field].number, |out| {
+        given = decode::body(tables, message, raw, out)?;
+        Ok(())
+    })?;
+    let Some(mask) = route.update_mask else { return Ok(()) };
+    wire::nested(out, input.fields[mask].number, |out| {
+        for place in given {
+            let name = &tables.message(message).fields[place].name;
+            wire::field(out, MASK_PATHS, Value::Bytes(name.as_bytes()));
         }
-    }
-    message.set_field(field, Value::Message(partial));
-    Ok(message)
+        Ok(())
+    })
 }
 
 async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Failure> {

@@ -1,35 +1,39 @@
 //! The tables that the annotations become.
 
-use http::Method;
-use prost_reflect::{
-    Cardinality, DescriptorPool, DynamicMessage, ExtensionDescriptor, FieldDescriptor, Kind, MessageDescriptor,
-    MethodDescriptor, Value,
-};
+use std::sync::Arc;
 
-use super::template::{Bound, Template};
+use http::{Method, Uri};
+use prost_reflect::{DescriptorPool, DynamicMessage, ExtensionDescriptor, MessageDescriptor, MethodDescriptor, Value};
+
+use super::{
+    tables::{FieldPath, Kind, Message, Shape, Tables},
+    template::{Bound, Template},
+};
 
 /// Every route, in the order in which they are tried.
 pub(super) struct Routes {
-    routes: Vec<Route>,
+    routes: Vec<Arc<Route>>,
 }
 
 /// One binding of one method.
 pub(super) struct Route {
     pub(super) verb: Method,
     template: Template,
+    /// The fields that the variables of the template fill, in their order.
+    pub(super) variables: Vec<FieldPath>,
     /// `/package.Service/Method`.
-    pub(super) grpc_path: String,
-    pub(super) input: MessageDescriptor,
-    pub(super) output: MessageDescriptor,
+    pub(super) uri: Uri,
+    pub(super) tables: Arc<Tables>,
+    pub(super) input: usize,
+    pub(super) output: usize,
     pub(super) body: BodyRule,
     /// The field of the answer that becomes `data`.
-    pub(super) response_body: Option<FieldDescriptor>,
+    pub(super) response_body: Option<usize>,
     /// HTTP status of a success.
     pub(super) success: u16,
     pub(super) streaming: bool,
     /// The FieldMask that the keys of a partial body fill.
-    pub(super) update_mask: Option<FieldDescriptor>,
-    pub(super) rules: Rules,
+    pub(super) update_mask: Option<usize>,
 }
 
 /// Where the body of a request goes.
@@ -38,17 +42,13 @@ pub(super) enum BodyRule {
     None,
     /// It is the message.
     Whole,
-    /// It is a field of it.
-    Field(FieldDescriptor),
-}
-
-/// The options of `shortkit.rest.v1` on fields.
-#[derive(Clone)]
-pub(super) struct Rules {
-    raw_json: ExtensionDescriptor,
-    event_id: ExtensionDescriptor,
-    last_event_id: ExtensionDescriptor,
-    omit_empty: ExtensionDescriptor,
+    /// It is a field of it, a message.
+    Field {
+        /// The index of the field.
+        field: usize,
+        /// The index of the field's message.
+        message: usize,
+    },
 }
 
 /// Why the annotations cannot be served.
@@ -68,12 +68,20 @@ pub enum StartError {
         /// What is wrong.
         fault: String,
     },
+    /// A field is of a form or has an option that JSON cannot follow.
+    #[error("{field}: {fault}")]
+    Field {
+        /// Full name of the field.
+        field: String,
+        /// What is wrong.
+        fault: String,
+    },
 }
 
 /// What a request is for.
 pub(super) enum Found<'r> {
     /// A method, with what the path says.
-    Route(&'r Route, Bound<'r>),
+    Route(&'r Arc<Route>, Bound<'r>),
     /// Nothing: these methods exist there, in alphabetical order.
     OtherMethods(Vec<&'r str>),
     /// A path whose escapes are broken.
@@ -82,55 +90,27 @@ pub(super) enum Found<'r> {
     Unknown,
 }
 
-impl Rules {
-    pub(super) fn is_raw_json(&self, field: &FieldDescriptor) -> bool {
-        flag(field, &self.raw_json)
-    }
-
-    pub(super) fn omits_empty(&self, field: &FieldDescriptor) -> bool {
-        flag(field, &self.omit_empty)
-    }
-
-    pub(super) fn event_id(&self, message: &MessageDescriptor) -> Option<FieldDescriptor> {
-        message.fields().find(|field| flag(field, &self.event_id))
-    }
-
-    pub(super) fn last_event_id(&self, message: &MessageDescriptor) -> Option<FieldDescriptor> {
-        message.fields().find(|field| flag(field, &self.last_event_id))
-    }
-}
-
 impl Routes {
     pub(super) fn read(descriptor_set: &[u8]) -> Result<Self, StartError> {
         let pool = DescriptorPool::decode(descriptor_set)?;
         let extension = |name| pool.get_extension_by_name(name).ok_or(StartError::Undefined(name));
         let http = extension("google.api.http")?;
         let status = extension("shortkit.rest.v1.http_status")?;
-        let rules = Rules {
-            raw_json: extension("shortkit.rest.v1.raw_json")?,
-            event_id: extension("shortkit.rest.v1.event_id")?,
-            last_event_id: extension("shortkit.rest.v1.last_event_id")?,
-            omit_empty: extension("shortkit.rest.v1.omit_empty")?,
-        };
-        let mut routes: Vec<Route> = Vec::new();
-        for method in pool.services().flat_map(|service| service.methods().collect::<Vec<_>>()) {
-            let options = method.options();
-            if !options.has_extension(&http) {
-                continue;
-            }
+        let methods = pool.services().flat_map(|service| service.methods().collect::<Vec<_>>());
+        let methods: Vec<_> = methods.filter(|method| method.options().has_extension(&http)).collect();
+        let messages = methods.iter().flat_map(|method| [method.input(), method.output()]);
+        let tables = Arc::new(Tables::read(&pool, messages)?);
+        let mut routes: Vec<Arc<Route>> = Vec::new();
+        for method in methods {
             let fail = |fault: String| StartError::Method { method: method.full_name().to_owned(), fault };
-            let rule = options.get_extension(&http);
-            let success = match options.get_extension(&status).as_i32() {
-                Some(0) | None => 200,
-                Some(status @ 200..=299) => u16::try_from(status).unwrap_or(200),
-                Some(other) => return Err(fail(format!("http_status {other} is not from 200 to 299"))),
-            };
+            let success = success(&method, &status).map_err(fail)?;
+            let rule = method.options().get_extension(&http).into_owned();
             for rule in rule.as_message().into_iter().flat_map(bindings) {
-                let route = Route::read(&method, &rule, success, &rules).map_err(fail)?;
+                let route = Route::read(&method, &rule, success, &tables).map_err(fail)?;
                 if let Some(twin) = routes.iter().find(|other| other.clashes(&route)) {
-                    return Err(fail(format!("its route is that of {}", twin.grpc_path)));
+                    return Err(fail(format!("its route is that of {}", twin.uri)));
                 }
-                routes.push(route);
+                routes.push(Arc::new(route));
             }
         }
         routes.sort_by_key(|route| route.template.rank());
@@ -142,8 +122,9 @@ impl Routes {
         let wanted = if *verb == Method::HEAD { &Method::GET } else { verb };
         // The most literal template decides what the path is, also for other methods than the one asked for.
         let mut others: Vec<&str> = Vec::new();
+        let segments: Vec<&str> = path.strip_prefix('/').unwrap_or_default().split('/').collect();
         for route in &self.routes {
-            let Some(bound) = route.template.matches(path) else { continue };
+            let Some(bound) = route.template.matches(&segments) else { continue };
             if route.verb == *wanted {
                 return bound.map_or(Found::BadPath, |bound| Found::Route(route, bound));
             }
@@ -162,56 +143,66 @@ impl Routes {
     }
 }
 
-impl Routes {
-    /// A route of the method, whichever binding it is: they share what an answer needs.
-    pub(super) fn by_grpc_path(&self, grpc_path: &str) -> Option<&Route> {
-        self.routes.iter().find(|route| route.grpc_path == grpc_path)
-    }
-}
-
 impl Route {
-    fn read(method: &MethodDescriptor, rule: &DynamicMessage, success: u16, rules: &Rules) -> Result<Self, String> {
+    fn read(
+        method: &MethodDescriptor,
+        rule: &DynamicMessage,
+        success: u16,
+        tables: &Arc<Tables>,
+    ) -> Result<Self, String> {
         if method.is_client_streaming() {
             return Err("a client stream has no form in REST".to_owned());
         }
         let (verb, path) = pattern(rule)?;
         let template = Template::parse(&path).map_err(|error| format!("{path}: {error}"))?;
-        let input = method.input();
-        for name in template.fields() {
-            let field = field(&input, name).ok_or_else(|| format!("{path}: no field {name}"))?;
-            if field.is_list() || field.is_map() || field.kind().as_message().is_some() {
-                return Err(format!("{path}: {name} is not a single scalar"));
-            }
-        }
-        let named = |key: &str, message: &MessageDescriptor| match text(rule, key).as_str() {
-            "" => Ok(None),
-            name => message.get_field_by_name(name).map(Some).ok_or_else(|| format!("{key}: no field {name}")),
+        let index = |message: MessageDescriptor| {
+            tables.index(message.full_name()).ok_or_else(|| format!("no message {}", message.full_name()))
         };
+        let (input, output) = (index(method.input())?, index(method.output())?);
+        let variables =
+            template.fields().map(|name| variable(tables, input, name).map_err(|why| format!("{path}: {why}")));
+        let variables = variables.collect::<Result<Vec<_>, _>>()?;
+        let input_table = tables.message(input);
         let body = match text(rule, "body").as_str() {
             "" => BodyRule::None,
             "*" => BodyRule::Whole,
-            _ => named("body", &input)?.map_or(BodyRule::None, BodyRule::Field),
+            name => {
+                let field = named(input_table, name).ok_or_else(|| format!("body: no field {name}"))?;
+                match (&input_table.fields[field].kind, &input_table.fields[field].shape) {
+                    (Kind::Message(message), Shape::Single) => BodyRule::Field { field, message: *message },
+                    _ => return Err(format!("body: {name} is not a single message")),
+                }
+            }
         };
-        let mask = |field: &FieldDescriptor| match field.kind() {
-            Kind::Message(message) => message.full_name() == "google.protobuf.FieldMask",
+        let response_body = match text(rule, "response_body").as_str() {
+            "" => None,
+            name => {
+                let field = named(tables.message(output), name);
+                Some(field.ok_or_else(|| format!("response_body: no field {name}"))?)
+            }
+        };
+        let is_mask = |field: &usize| match input_table.fields[*field].kind {
+            Kind::Message(message) => tables.message(message).full_name == "google.protobuf.FieldMask",
             _ => false,
         };
         let update_mask = match (&verb, &body) {
-            (&Method::PATCH, BodyRule::Field(_)) => input.get_field_by_name("update_mask").filter(mask),
+            (&Method::PATCH, BodyRule::Field { .. }) => named(input_table, "update_mask").filter(is_mask),
             _ => None,
         };
+        let grpc_path = format!("/{}/{}", method.parent_service().full_name(), method.name());
         Ok(Self {
             verb,
             template,
-            grpc_path: format!("/{}/{}", method.parent_service().full_name(), method.name()),
-            output: method.output(),
-            response_body: named("response_body", &method.output())?,
+            variables,
+            uri: Uri::try_from(grpc_path).map_err(|error| error.to_string())?,
+            tables: Arc::clone(tables),
             input,
+            output,
             body,
+            response_body,
             success,
             streaming: method.is_server_streaming(),
             update_mask,
-            rules: rules.clone(),
         })
     }
 
@@ -220,24 +211,39 @@ impl Route {
         self.template.fields().any(|field| field == name)
     }
 
+    /// Whether the request has a field of this proto name.
+    pub(super) fn has_field(&self, name: &str) -> bool {
+        named(self.tables.message(self.input), name).is_some()
+    }
+
     fn clashes(&self, other: &Self) -> bool {
         self.verb == other.verb && self.template.same_paths(&other.template)
     }
 }
 
-/// The field that a path of proto names leads to.
-pub(super) fn field(message: &MessageDescriptor, path: &str) -> Option<FieldDescriptor> {
-    let (first, rest) = path.split_once('.').map_or((path, None), |(first, rest)| (first, Some(rest)));
-    let field = message.get_field_by_name(first)?;
-    match rest {
-        None => Some(field),
-        Some(rest) if field.cardinality() != Cardinality::Repeated => self::field(field.kind().as_message()?, rest),
-        Some(_) => None,
+/// The field that a variable of a template fills.
+fn variable(tables: &Tables, input: usize, name: &str) -> Result<FieldPath, String> {
+    let path = tables.path(input, name).filter(|path| tables.proto_name(input, path) == name);
+    let path = path.ok_or_else(|| format!("no field {name}"))?;
+    match tables.last(input, &path) {
+        Some(field) if matches!(field.shape, Shape::Single) && !matches!(field.kind, Kind::Message(_) | Kind::Time) => {
+            Ok(path)
+        }
+        _ => Err(format!("{name} is not a single scalar")),
     }
 }
 
-fn flag(field: &FieldDescriptor, extension: &ExtensionDescriptor) -> bool {
-    field.options().get_extension(extension).as_bool() == Some(true)
+/// The index of the field of this proto name; an annotation knows no other.
+fn named(message: &Message, name: &str) -> Option<usize> {
+    message.fields.iter().position(|field| field.name == name)
+}
+
+fn success(method: &MethodDescriptor, option: &ExtensionDescriptor) -> Result<u16, String> {
+    match method.options().get_extension(option).as_i32() {
+        Some(0) | None => Ok(200),
+        Some(status @ 200..=299) => Ok(u16::try_from(status).unwrap_or(200)),
+        Some(other) => Err(format!("http_status {other} is not from 200 to 299")),
+    }
 }
 
 /// A rule and its `additional_bindings`, which have none of their own.

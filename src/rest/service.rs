@@ -86,7 +86,7 @@ where
 
     async fn call_inner(
         self,
-        route: &Route,
+        route: &Arc<Route>,
         bound: Bound<'_>,
         request: Request<Body>,
         request_id: Option<String>,
@@ -94,9 +94,9 @@ where
         let (parts, body) = request.into_parts();
         let deadline = self.limits.deadline;
         let whole = async {
-            let query = parts.uri.query().unwrap_or_default().to_owned();
-            let message = request::message(route, bound, &query, &parts.headers, body).await?;
-            let called = self.inner.oneshot(call::request(route, parts, &message)).await;
+            let query = parts.uri.query().unwrap_or_default();
+            let frame = request::message(route, bound, query, &parts.headers, body).await?;
+            let called = self.inner.oneshot(call::request(route, parts, frame)).await;
             let response = match called {
                 Ok(response) => response,
                 Err(error) => return Ok(Err(error)),
@@ -106,12 +106,11 @@ where
                     return Err(Failure::from_status(&status, route));
                 }
                 let (parts, body) = response.into_parts();
-                let routes = Arc::clone(&self.routes);
-                return Ok(Ok(sse::response(routes, route, self.limits, request_id, parts.headers, body)));
+                return sse::response(route, self.limits, request_id, parts.headers, body).map(Ok);
             }
             let headers = response.headers().clone();
             let reply = call::unary(response).await.map_err(|error| Failure::from_inner(error, route))?;
-            answer::response(route, headers, reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
+            answer::response(route, headers, &reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
         };
         // Dropping the call when the time is over also drops the handler inside.
         tokio::time::timeout(deadline, whole).await.unwrap_or_else(|_| Err(Failure::deadline()))

@@ -115,27 +115,32 @@ impl Template {
         (self.parts.iter().map(rank).collect(), self.verb.is_none())
     }
 
-    /// What the variables are in `path`, escapes undone; none when the path is not of this template.
-    pub(super) fn matches(&self, path: &str) -> Option<Result<Bound<'_>, BadEscape>> {
-        let path = path.strip_prefix('/')?;
-        let path = match &self.verb {
-            Some(verb) => path.strip_suffix(verb.as_str())?.strip_suffix(':')?,
-            None => path,
-        };
-        let segments: Vec<&str> = path.split('/').collect();
+    /// What the variables are in a path of these segments, escapes undone; none when it is not of this template.
+    pub(super) fn matches(&self, segments: &[&str]) -> Option<Result<Bound<'_>, BadEscape>> {
         let open_end = self.parts.last() == Some(&Part::Rest);
         let fixed = self.parts.len() - usize::from(open_end);
         if segments.len() < fixed || (!open_end && segments.len() > fixed) {
             return None;
         }
-        let fits = self.parts[..fixed].iter().zip(&segments).all(|(part, segment)| match part {
-            Part::Literal(literal) => unescape(segment, false).is_ok_and(|segment| segment == *literal),
+        let Some(verb) = &self.verb else { return self.bind(segments, fixed) };
+        let (last, before) = segments.split_last()?;
+        let last = last.strip_suffix(verb.as_str())?.strip_suffix(':')?;
+        let segments: Vec<&str> = before.iter().copied().chain([last]).collect();
+        self.bind(&segments, fixed)
+    }
+
+    fn bind(&self, segments: &[&str], fixed: usize) -> Option<Result<Bound<'_>, BadEscape>> {
+        let fits = self.parts[..fixed].iter().zip(segments).all(|(part, segment)| match part {
+            Part::Literal(literal) if segment.contains('%') => {
+                unescape(segment, false).is_ok_and(|segment| segment == *literal)
+            }
+            Part::Literal(literal) => segment == literal,
             _ => !segment.is_empty(),
         });
         if !fits {
             return None;
         }
-        Some(self.variables.iter().map(|variable| bind(variable, &segments, self.parts.len())).collect())
+        Some(self.variables.iter().map(|variable| bind(variable, segments, self.parts.len())).collect())
     }
 }
 
@@ -187,9 +192,13 @@ pub(super) fn unescape(text: &str, keep_slash: bool) -> Result<String, BadEscape
 mod tests {
     use super::*;
 
+    fn segments(path: &str) -> Option<Vec<&str>> {
+        Some(path.strip_prefix('/')?.split('/').collect())
+    }
+
     fn matched(template: &str, path: &str) -> Option<Vec<(String, String)>> {
         let template = Template::parse(template).unwrap();
-        let bound = template.matches(path)?.unwrap();
+        let bound = template.matches(&segments(path)?)?.unwrap();
         Some(bound.into_iter().map(|(field, value)| (field.to_owned(), value)).collect())
     }
 
@@ -222,7 +231,7 @@ mod tests {
         assert_eq!(matched("/v1/{id=**}", "/v1/a%2Fb/c%41"), one("id", "a%2Fb/cA"));
         let template = Template::parse("/v1/{id}").unwrap();
         for path in ["/v1/%zz", "/v1/%", "/v1/%f", "/v1/%ff", "/v1/%+1"] {
-            assert_eq!(template.matches(path), Some(Err(BadEscape)), "{path}");
+            assert_eq!(template.matches(&segments(path).unwrap()), Some(Err(BadEscape)), "{path}");
         }
     }
 
