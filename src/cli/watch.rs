@@ -36,7 +36,7 @@ pub(super) struct WatchArgs {
     #[arg(long, value_name = "TYPE")]
     event: Option<String>,
     /// Go on right after the change that had this resume token
-    #[arg(long, value_name = "TOKEN")]
+    #[arg(long, value_name = "TOKEN", allow_hyphen_values = true)]
     resume: Option<String>,
 }
 
