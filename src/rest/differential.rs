@@ -12,7 +12,7 @@ use super::{decode, encode, tables::Tables};
 const RAW: &str = r#"{"b": 45.20,"a":[12345678901234567890, 1e400,"é"] }"#;
 
 fn sink() -> (Tables, MessageDescriptor) {
-    let mut compiler = protox::Compiler::new(["proto", "tests/it/rest"]).unwrap();
+    let mut compiler = protox::Compiler::new(["proto", "tests/it/rest_layer"]).unwrap();
     compiler.include_imports(true).open_files(["kitchen_sink.proto"]).unwrap();
     let pool = prost_reflect::DescriptorPool::decode(compiler.encode_file_descriptor_set().as_slice()).unwrap();
     let descriptor = pool.get_message_by_name("kitchen.v1.Sink").unwrap();

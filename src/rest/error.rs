@@ -6,7 +6,7 @@ use http::{
     HeaderValue, Response, StatusCode,
     header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tonic::{Code, Status, body::Body};
 use tonic_types::StatusExt;
 
@@ -135,22 +135,25 @@ impl Failure {
         failure
     }
 
-    /// The envelope.
-    pub(super) fn json(&self, request_id: Option<&str>) -> Value {
-        let mut error = json!({"code": self.code, "message": self.message});
+    /// The envelope, in the order of the documented one.
+    pub(super) fn json(&self, request_id: Option<&str>) -> String {
+        let quoted = |text: &str| Value::from(text).to_string();
+        let mut json = format!(r#"{{"error":{{"code":{},"message":{}"#, quoted(&self.code), quoted(&self.message));
         if !self.details.is_empty() {
-            error["details"] = Value::Object(self.details.clone());
+            json.push_str(",\"details\":");
+            json.push_str(&Value::Object(self.details.clone()).to_string());
         }
-        let mut envelope = json!({"error": error});
+        json.push('}');
         if let Some(request_id) = request_id {
-            envelope["meta"] = json!({"requestId": request_id});
+            json.push_str(&format!(r#","meta":{{"requestId":{}}}"#, quoted(request_id)));
         }
-        envelope
+        json.push('}');
+        json
     }
 
     /// The whole answer.
     pub(super) fn response(&self, request_id: Option<&str>) -> Response<Body> {
-        let body = Body::new(http_body_util::Full::from(self.json(request_id).to_string()));
+        let body = Body::new(http_body_util::Full::from(self.json(request_id)));
         let mut response = Response::new(body);
         *response.status_mut() = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let headers = response.headers_mut();

@@ -269,7 +269,8 @@ fn pattern(rule: &DynamicMessage) -> Result<(Method, String), String> {
         }
     }
     let custom = rule.get_field_by_name("custom");
-    let custom = custom.as_ref().and_then(|custom| custom.as_message()).ok_or("the annotation names no path")?;
+    let custom = custom.as_ref().and_then(|custom| custom.as_message());
+    let custom = custom.filter(|custom| !text(custom, "path").is_empty()).ok_or("the annotation names no path")?;
     let verb = Method::from_bytes(text(custom, "kind").as_bytes()).map_err(|_| "custom.kind is no HTTP method")?;
     Ok((verb, text(custom, "path")))
 }

@@ -11,6 +11,7 @@ mod errors;
 mod hostile_receivers;
 mod interop;
 mod listing;
+mod rest_layer;
 mod tenants;
 mod transport;
 mod watching;
