@@ -174,7 +174,10 @@ impl ServeArgs {
             request_timeout: settings.read("request-timeout", self.request_timeout, |text| {
                 duration(text, Duration::from_secs(1), MAX_REQUEST_TIMEOUT)
             }),
-            environments: settings.read("environments", self.environments, |text| list(text, environment)),
+            environments: settings.read("environments", self.environments, |text| match list(text, environment)? {
+                none if none.is_empty() => Err("must name live, test or both".to_owned()),
+                some => Ok(some),
+            }),
             max_in_flight_per_webhook: settings.read("max-in-flight", self.max_in_flight, |text| {
                 let count = text.parse().ok().filter(|count| (1..=1024).contains(count));
                 count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to 1024"))
@@ -280,6 +283,9 @@ fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String
 
 fn database_url(text: &str) -> Result<String, String> {
     let known = ["sqlite:", "postgres:", "postgresql:"].iter().any(|scheme| text.starts_with(scheme));
+    if text.starts_with("sqlite:") && (text.contains(":memory:") || text.contains("mode=memory")) {
+        return Err("must name a file: a database in memory would lose what was acknowledged".to_owned());
+    }
     // Not the text itself: it may hold a password.
     known.then(|| text.to_owned()).ok_or_else(|| "must start with sqlite:// or postgres://".to_owned())
 }
@@ -292,13 +298,23 @@ mod tests {
 
     #[test]
     fn help_shows_every_setting_with_its_default() {
-        let help = ServeArgs::augment_args(Command::new("serve")).render_long_help().to_string();
+        let help = ServeArgs::augment_args(Command::new("serve").term_width(10_000)).render_long_help().to_string();
         for (name, default) in SETTINGS {
             let default = if default.is_empty() { "none" } else { default };
             let (_, section) = help.split_once(&format!("--{name} ")).unwrap_or_else(|| panic!("--{name}"));
             let (_, shown) = section.split_once("[default: ").unwrap();
             assert!(shown.starts_with(default), "{name}: {shown}");
             assert!(section.contains(&format!("[env: SHORTKIT_{}", name.to_uppercase().replace('-', "_"))), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        let refused = |args: ServeArgs| args.load().unwrap_err().0.len();
+        assert_eq!(refused(ServeArgs { environments: Some(" , ".to_owned()), ..ServeArgs::default() }), 1);
+        for url in ["sqlite::memory:", "sqlite://x?mode=memory", "x"] {
+            let database = DatabaseArgs { database_url: Some(url.to_owned()), ..DatabaseArgs::default() };
+            assert_eq!(refused(ServeArgs { database, ..ServeArgs::default() }), 1, "{url}");
         }
     }
 

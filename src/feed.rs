@@ -9,8 +9,8 @@ use tokio::sync::{Notify, broadcast};
 
 use crate::webhook::{Change, Tenant};
 
-/// A watcher may be this many batches behind; then its stream ends and it resumes by its token.
-const MAX_BEHIND: usize = 1_024;
+/// A watcher may be this many batches behind, each of at most 128 changes; then its stream ends and it resumes by its token.
+const MAX_BEHIND: usize = 256;
 
 /// Connects commits with watchers. Cheap to clone.
 #[derive(Clone)]

@@ -2,7 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, task::JoinSet};
+use http::header::CONTENT_TYPE;
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -22,7 +23,7 @@ use crate::{
     dispatch::{self, Engine},
     egress,
     grpc::{
-        Api, DESCRIPTORS, Parts, Tokens,
+        Api, DESCRIPTORS, MAX_TESTS, Parts, Tokens,
         proto::{delivery_service_server::DeliveryServiceServer, webhook_service_server::WebhookServiceServer},
     },
     rest,
@@ -73,7 +74,7 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     store.take_exclusively(&config.database_url)?;
-    let rescued = store.rescue_all_at_start().await?;
+    let rescued = store.rescue_all_at_start(&config.retry_schedule).await?;
     if rescued > 0 {
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
     }
@@ -94,19 +95,25 @@ pub async fn run(
             length: dispatch::lease_length(config.request_timeout),
             first_wait: config.retry_schedule.first_wait(),
         },
+        tests: Semaphore::new(MAX_TESTS),
         shutdown: shutdown.clone(),
     }));
-    let stop_engine = CancellationToken::new();
-    let engine = tokio::spawn(engine.run(stop_engine.clone(), config.shutdown_grace));
+    let calls_ended = CancellationToken::new();
+    let engine = tokio::spawn(engine.run(shutdown.clone(), calls_ended.clone(), config.shutdown_grace));
     let mut background = JoinSet::new();
     background.spawn(follow(store.clone()));
-    background.spawn(tidy(store));
+    background.spawn(tidy(store.clone()));
+    let stopping = shutdown.clone();
 
     let served = serve(listener, &config, api, shutdown).await;
-    // A test event may still wait for its attempt; only after the last call does the engine stop.
-    stop_engine.cancel();
+    // Also when the server failed: the engine then stops as at any other end.
+    stopping.cancel();
+    calls_ended.cancel();
     let _ = engine.await;
     background.shutdown().await;
+    if let Err(error) = store.write_used_keys().await {
+        tracing::warn!(%error, "the last use of some keys is not written down");
+    }
     served
 }
 
@@ -141,6 +148,8 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
         .layer(Cors)
         .layer(MapResponseBodyLayer::new(Body::new))
         .layer(CompressionLayer::new())
+        .layer(MapResponseBodyLayer::new(Body::new))
+        .layer(CatchPanicLayer::custom(panicked_outside))
         .layer(rest::Transcode::new(DESCRIPTORS, limits)?)
         .layer(tonic_web::GrpcWebLayer::new())
         .layer(auth)
@@ -222,6 +231,16 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> http::Response<Body> {
     let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     tracing::error!(message, "a handler panicked");
     Status::internal("internal error").into_http()
+}
+
+/// What a panic outside of the handlers answers, whatever the protocol.
+fn panicked_outside(panic: Box<dyn std::any::Any + Send>) -> http::Response<Body> {
+    let _ = panicked(panic);
+    const ENVELOPE: &str = r#"{"error":{"code":"INTERNAL_ERROR","message":"internal error"}}"#;
+    let mut response = http::Response::new(Body::new(ENVELOPE.to_owned()));
+    *response.status_mut() = http::StatusCode::INTERNAL_SERVER_ERROR;
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+    response
 }
 
 /// Forgets the id that a caller chose: ids are ours, so that one in a log is one request.

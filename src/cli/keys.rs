@@ -13,6 +13,9 @@ use crate::{
     webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant, Timestamp},
 };
 
+/// A key that expires does so within this time.
+const MAX_LIFETIME: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
 /// Arguments of `keys`.
 #[derive(Args)]
 pub(super) struct KeysArgs {
@@ -43,8 +46,8 @@ struct CreateArgs {
     /// What it may do
     #[arg(long, value_enum, default_value = "secret")]
     kind: KindWord,
-    /// From when on it is refused, such as 90d [default: never]
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    /// From when on it is refused, such as 90d; at most 100 years [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = lifetime)]
     expires_in: Option<Duration>,
     /// Print one JSON object
     #[arg(long)]
@@ -170,6 +173,11 @@ async fn revoke(args: RevokeArgs) -> Result<(), Error> {
 fn organization(text: &str) -> Result<String, String> {
     let rule = || format!("must be 1 to {MAX_ORGANIZATION_BYTES} letters, digits, _ and -");
     Tenant::new(text, Environment::Test).map(|_| text.to_owned()).ok_or_else(rule)
+}
+
+fn lifetime(text: &str) -> Result<Duration, String> {
+    let after = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if after > MAX_LIFETIME { Err("must be at most 100 years".to_owned()) } else { Ok(after) }
 }
 
 fn state(key: &KeyInfo) -> &'static str {

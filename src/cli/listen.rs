@@ -30,7 +30,7 @@ pub(super) struct ListenArgs {
     /// The webhook's signing secret; two, comma-separated or given twice, during a rotation. Without one nothing is verified
     #[arg(long, env = "SHORTKIT_SECRET", value_name = "whsec_…", hide_env_values = true, value_delimiter = ',', value_parser = secret)]
     secret: Vec<Secret>,
-    /// Status to answer with
+    /// Status to answer with; a signature that does not hold is answered with 401
     #[arg(long, default_value = "200", value_parser = status)]
     status: StatusCode,
     /// Wait before answering
@@ -42,6 +42,7 @@ struct Receiver {
     keys: Vec<SigningKey>,
     status: StatusCode,
     delay: Duration,
+    stop: CancellationToken,
 }
 
 impl ListenArgs {
@@ -55,7 +56,7 @@ impl ListenArgs {
             eprintln!("Without --secret whsec_… signatures are shown and not verified.");
         }
         let keys = self.secret.iter().map(SigningKey::new).collect();
-        let receiver = Arc::new(Receiver { keys, status: self.status, delay: self.delay });
+        let receiver = Arc::new(Receiver { keys, status: self.status, delay: self.delay, stop: stop.clone() });
         let app = Router::new().fallback(receive).with_state(receiver);
         let served = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned());
         Ok(served.await?)
@@ -84,7 +85,10 @@ async fn receive(State(receiver): State<Arc<Receiver>>, request: Request<body::B
     if let Err(error) = shown {
         eprintln!("a request could not be shown: {error}");
     }
-    tokio::time::sleep(receiver.delay).await;
+    tokio::select! {
+        () = tokio::time::sleep(receiver.delay) => {}
+        () = receiver.stop.cancelled() => {}
+    }
     (status, "received")
 }
 

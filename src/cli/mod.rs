@@ -83,7 +83,7 @@ impl Cli {
             Ok(runtime) => runtime,
             Err(error) => return failed(&error.into()),
         };
-        match runtime.block_on(self.command.run(shutdown_on_signal())) {
+        match runtime.block_on(self.command.run()) {
             Ok(()) => ExitCode::SUCCESS,
             // Whoever reads has seen enough, as `head` does.
             Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
@@ -93,12 +93,15 @@ impl Cli {
 }
 
 impl Command {
-    async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), Error> {
+    async fn run(self) -> Result<(), Error> {
         let stop = CancellationToken::new();
         let signalled = stop.clone();
         tokio::spawn(async move {
-            shutdown.await;
+            shutdown_on_signal().await;
             signalled.cancel();
+            // Who asks twice does not want to wait.
+            shutdown_on_signal().await;
+            std::process::exit(1);
         });
         match self {
             Self::Serve(args) => serve::serve(*args, stop).await,

@@ -64,20 +64,24 @@ impl PublishArgs {
     }
 
     async fn lines(&self, client: Client, stop: CancellationToken) -> Result<(), Error> {
-        let numbered = stream::unfold((BufReader::new(stdin()).lines(), 0_u64), |(mut lines, number)| async move {
-            match lines.next_line().await {
-                Ok(Some(line)) => Some((Ok((number + 1, line)), (lines, number + 1))),
+        // Bytes, so that a line that is not UTF-8 is one faulty line and not the end of all.
+        let numbered = stream::unfold(Some((BufReader::new(stdin()).split(b'\n'), 0_u64)), async |state| {
+            let (mut lines, number) = state?;
+            match lines.next_segment().await {
+                Ok(Some(line)) => Some((Ok((number + 1, line)), Some((lines, number + 1)))),
                 Ok(None) => None,
-                Err(error) => Some((Err(error), (lines, number))),
+                Err(error) => Some((Err((number + 1, error)), None)),
             }
         });
         let answers = numbered
             .take_until(stop.cancelled())
-            .filter(|line| std::future::ready(line.as_ref().map_or(true, |(_, line)| !line.trim().is_empty())))
+            .filter(|line| std::future::ready(line.as_ref().map_or(true, |(_, line)| !line.trim_ascii().is_empty())))
             .map(|line| {
                 let (mut client, event) = (client.clone(), self.event.clone());
                 async move {
-                    let (number, data) = line.map_err(|error| (0, Status::unknown(error.to_string())))?;
+                    let (number, line) =
+                        line.map_err(|(number, error)| (number, Status::unknown(error.to_string())))?;
+                    let data = String::from_utf8(line).map_err(|_| (number, Status::invalid_argument("not UTF-8")))?;
                     let answer = client.publish_event(PublishEventRequest { event, data }).await;
                     answer.map(tonic::Response::into_inner).map_err(|status| (number, status))
                 }

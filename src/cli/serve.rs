@@ -83,6 +83,9 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 fn welcome(address: &str, keys: &DevKeys) -> String {
     let DevKeys { secret, service } = keys;
+    // The one that runs, since it need not be on the path.
+    let program =
+        std::env::current_exe().map_or_else(|_| "shortkit-webhooks".to_owned(), |path| path.display().to_string());
     format!(
         r#"
 Development mode: receivers on this machine and plain http are allowed. Never open it to others.
@@ -92,7 +95,7 @@ Development mode: receivers on this machine and plain http are allowed. Never op
 
 See a signed delivery: in a second terminal
 
-  shortkit-webhooks listen --port 9000
+  {program} listen --port 9000
 
 and in a third, with curl
 

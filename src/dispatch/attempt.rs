@@ -21,6 +21,8 @@ const STANDARD_ID: HeaderName = HeaderName::from_static("webhook-id");
 const STANDARD_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
 const STANDARD_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
 
+/// An attempt begins only when its lease lasts this much longer than the attempt may: time to record the result.
+const TO_RECORD: Duration = Duration::from_secs(5);
 /// Between tries to record a result while the database cannot be reached.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
 
@@ -28,18 +30,19 @@ const RECORD_AGAIN: Duration = Duration::from_secs(1);
 pub(super) struct Slot {
     store: Store,
     webhook_id: String,
+    bytes: usize,
     freed: mpsc::UnboundedSender<String>,
 }
 
 impl Slot {
-    pub(super) fn new(store: Store, webhook_id: String, freed: mpsc::UnboundedSender<String>) -> Self {
-        Self { store, webhook_id, freed }
+    pub(super) fn new(store: Store, leased: &Leased, freed: mpsc::UnboundedSender<String>) -> Self {
+        Self { store, webhook_id: leased.webhook_id.clone(), bytes: leased.event.data.as_str().len(), freed }
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.store.let_go(&self.webhook_id);
+        self.store.let_go(&self.webhook_id, self.bytes);
         let _ = self.freed.send(std::mem::take(&mut self.webhook_id));
     }
 }
@@ -51,19 +54,16 @@ impl Engine {
         let target = match self.store.target(&leased.webhook_id).await {
             Ok(target) => target,
             Err(error) => {
-                tracing::warn!(%error, "the webhook could not be read; the lease will run out");
-                return;
+                tracing::warn!(%error, "the webhook could not be read; the lease is given back");
+                return self.give_back(leased).await;
             }
         };
         let is_test = leased.done.is_some();
         let sendable = target.filter(|target| is_test || target.status == WebhookStatus::Active);
-        let in_time = clock::now().after(self.request_timeout) < leased.expires_at;
+        let in_time = clock::now().after(self.request_timeout + TO_RECORD) < leased.expires_at;
         let Some(target) = sendable.filter(|_| in_time) else {
             // Deleted, disabled, or queued for so long that the lease would not last.
-            if let Err(error) = self.store.release(&[leased]).await {
-                tracing::warn!(%error, "the lease could not be given back; it will run out");
-            }
-            return;
+            return self.give_back(leased).await;
         };
         let (attempt, outcome) = self.post(&leased, &target).await;
         let now = clock::now();
@@ -84,6 +84,12 @@ impl Engine {
             let _ = done.send(finished.attempt);
         }
         drop(slot);
+    }
+
+    async fn give_back(&self, leased: Leased) {
+        if let Err(error) = self.store.release(&[leased]).await {
+            tracing::warn!(%error, "the lease could not be given back; it will run out");
+        }
     }
 
     async fn post(&self, leased: &Leased, target: &Target) -> (Attempt, Outcome) {

@@ -4,17 +4,19 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use super::lease_length;
+use super::{Engine, lease_length};
 use crate::{
     clock,
     store::{Error, Store},
+    webhook::RetrySchedule,
 };
 
 /// How often the database is looked at for what other nodes left to do.
 const POLL: Duration = Duration::from_secs(1);
 
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
-pub(super) async fn run(store: Store, request_timeout: Duration, shutdown: CancellationToken) {
+pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
+    let Engine { store, schedule, request_timeout, .. } = engine;
     let mut rescued = None;
     while !shutdown.is_cancelled() {
         // Leases run out by the clock, not by what happens here: looking once in a while is enough.
@@ -22,7 +24,7 @@ pub(super) async fn run(store: Store, request_timeout: Duration, shutdown: Cance
         if rescue {
             rescued = Some(clock::stopwatch());
         }
-        let wait = match round(&store, rescue, lease_length(request_timeout)).await {
+        let wait = match round(&store, rescue.then_some(&*schedule), lease_length(request_timeout)).await {
             Ok(wait) => wait.min(POLL),
             Err(error) => {
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
@@ -41,8 +43,11 @@ pub(super) async fn run(store: Store, request_timeout: Duration, shutdown: Cance
 }
 
 /// Claims what is due and there is room for; answers how long nothing more will be.
-async fn round(store: &Store, rescue: bool, lease: Duration) -> Result<Duration, Error> {
-    let rescued = if rescue { store.rescue(false).await? } else { 0 };
+async fn round(store: &Store, rescue: Option<&RetrySchedule>, lease: Duration) -> Result<Duration, Error> {
+    let rescued = match rescue {
+        Some(schedule) => store.rescue(false, schedule).await?,
+        None => 0,
+    };
     if rescued > 0 {
         tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
     }

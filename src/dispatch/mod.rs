@@ -6,7 +6,10 @@ mod queue;
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+};
 use tokio_util::sync::CancellationToken;
 
 use self::{attempt::Slot, queue::Queue};
@@ -42,17 +45,17 @@ pub fn lease_length(request_timeout: Duration) -> Duration {
 }
 
 impl Engine {
-    /// Works until `shutdown`; then finishes what is on the wire, for `grace` at most, and gives the rest back without
-    /// using up an attempt.
-    pub async fn run(self, shutdown: CancellationToken, grace: Duration) {
+    /// Works until `stopping`, when it gives back what is not on the wire, without using up an attempt. What is on the
+    /// wire finishes, and test events still go out, until `calls_ended`. The whole end takes at most `grace`.
+    pub async fn run(self, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
         let Some(mut ready) = self.store.ready() else { return };
-        let claims = tokio::spawn(claim::run(self.store.clone(), self.request_timeout, shutdown.clone()));
+        let claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
         let mut queue = Queue::new(self.max_in_flight_per_webhook);
         let (freed, mut free) = mpsc::unbounded_channel::<String>();
         let mut running = JoinSet::new();
-        while !shutdown.is_cancelled() {
+        while !stopping.is_cancelled() {
             tokio::select! {
-                () = shutdown.cancelled() => break,
+                () = stopping.cancelled() => break,
                 Some(leased) = ready.recv() => self.take(leased, &mut queue, &mut running),
                 Some(webhook_id) = free.recv() => queue.finished(&webhook_id),
                 Some(ended) = running.join_next() => if let Err(error) = ended {
@@ -65,19 +68,41 @@ impl Engine {
                 self.start(leased, &mut running, &freed);
             }
         }
-        // Claims end first: what they have leased by then is in `ready`.
-        let _ = claims.await;
-        let mut unused = queue.drain();
-        while let Ok(leased) = ready.try_recv() {
-            unused.push(leased);
-        }
-        if let Err(error) = self.store.release(&unused).await {
-            tracing::warn!(%error, count = unused.len(), "leases could not be given back; they will run out");
-        }
-        let finish = async { while running.join_next().await.is_some() {} };
+        let finish = self.finish(ready, claims, queue, &mut running, calls_ended);
         if tokio::time::timeout(grace, finish).await.is_err() {
             tracing::warn!(count = running.len(), "attempts were cut off; their leases will run out");
         }
+    }
+
+    async fn finish(
+        &self,
+        mut ready: mpsc::UnboundedReceiver<Leased>,
+        claims: JoinHandle<()>,
+        mut queue: Queue,
+        running: &mut JoinSet<()>,
+        calls_ended: CancellationToken,
+    ) {
+        // What was claimed last is in `ready` when the claims have ended.
+        let _ = claims.await;
+        let mut ended = false;
+        loop {
+            while let Ok(leased) = ready.try_recv() {
+                self.take(leased, &mut queue, running);
+            }
+            let unused = queue.drain();
+            if let Err(error) = self.store.release(&unused).await {
+                tracing::warn!(%error, count = unused.len(), "leases could not be given back; they will run out");
+            }
+            if ended {
+                break;
+            }
+            // Calls that are still open may publish, and wait for a test.
+            tokio::select! {
+                () = calls_ended.cancelled() => ended = true,
+                Some(leased) = ready.recv() => self.take(leased, &mut queue, running),
+            }
+        }
+        while running.join_next().await.is_some() {}
     }
 
     fn take(&self, leased: Leased, queue: &mut Queue, running: &mut JoinSet<()>) {
@@ -90,7 +115,7 @@ impl Engine {
     }
 
     fn start(&self, leased: Leased, running: &mut JoinSet<()>, freed: &mpsc::UnboundedSender<String>) {
-        let slot = Slot::new(self.store.clone(), leased.webhook_id.clone(), freed.clone());
+        let slot = Slot::new(self.store.clone(), &leased, freed.clone());
         running.spawn(self.clone().attempt(leased, Some(slot)));
     }
 }

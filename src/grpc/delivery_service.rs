@@ -11,6 +11,7 @@ use crate::{
 impl Api {
     /// The tenant's webhook of that id; another tenant's is as good as none.
     pub(super) async fn webhook(&self, tenant: &Tenant, id: &str) -> Result<Webhook, Status> {
+        validate::id("webhook", id)?;
         let webhook = self.store.get_webhook(tenant, id).await.map_err(status::store)?;
         webhook.ok_or_else(|| status::not_found("webhook"))
     }
@@ -19,7 +20,10 @@ impl Api {
     pub(super) fn cursor(&self, purpose: &Purpose<'_>, cursor: Option<&str>) -> Result<Option<String>, Status> {
         let Some(cursor) = cursor else { return Ok(None) };
         let opened = self.tokens.open(purpose, cursor);
-        let refuse = || status::invalid("cursor", "invalid", "cursor is not one that this list gave out");
+        let refuse = || {
+            let message = "cursor is not one that this list gave out".to_owned();
+            status::invalid_parameter("cursor", "invalid", message)
+        };
         opened.map(Some).ok_or_else(refuse)
     }
 }
@@ -52,7 +56,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
         let limit = validate::limit(request.limit)?;
         let filter = DeliveryFilter { status: validate::delivery_status(request.status)?, event_type: request.event };
         if let Some(event_type) = &filter.event_type {
-            self.event_type(event_type)?;
+            self.event_filter(event_type)?;
         }
         let parts = filter_parts(&webhook.id, filter.status, filter.event_type.as_deref());
         let purpose = Purpose { call: "deliveries", tenant: &tenant, filter: &parts };
@@ -74,6 +78,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
         let tenant = tenant(&request)?;
         let request = request.into_inner();
         let webhook = self.webhook(&tenant, &request.webhook_id).await?;
+        validate::id("delivery", &request.delivery_id)?;
         let found = self.store.get_delivery(&webhook.id, &request.delivery_id).await.map_err(status::store)?;
         let detail = found.ok_or_else(|| status::not_found("delivery"))?;
         Ok(Response::new(proto::GetDeliveryResponse { delivery: Some(convert::detail(detail)) }))
@@ -86,6 +91,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
         let tenant = tenant(&request)?;
         let request = request.into_inner();
         let webhook = self.webhook(&tenant, &request.webhook_id).await?;
+        validate::id("delivery", &request.delivery_id)?;
         let retried = self.store.retry_delivery(&webhook.id, &request.delivery_id).await;
         let delivery = retried.map_err(status::retry)?;
         Ok(Response::new(proto::RetryDeliveryResponse {
@@ -109,7 +115,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
             id => Some(self.webhook(&tenant, id).await?.id),
         };
         if let Some(event_type) = &request.event {
-            self.event_type(event_type)?;
+            self.event_filter(event_type)?;
         }
         let status = validate::delivery_status(request.status)?;
         let filter = ChangeFilter { tenant, webhook_id, status, event_type: request.event };

@@ -31,6 +31,9 @@ pub mod proto {
 /// `proto/` as descriptors, with every option: for REST and for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
+/// Test events under way at a time on this node; one more is refused as unavailable.
+pub const MAX_TESTS: usize = 128;
+
 /// Both services.
 #[derive(Clone)]
 pub struct Api(pub Arc<Parts>);
@@ -47,6 +50,8 @@ pub struct Parts {
     pub tokens: Tokens,
     /// What a published delivery is leased for.
     pub lease: Lease,
+    /// A permit for each test event that may be under way.
+    pub tests: tokio::sync::Semaphore,
     /// Ends open streams.
     pub shutdown: CancellationToken,
 }

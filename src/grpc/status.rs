@@ -67,6 +67,16 @@ pub(super) fn shutting_down() -> Status {
     unavailable("the server is shutting down; try again")
 }
 
+/// A test event whose attempt was not made: its webhook is gone by now, or the server is.
+pub(super) fn interrupted() -> Status {
+    unavailable("the test event was not sent, because the webhook was deleted or the server is shutting down")
+}
+
+/// More test events than [`super::MAX_TESTS`].
+pub(super) fn too_many_tests() -> Status {
+    unavailable("too many test events are under way; try again")
+}
+
 /// Something that cannot be; the detail goes to the log only.
 pub(super) fn internal(detail: &str) -> Status {
     tracing::error!(detail, "internal error");

@@ -7,17 +7,25 @@ use crate::webhook::{
     self, DeliveryStatus, NewWebhook, WebhookStatus, WebhookUpdate, validate_description, validate_events,
 };
 
+/// No id is longer.
+const MAX_ID_BYTES: usize = 64;
 /// Page size when none is asked for.
 const DEFAULT_LIMIT: u64 = 20;
 /// The largest page; more is refused.
 const MAX_LIMIT: u64 = 100;
+
+/// Refuses what cannot be an id, so that no database has to.
+pub(super) fn id(what: &str, id: &str) -> Result<(), Status> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+    if id.len() <= MAX_ID_BYTES && id.bytes().all(plain) { Ok(()) } else { Err(status::not_found(what)) }
+}
 
 /// Size of a page.
 pub(super) fn limit(limit: Option<i32>) -> Result<u64, Status> {
     let Some(limit) = limit else { return Ok(DEFAULT_LIMIT) };
     match u64::try_from(limit) {
         Ok(limit @ 1..=MAX_LIMIT) => Ok(limit),
-        _ => Err(status::invalid("limit", "out_of_range", format!("limit must be from 1 to {MAX_LIMIT}"))),
+        _ => Err(status::invalid_parameter("limit", "out_of_range", format!("limit must be from 1 to {MAX_LIMIT}"))),
     }
 }
 
@@ -28,7 +36,10 @@ pub(super) fn delivery_status(field: Option<i32>) -> Result<Option<DeliveryStatu
             Ok(proto::DeliveryStatus::Pending) => Ok(DeliveryStatus::Pending),
             Ok(proto::DeliveryStatus::Success) => Ok(DeliveryStatus::Success),
             Ok(proto::DeliveryStatus::Failed) => Ok(DeliveryStatus::Failed),
-            _ => Err(status::invalid("status", "unknown", "status must be one of pending, success, failed")),
+            _ => {
+                let message = "status must be one of pending, success, failed".to_owned();
+                Err(status::invalid_parameter("status", "unknown", message))
+            }
         })
         .transpose()
 }
@@ -37,6 +48,12 @@ impl Api {
     /// An event type that must be known.
     pub(super) fn event_type(&self, name: &str) -> Result<(), Status> {
         self.event_types.validate("event", name).map_err(status::fault)
+    }
+
+    /// An event type to filter by, which must be known.
+    pub(super) fn event_filter(&self, name: &str) -> Result<(), Status> {
+        let known = self.event_types.validate("event", name);
+        known.map_err(|fault| status::invalid_parameter(&fault.field, fault.reason, fault.message))
     }
 
     pub(super) async fn new_webhook(&self, request: proto::CreateWebhookRequest) -> Result<NewWebhook, Status> {

@@ -21,8 +21,10 @@ pub(super) async fn changes(api: Api, filter: ChangeFilter, resume_token: Option
         Some(token) => {
             let opened = purpose(&filter, |purpose| api.tokens.open(purpose, &token));
             let position = opened.and_then(|position| position.parse::<i64>().ok());
-            let refuse =
-                || status::invalid("resume_token", "invalid", "resume_token is not one that this stream gave out");
+            let refuse = || {
+                let message = "the resume token is not one that this stream gave out".to_owned();
+                status::invalid_parameter("resume_token", "invalid", message)
+            };
             Some(position.ok_or_else(refuse)?)
         }
     };

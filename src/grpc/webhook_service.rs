@@ -72,6 +72,7 @@ impl proto::webhook_service_server::WebhookService for Api {
     ) -> Result<Response<proto::DeleteWebhookResponse>, Status> {
         let tenant = tenant(&request)?;
         let id = request.into_inner().id;
+        validate::id("webhook", &id)?;
         if !self.store.delete_webhook(&tenant, &id).await.map_err(status::store)? {
             return Err(status::not_found("webhook"));
         }
@@ -84,6 +85,7 @@ impl proto::webhook_service_server::WebhookService for Api {
     ) -> Result<Response<proto::RotateSecretResponse>, Status> {
         let tenant = tenant(&request)?;
         let id = request.into_inner().id;
+        validate::id("webhook", &id)?;
         let rotated = self.store.rotate_secret(&tenant, &id).await.map_err(status::store)?;
         let rotated = rotated.ok_or_else(|| status::not_found("webhook"))?;
         Ok(Response::new(proto::RotateSecretResponse {
@@ -107,11 +109,12 @@ impl proto::webhook_service_server::WebhookService for Api {
             }
             None => webhook.events.first().cloned().unwrap_or_default(),
         };
+        let _permit = self.tests.try_acquire().map_err(|_| status::too_many_tests())?;
         let data = sample(&event_type);
         let lease = self.lease.clone();
         let published = self.store.publish_test(tenant, &webhook.id, event_type, data, lease).await;
         let (delivery_id, attempted) = published.map_err(status::store)?;
-        let attempt = attempted.await.map_err(|_| status::shutting_down())?;
+        let attempt = attempted.await.map_err(|_| status::interrupted())?;
         let failed = attempt.error.is_some();
         let outcome = if failed { DeliveryStatus::Failed } else { DeliveryStatus::Success };
         Ok(Response::new(proto::SendTestEventResponse {

@@ -50,7 +50,7 @@ pub(super) async fn message(
 
 fn append_body(out: &mut Vec<u8>, route: &Route, headers: &HeaderMap, body: &Bytes) -> Result<(), Failure> {
     if body.is_empty() {
-        return Ok(());
+        return if route.update_mask.is_some() { Err(nothing_to_change()) } else { Ok(()) };
     }
     if matches!(route.body, BodyRule::None) {
         return Err(Failure::request("this call takes no body"));
@@ -76,6 +76,9 @@ fn append_body(out: &mut Vec<u8>, route: &Route, headers: &HeaderMap, body: &Byt
         Ok(())
     })?;
     let Some(mask) = route.update_mask else { return Ok(()) };
+    if given.is_empty() {
+        return Err(nothing_to_change());
+    }
     wire::nested(out, input.fields[mask].number, |out| {
         for place in given {
             let name = &tables.message(message).fields[place].name;
@@ -83,6 +86,11 @@ fn append_body(out: &mut Vec<u8>, route: &Route, headers: &HeaderMap, body: &Byt
         }
         Ok(())
     })
+}
+
+/// A partial body that names no field. The service would find fault with its mask, which REST callers do not know.
+fn nothing_to_change() -> Failure {
+    Failure::new("VALIDATION_ERROR", "name at least one field to change")
 }
 
 async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Failure> {

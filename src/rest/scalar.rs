@@ -18,10 +18,7 @@ pub(super) fn number(kind: Kind, text: &str) -> Result<Value<'static>, (&'static
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(("wrong_type", "must be a whole number".to_owned()));
     }
-    integer(kind, text).ok_or_else(|| {
-        let (low, high) = bounds(kind);
-        ("out_of_range", format!("must be from {low} to {high}"))
-    })
+    integer(kind, text).ok_or_else(|| ("out_of_range", "is out of range".to_owned()))
 }
 
 /// A whole number, as the kind writes it; none when it is out of range or not one.
@@ -50,13 +47,4 @@ pub(super) fn integer(kind: Kind, text: &str) -> Option<Value<'static>> {
 /// An RFC 3339 time as a timestamp message.
 pub(super) fn time(text: &str) -> Option<Vec<u8>> {
     Some(text.parse::<prost_types::Timestamp>().ok()?.encode_to_vec())
-}
-
-fn bounds(kind: Kind) -> (i64, u64) {
-    match kind {
-        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 => (i32::MIN.into(), i32::MAX as u64),
-        Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => (i64::MIN, i64::MAX as u64),
-        Kind::Uint32 | Kind::Fixed32 => (0, u32::MAX.into()),
-        _ => (0, u64::MAX),
-    }
 }

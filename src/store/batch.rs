@@ -50,7 +50,10 @@ impl<I: Send + 'static, O: Send + 'static> Batcher<I, O> {
     /// Waits until `item` is committed.
     pub(super) async fn submit(&self, item: I) -> Result<O, Error> {
         let (answer, committed) = oneshot::channel();
-        self.queue.try_send((item, answer)).map_err(|_| Error::Overloaded)?;
+        self.queue.try_send((item, answer)).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Error::Overloaded,
+            mpsc::error::TrySendError::Closed(_) => Error::Closed,
+        })?;
         committed.await.map_err(|_| Error::Closed)?
     }
 }

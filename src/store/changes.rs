@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// One read takes at most this many changes; a watcher holds no more in memory.
-const MAX_READ: u64 = 256;
+const MAX_READ: u64 = 128;
 /// How often the log is looked at for changes of other nodes, while somebody watches.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -58,6 +58,8 @@ pub struct Watch {
     /// Everything up to here was seen.
     position: i64,
     caught_up: bool,
+    /// The feed has gone on from here.
+    behind: i64,
     live: broadcast::Receiver<Batch>,
     pending: VecDeque<Change>,
 }
@@ -76,7 +78,7 @@ impl Store {
             }
             None => self.edge("max").await?.unwrap_or(0),
         };
-        Ok(Watch { store: self.clone(), filter, position, caught_up: false, live, pending: VecDeque::new() })
+        Ok(Watch { store: self.clone(), filter, position, caught_up: false, behind: 0, live, pending: VecDeque::new() })
     }
 
     /// Reads new changes into the feed, as long as the process runs and somebody watches.
@@ -134,11 +136,6 @@ impl Store {
 }
 
 impl Watch {
-    /// Where the watch stands: what a client resumes from that has seen no change yet.
-    pub fn position(&self) -> i64 {
-        self.position
-    }
-
     /// The next change, when there is one. Dropping the call in the middle loses nothing.
     pub async fn next(&mut self) -> Result<Change, WatchError> {
         loop {
@@ -156,6 +153,10 @@ impl Watch {
     async fn read_log(&mut self) -> Result<(), WatchError> {
         let rows = self.store.read_changes(Some(&self.filter.tenant), self.position).await?;
         self.caught_up = rows.is_empty();
+        if self.caught_up {
+            // What the log was read for is of other tenants: it need not be read for again.
+            self.position = self.position.max(self.behind);
+        }
         for row in rows {
             let (tenant, change) = change(row)?;
             self.take(&tenant, change);
@@ -172,6 +173,7 @@ impl Watch {
         if batch.after > self.position {
             // Something came between the log as read and the feed's beginning.
             self.caught_up = false;
+            self.behind = batch.after;
         }
         let before = self.position;
         if batch.after <= before {

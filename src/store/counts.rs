@@ -59,7 +59,9 @@ impl Deltas {
             sql.text(
                 " ON CONFLICT (webhook_id, event_type, status) DO UPDATE SET \
                  total = delivery_counts.total + excluded.total, \
-                 last_attempt_at_ms = COALESCE(excluded.last_attempt_at_ms, delivery_counts.last_attempt_at_ms)",
+                 last_attempt_at_ms = CASE WHEN delivery_counts.last_attempt_at_ms IS NULL \
+                 OR excluded.last_attempt_at_ms > delivery_counts.last_attempt_at_ms \
+                 THEN excluded.last_attempt_at_ms ELSE delivery_counts.last_attempt_at_ms END",
             );
             transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
         }

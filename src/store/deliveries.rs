@@ -16,6 +16,9 @@ use crate::{
     webhook::{Answer, Attempt, ChangeKind, Delivery, DeliveryStatus, EventData, Timestamp},
 };
 
+/// The data of the deliveries on a page is at most this long together; then the page ends early, and another follows.
+const MAX_PAGE_BYTES: usize = 4 * 1024 * 1024;
+
 /// Which deliveries of a webhook to list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeliveryFilter {
@@ -120,7 +123,9 @@ impl Store {
         sql.text(") AS merged ORDER BY id DESC LIMIT ").value(i64::try_from(limit + 1).unwrap_or(i64::MAX));
         let statement = sql.build(self.0.read.get_database_backend());
         let rows = delivery::Entity::find().from_raw_sql(statement).all(&self.0.read).await?;
-        Ok(Page::cut(self.with_data(rows).await?, limit, total))
+        let mut page = Page::cut(self.with_data(rows).await?, limit, total);
+        page.more |= cut_to_bytes(&mut page.items);
+        Ok(page)
     }
 
     /// One delivery with every attempt.
@@ -182,6 +187,19 @@ impl Store {
             })
             .collect()
     }
+}
+
+/// Keeps as many deliveries as fit into [`MAX_PAGE_BYTES`], at least one; true when some did not.
+fn cut_to_bytes(items: &mut Vec<ListedDelivery>) -> bool {
+    let mut bytes = 0;
+    let fits = |listed: &ListedDelivery| {
+        bytes += listed.data.as_ref().map_or(0, |data| data.as_str().len());
+        bytes <= MAX_PAGE_BYTES
+    };
+    let kept = items.iter().map(fits).take_while(|fits| *fits).count().max(1);
+    let cut = items.len() > kept;
+    items.truncate(kept);
+    cut
 }
 
 /// The state that a column names.

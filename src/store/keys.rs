@@ -152,7 +152,7 @@ impl Store {
     }
 
     /// Writes down which keys were used since the last time.
-    pub(super) async fn write_used_keys(&self) -> Result<(), Error> {
+    pub async fn write_used_keys(&self) -> Result<(), Error> {
         let used = std::mem::take(&mut *self.0.used_keys.0.lock().unwrap_or_else(PoisonError::into_inner));
         for (id, at) in used {
             let update = Entity::update_many().col_expr(Column::LastUsedAtMs, Expr::value(at.millis()));

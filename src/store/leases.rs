@@ -1,14 +1,19 @@
 //! Leases: who makes an attempt, and until when. The only place where an expired one comes back.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
-use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Value};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Value,
+};
 use tokio::sync::oneshot;
 
 use super::{
     Error, Store, changes,
     counts::Deltas,
-    deliveries::status,
     entity::{attempt, delivery, event},
     keys::tenant,
     ordered,
@@ -16,7 +21,7 @@ use super::{
 };
 use crate::{
     clock,
-    webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, Tenant, Timestamp, rescue},
+    webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, RetrySchedule, Tenant, Timestamp, rescue},
 };
 
 /// One claim takes at most this many deliveries; the rest is in the next.
@@ -62,6 +67,8 @@ pub struct Leased {
 pub struct Waiting {
     /// Id of the webhook.
     pub webhook_id: String,
+    /// Whose it is.
+    pub organization: String,
     /// When the first of them is due.
     pub due_at: Timestamp,
 }
@@ -78,16 +85,16 @@ impl Store {
              UNION ALL SELECT (SELECT min(d.webhook_id) FROM deliveries d \
               WHERE d.next_attempt_at_ms IS NOT NULL AND d.webhook_id > queue.webhook_id) \
              FROM queue WHERE queue.webhook_id IS NOT NULL) \
-            SELECT queue.webhook_id, (SELECT min(d.next_attempt_at_ms) FROM deliveries d \
+            SELECT queue.webhook_id, w.organization, (SELECT min(d.next_attempt_at_ms) FROM deliveries d \
              WHERE d.webhook_id = queue.webhook_id AND d.next_attempt_at_ms IS NOT NULL) AS due_at_ms \
             FROM queue JOIN webhooks w ON w.id = queue.webhook_id \
             WHERE w.status = 'active' AND w.deleted_at_ms IS NULL";
         let rows = self.0.read.query_all_raw(Sql::new(LEAP).build(self.0.read.get_database_backend())).await?;
         let mut waiting = Vec::with_capacity(rows.len());
         for row in rows {
-            let (webhook_id, due_at): (String, Option<i64>) = row.try_get_many_by_index()?;
+            let (webhook_id, organization, due_at): (String, String, Option<i64>) = row.try_get_many_by_index()?;
             if let Some(due_at) = due_at {
-                waiting.push(Waiting { webhook_id, due_at: Timestamp::from_millis(due_at) });
+                waiting.push(Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) });
             }
         }
         Ok(waiting)
@@ -96,9 +103,13 @@ impl Store {
     /// Leases to this node what is due of `webhooks`, as far as it has room, and hands it to the engine. True when
     /// there may be more to claim at once.
     pub async fn claim(&self, webhooks: &[Waiting], now: Timestamp, length: Duration) -> Result<bool, Error> {
-        let share = (MAX_CLAIM / webhooks.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
+        let due = in_turns(webhooks.iter().filter(|webhook| webhook.due_at <= now).collect(), now);
+        let share = (MAX_CLAIM / due.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
         let mut wanted: HashMap<String, usize> = HashMap::new();
-        for webhook in webhooks.iter().filter(|webhook| webhook.due_at <= now).take(MAX_CLAIM_WEBHOOKS) {
+        for webhook in &due {
+            if wanted.len() == MAX_CLAIM_WEBHOOKS {
+                break;
+            }
             match self.0.handoff.take_for_waiting(&webhook.webhook_id, share) {
                 0 => {}
                 places => drop(wanted.insert(webhook.webhook_id.clone(), places)),
@@ -114,7 +125,7 @@ impl Store {
         for leased in &claimed {
             *found.entry(&leased.webhook_id).or_default() += 1;
         }
-        let mut more = webhooks.len() > MAX_CLAIM_WEBHOOKS;
+        let mut more = wanted.len() == MAX_CLAIM_WEBHOOKS;
         for (webhook_id, places) in &wanted {
             let unused = places.saturating_sub(found.get(webhook_id.as_str()).copied().unwrap_or(0));
             if unused > 0 {
@@ -124,6 +135,7 @@ impl Store {
                 more = true;
             }
         }
+        self.0.handoff.fetched(claimed.iter().map(|leased| leased.event.data.as_str().len()).sum());
         claimed.into_iter().for_each(|leased| drop(self.0.ready.send(leased)));
         Ok(more)
     }
@@ -153,46 +165,18 @@ impl Store {
         sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
         sql.text(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due");
         sql.text(") RETURNING *");
-        let statement = sql.build(self.0.write.get_database_backend());
-        let rows = delivery::Entity::find().from_raw_sql(statement).all(&self.0.write).await?;
-        self.with_events(rows, expires_at).await
-    }
-
-    /// Reads the events of claimed deliveries in one query. A delivery whose event is gone cannot be sent; its lease
-    /// runs out, and after some of those it ends as failed.
-    async fn with_events(&self, rows: Vec<delivery::Model>, expires_at: Timestamp) -> Result<Vec<Leased>, Error> {
-        let ids = rows.iter().map(|row| Value::from(row.event_id.clone()));
-        let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(&self.0.read).await?;
-        let events: HashMap<String, Arc<Event>> = events
-            .into_iter()
-            .map(|row| {
-                let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
-                (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
-            })
-            .collect();
-        let mut leased = Vec::with_capacity(rows.len());
-        for row in rows {
-            let Some(event) = events.get(&row.event_id) else {
-                tracing::error!(delivery = row.id, event = row.event_id, "a delivery has lost its event");
-                continue;
-            };
-            leased.push(Leased {
-                tenant: tenant(&row.organization, &row.environment)?,
-                webhook_id: row.webhook_id,
-                delivery_id: row.id,
-                event: Arc::clone(event),
-                attempt: row.attempts,
-                plan: if row.once { Plan::Once } else { Plan::Schedule },
-                expires_at,
-                done: None,
-            });
-        }
+        // One transaction with reading the events: a claim that nobody hears of would hold its leases for nothing.
+        let transaction = self.write().await?;
+        let statement = sql.build(transaction.get_database_backend());
+        let rows = delivery::Entity::find().from_raw_sql(statement).all(&transaction).await?;
+        let leased = with_events(&transaction, rows, expires_at).await?;
+        transaction.commit().await?;
         Ok(leased)
     }
 
-    /// Says that a delivery is no longer held in memory, because its attempt ended or is given up.
-    pub fn let_go(&self, webhook_id: &str) {
-        self.0.handoff.give_back(webhook_id, 1);
+    /// Says that a delivery of so many bytes of data is no longer held in memory, because its attempt ended or is given up.
+    pub fn let_go(&self, webhook_id: &str, bytes: usize) {
+        self.0.handoff.let_go(webhook_id, bytes);
     }
 
     /// Gives leases back unused: the deliveries are due again at once, and the attempts stay granted.
@@ -204,10 +188,11 @@ impl Store {
             "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, next_attempt_at_ms = ",
         );
         sql.value(clock::now().millis()).text(" WHERE lease_node = ").value(self.0.node.as_str());
-        sql.text(" AND (webhook_id, id) IN (VALUES ");
+        sql.text(" AND (webhook_id, id, attempts) IN (VALUES ");
         for (index, leased) in leased.iter().enumerate() {
             sql.text(if index > 0 { "," } else { "" });
-            sql.row([Value::from(leased.webhook_id.as_str()), leased.delivery_id.as_str().into()]);
+            let attempt = leased.attempt.into();
+            sql.row([Value::from(leased.webhook_id.as_str()), leased.delivery_id.as_str().into(), attempt]);
         }
         sql.text(")");
         self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?;
@@ -216,10 +201,10 @@ impl Store {
 
     /// Brings back what a process that is gone had leased. On SQLite no other node can hold a lease, so that is all;
     /// on PostgreSQL leases of others run out in their own time.
-    pub async fn rescue_all_at_start(&self) -> Result<usize, Error> {
+    pub async fn rescue_all_at_start(&self, schedule: &RetrySchedule) -> Result<usize, Error> {
         let mut total = 0;
         while self.sqlite() {
-            match self.rescue(true).await? {
+            match self.rescue(true, schedule).await? {
                 0 => break,
                 rescued => total += rescued,
             }
@@ -229,7 +214,7 @@ impl Store {
 
     /// Brings back deliveries whose lease has expired, or all leased ones when `all`: on SQLite no other node can hold
     /// a lease, so those found at the start are from a process that is gone. Answers how many there were.
-    pub async fn rescue(&self, all: bool) -> Result<usize, Error> {
+    pub async fn rescue(&self, all: bool, schedule: &RetrySchedule) -> Result<usize, Error> {
         let now = clock::now();
         let transaction = self.write().await?;
         let mut find = delivery::Entity::find().filter(delivery::Column::LeaseExpiresAtMs.is_not_null());
@@ -247,15 +232,15 @@ impl Store {
         let (mut deltas, mut log, mut attempts) = (Deltas::default(), Vec::new(), Vec::new());
         for mut row in rows {
             let lost = row.lost_leases + 1;
-            // A test event is only ever the first attempt; a retry by hand comes later.
-            let is_test = row.once && row.attempts == 1;
-            let transition = rescue(lost, is_test, now);
+            let plan = if row.once { Plan::Once } else { Plan::Schedule };
+            let transition = rescue(lost, row.attempts, plan, schedule, now);
             let started_at = row.last_attempt_at_ms.unwrap_or(row.created_at_ms);
             row.status = transition.status.as_str().to_owned();
             row.next_attempt_at_ms = transition.next_attempt_at.map(Timestamp::millis);
             (row.lost_leases, row.lease_node, row.lease_expires_at_ms) = (lost, None, None);
             row.last_error = Some(LOST.to_owned());
-            if status(&row.status)? != DeliveryStatus::Pending {
+            deltas.attempted(&row.webhook_id, &row.event_type, transition.status, Timestamp::from_millis(started_at));
+            if transition.status != DeliveryStatus::Pending {
                 deltas.add(&row.webhook_id, &row.event_type, DeliveryStatus::Pending, -1);
                 deltas.add(&row.webhook_id, &row.event_type, transition.status, 1);
             }
@@ -274,6 +259,67 @@ impl Store {
         self.0.handoff.due.notify_one();
         Ok(rescued)
     }
+}
+
+/// Webhooks in the order in which they get places: organisations take turns, and which one begins changes with time, so
+/// that none is always the first.
+fn in_turns(webhooks: Vec<&Waiting>, now: Timestamp) -> Vec<&Waiting> {
+    let mut organizations: BTreeMap<&str, VecDeque<&Waiting>> = BTreeMap::new();
+    for webhook in webhooks {
+        organizations.entry(&webhook.organization).or_default().push_back(webhook);
+    }
+    let mut queues: VecDeque<VecDeque<&Waiting>> = organizations.into_values().collect();
+    let turn = usize::try_from(now.millis()).unwrap_or(0);
+    for queue in &mut queues {
+        queue.rotate_left(turn % queue.len());
+    }
+    if !queues.is_empty() {
+        queues.rotate_left(turn % queues.len());
+    }
+    let mut turns = Vec::new();
+    while let Some(mut queue) = queues.pop_front() {
+        turns.extend(queue.pop_front());
+        if !queue.is_empty() {
+            queues.push_back(queue);
+        }
+    }
+    turns
+}
+
+/// Reads the events of claimed deliveries in one query. A delivery whose event is gone cannot be sent; its lease
+/// runs out, and after some of those it ends as failed.
+async fn with_events(
+    transaction: &DatabaseTransaction,
+    rows: Vec<delivery::Model>,
+    expires_at: Timestamp,
+) -> Result<Vec<Leased>, Error> {
+    let ids = rows.iter().map(|row| Value::from(row.event_id.clone()));
+    let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(transaction).await?;
+    let events: HashMap<String, Arc<Event>> = events
+        .into_iter()
+        .map(|row| {
+            let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
+            (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
+        })
+        .collect();
+    let mut leased = Vec::with_capacity(rows.len());
+    for row in rows {
+        let Some(event) = events.get(&row.event_id) else {
+            tracing::error!(delivery = row.id, event = row.event_id, "a delivery has lost its event");
+            continue;
+        };
+        leased.push(Leased {
+            tenant: tenant(&row.organization, &row.environment)?,
+            webhook_id: row.webhook_id,
+            delivery_id: row.id,
+            event: Arc::clone(event),
+            attempt: row.attempts,
+            plan: if row.once { Plan::Once } else { Plan::Schedule },
+            expires_at,
+            done: None,
+        });
+    }
+    Ok(leased)
 }
 
 fn interrupted(row: &delivery::Model, started_at_ms: i64) -> attempt::ActiveModel {

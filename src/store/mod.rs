@@ -65,6 +65,8 @@ struct Inner {
     handoff: Handoff,
     targets: Targets,
     publisher: std::sync::OnceLock<Batcher<publish::Publish, Published>>,
+    /// A permit for each byte of event data that waits for its commit.
+    publishing: tokio::sync::Semaphore,
     recorder: std::sync::OnceLock<Batcher<Finished, bool>>,
     /// Deliveries leased to this node, on their way to `dispatch`.
     ready: mpsc::UnboundedSender<Leased>,
@@ -94,15 +96,14 @@ pub enum Error {
     /// Another process serves this SQLite database.
     #[error("another process is serving {0}; stop it first, or use PostgreSQL for several nodes")]
     Taken(String),
+    /// The file that keeps others off cannot be used.
+    #[error("{0}.lock, which keeps other processes off the database, cannot be locked: {1}")]
+    Lock(String, Arc<std::io::Error>),
 }
 
 impl From<sea_orm::DbErr> for Error {
     fn from(error: sea_orm::DbErr) -> Self {
-        match error {
-            sea_orm::DbErr::ConnectionAcquire(_) | sea_orm::DbErr::Conn(_) => Self::Unavailable(Arc::new(error)),
-            _ if error.to_string().contains("error communicating with database") => Self::Unavailable(Arc::new(error)),
-            _ => Self::Failed(Arc::new(error)),
-        }
+        if passes(&error) { Self::Unavailable(Arc::new(error)) } else { Self::Failed(Arc::new(error)) }
     }
 }
 
@@ -126,6 +127,7 @@ impl Store {
             handoff: Handoff::default(),
             targets: Targets::default(),
             publisher: std::sync::OnceLock::new(),
+            publishing: tokio::sync::Semaphore::new(publish::MAX_WAITING_BYTES as usize),
             recorder: std::sync::OnceLock::new(),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
@@ -153,16 +155,13 @@ impl Store {
         if exclusive.is_some() {
             return Ok(());
         }
-        let taken = || Error::Taken(path.to_owned());
-        let file = std::fs::File::create(format!("{path}.lock")).map_err(|_| taken())?;
-        file.try_lock().map_err(|_| taken())?;
+        let failed = |error: std::io::Error| Error::Lock(path.to_owned(), Arc::new(error));
+        let file = std::fs::File::create(format!("{path}.lock")).map_err(failed)?;
+        file.try_lock().map_err(|error| match error {
+            std::fs::TryLockError::WouldBlock => Error::Taken(path.to_owned()),
+            std::fs::TryLockError::Error(error) => failed(error),
+        })?;
         *exclusive = Some(file);
-        Ok(())
-    }
-
-    /// Whether a query is answered.
-    pub async fn ping(&self) -> Result<(), Error> {
-        self.0.read.execute_unprepared("SELECT 1").await?;
         Ok(())
     }
 
@@ -202,6 +201,26 @@ impl Store {
     }
 }
 
+/// Whether the same statement may well succeed later: the database is away, restarting, full, or busy with another.
+fn passes(error: &sea_orm::DbErr) -> bool {
+    use sea_orm::{DbErr, RuntimeErr, SqlxError};
+    let (DbErr::Conn(RuntimeErr::SqlxError(cause))
+    | DbErr::Exec(RuntimeErr::SqlxError(cause))
+    | DbErr::Query(RuntimeErr::SqlxError(cause))) = error
+    else {
+        return matches!(error, DbErr::ConnectionAcquire(_) | DbErr::Conn(_));
+    };
+    let code = match &**cause {
+        SqlxError::Database(error) => error.code().unwrap_or_default().into_owned(),
+        cause => return matches!(cause, SqlxError::Io(_) | SqlxError::PoolTimedOut | SqlxError::PoolClosed),
+    };
+    // SQLSTATE: connection trouble, no resources, shutting down, chosen to wait, took too long. SQLite: busy, locked,
+    // full; an extended code has the plain one in its low byte.
+    let classes = ["08", "53", "57", "40", "55P03", "25P03"];
+    let plain = code.parse::<i32>().map(|code| code & 0xff);
+    (code.len() == 5 && classes.iter().any(|class| code.starts_with(class))) || matches!(plain, Ok(5 | 6 | 13))
+}
+
 /// Makes this transaction the only one, on all nodes, that may add changes until it ends.
 ///
 /// PostgreSQL gives out sequence numbers in the order of asking but shows them in the order of commits; a reader that
@@ -220,6 +239,14 @@ fn options(url: &str, connections: u32) -> ConnectOptions {
         .acquire_timeout(MAX_WAIT_FOR_CONNECTION)
         .test_before_acquire(false)
         .sqlx_logging(false)
+        // A node that freezes with a transaction open must not hold up the others for longer than this.
+        .map_sqlx_postgres_opts(|postgres| {
+            postgres.options([
+                ("idle_in_transaction_session_timeout", "5s"),
+                ("lock_timeout", "5s"),
+                ("statement_timeout", "30s"),
+            ])
+        })
         .map_sqlx_sqlite_opts(|sqlite| {
             sqlite
                 .pragma("journal_mode", "WAL")

@@ -17,6 +17,9 @@ use crate::{
     webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, Tenant, Timestamp},
 };
 
+/// The data of events that wait for their commit is at most this long together; one more is refused with
+/// [`Error::Overloaded`].
+pub(super) const MAX_WAITING_BYTES: u32 = 64 * 1024 * 1024;
 /// SQLite takes this many values in a statement, 19 a delivery.
 const MAX_ROWS: usize = 1_000;
 
@@ -57,6 +60,8 @@ impl Store {
         lease: Lease,
     ) -> Result<Published, Error> {
         let publisher = self.0.publisher.get().ok_or(Error::Closed)?;
+        let bytes = u32::try_from(data.as_str().len()).unwrap_or(u32::MAX);
+        let _room = self.0.publishing.try_acquire_many(bytes.min(MAX_WAITING_BYTES)).map_err(|_| Error::Overloaded)?;
         publisher.submit(Publish { tenant, event_type, data, lease }).await
     }
 
@@ -100,7 +105,8 @@ impl Store {
             published.push(Published { event_id: event.id.clone(), deliveries: webhooks.len() });
             let first_attempt_at = event.created_at.after(lease.first_wait);
             for webhook_id in webhooks.iter() {
-                let at_once = lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id);
+                let bytes = event.data.as_str().len();
+                let at_once = lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id, bytes);
                 deliveries.push(NewDelivery {
                     tenant: tenant.clone(),
                     webhook_id: webhook_id.clone(),
@@ -112,11 +118,14 @@ impl Store {
             }
             events.push(event);
         }
-        let held: Vec<String> =
-            deliveries.iter().filter(|new| new.lease.is_some()).map(|new| new.webhook_id.clone()).collect();
+        let held: Vec<(String, usize)> = deliveries
+            .iter()
+            .filter(|new| new.lease.is_some())
+            .map(|new| (new.webhook_id.clone(), new.event.data.as_str().len()))
+            .collect();
         let waiting = held.len() < deliveries.len();
         let leased = self.store_new(events, deliveries).await.inspect_err(|_| {
-            held.iter().for_each(|webhook_id| self.0.handoff.give_back(webhook_id, 1));
+            held.iter().for_each(|(webhook_id, bytes)| self.0.handoff.let_go(webhook_id, *bytes));
         })?;
         leased.into_iter().for_each(|delivery| drop(self.0.ready.send(delivery)));
         if waiting {

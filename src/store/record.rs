@@ -90,7 +90,7 @@ impl Store {
         }
         sql.text(
             ") UPDATE deliveries SET status = done.status, next_attempt_at_ms = done.next_attempt_at_ms, \
-             lease_node = NULL, lease_expires_at_ms = NULL, status_code = done.status_code, \
+             lease_node = NULL, lease_expires_at_ms = NULL, lost_leases = 0, status_code = done.status_code, \
              response_time_ms = done.response_time_ms, last_error = done.last_error, \
              last_attempt_at_ms = done.last_attempt_at_ms FROM done \
              WHERE deliveries.webhook_id = done.webhook_id AND deliveries.id = done.delivery_id \

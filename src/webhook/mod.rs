@@ -19,7 +19,7 @@ pub use secret::Secret;
 pub use signature::{SigningKey, TOLERANCE_SECS, VerifyError, signature_headers, verify, verify_shortform};
 pub use tenant::{Environment, MAX_ORGANIZATION_BYTES, Tenant};
 pub use timestamp::Timestamp;
-pub use transition::{MAX_LOST_LEASES, Outcome, Plan, Transition, decide, rescue};
+pub use transition::{Outcome, Plan, Transition, decide, rescue};
 pub use validation::{
     EventTypes, Fault, MAX_DESCRIPTION_CHARS, NewWebhook, WebhookUpdate, validate_description, validate_events,
 };

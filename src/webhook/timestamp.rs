@@ -5,6 +5,9 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
+/// 9999-12-31T23:59:59.999Z.
+const LAST_MILLIS: i64 = 253_402_300_799_999;
+
 /// Milliseconds since 1970-01-01T00:00:00Z.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(i64);
@@ -39,7 +42,8 @@ impl Timestamp {
 /// RFC 3339 in UTC, ending in `Z`, with milliseconds only when they are not zero.
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let since_epoch = Duration::from_millis(u64::try_from(self.0).unwrap_or(0));
+        // RFC 3339 has four digits for the year.
+        let since_epoch = Duration::from_millis(u64::try_from(self.0.min(LAST_MILLIS)).unwrap_or(0));
         if self.0 % 1000 == 0 {
             humantime::format_rfc3339_seconds(UNIX_EPOCH + since_epoch).fmt(f)
         } else {

@@ -4,9 +4,6 @@ use std::time::Duration;
 
 use super::{DeliveryStatus, RetrySchedule, Timestamp, retry_schedule::MAX_WAIT};
 
-/// A delivery whose attempts took the process down with them this many times ends as failed.
-pub const MAX_LOST_LEASES: i32 = 3;
-
 /// How a delivery's attempts are planned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plan {
@@ -58,15 +55,18 @@ pub fn decide(attempts: i32, plan: Plan, outcome: &Outcome, schedule: &RetrySche
     }
 }
 
-/// The state of a delivery whose node died, for the `lost`th time, with an attempt under way: it is due again at once,
-/// since nobody knows whether the receiver saw it, unless it keeps taking nodes down. A test event is not made again:
-/// whoever asked for it is gone.
-pub fn rescue(lost: i32, is_test: bool, now: Timestamp) -> Transition {
-    if is_test || lost >= MAX_LOST_LEASES {
-        Transition { status: DeliveryStatus::Failed, next_attempt_at: None }
-    } else {
-        Transition { status: DeliveryStatus::Pending, next_attempt_at: Some(now) }
+/// The state of a delivery whose node died with its attempt leased, which has happened `lost` times since an attempt was
+/// last recorded.
+///
+/// Nobody knows whether the receiver saw the attempt, or whether it even began: the first time it is due again at once.
+/// After that it counts as a refusal, with the waits of the schedule, so that a delivery that takes nodes down with it
+/// does so ever more rarely, and ends. A test event is not made again: whoever asked for it is gone.
+pub fn rescue(lost: i32, attempts: i32, plan: Plan, schedule: &RetrySchedule, now: Timestamp) -> Transition {
+    let is_test = plan == Plan::Once && attempts == 1;
+    if lost <= 1 && !is_test {
+        return Transition { status: DeliveryStatus::Pending, next_attempt_at: Some(now) };
     }
+    decide(attempts, plan, &Outcome::Refused { retry_after: None }, schedule, now)
 }
 
 #[cfg(test)]
@@ -105,8 +105,14 @@ mod tests {
 
     #[test]
     fn a_delivery_that_kills_its_node_ends() {
-        assert_eq!(rescue(2, false, NOW).next_attempt_at, Some(NOW));
-        assert_eq!(rescue(MAX_LOST_LEASES, false, NOW).status, DeliveryStatus::Failed);
+        let schedule = RetrySchedule::default();
+        let rescued = |lost, attempts, plan| rescue(lost, attempts, plan, &schedule, NOW);
+        assert_eq!(rescued(1, 6, Plan::Schedule).next_attempt_at, Some(NOW));
+        assert_eq!(rescued(2, 2, Plan::Schedule).next_attempt_at, Some(NOW.after(Duration::from_secs(5 * 60))));
+        assert_eq!(rescued(2, 6, Plan::Schedule).status, DeliveryStatus::Failed);
+        assert_eq!(rescued(1, 7, Plan::Once).next_attempt_at, Some(NOW), "a retry by hand");
+        assert_eq!(rescued(2, 8, Plan::Once).status, DeliveryStatus::Failed);
+        assert_eq!(rescued(1, 1, Plan::Once).status, DeliveryStatus::Failed, "a test event");
     }
 
     proptest! {

@@ -58,6 +58,8 @@ async fn keys_from_making_to_revoking(database: Database) {
     let (code, _, error) = keys(&["revoke", "key_none"]).await;
     assert!(code == 1 && error.contains("key_none"), "{error}");
     assert_eq!(keys(&["create", "--environment", "test"]).await.0, 2, "whose?");
+    let for_ever = ["create", "--organization", "acme", "--environment", "test", "--expires-in", "9000years"];
+    assert_eq!(keys(&for_ever).await.0, 2, "no time can say when");
 }
 
 #[tokio::test]
@@ -174,7 +176,7 @@ async fn publish_and_watch() {
     let mut watch = client(&["watch", "--webhook", &id, "--resume", &token]);
     // Bound to the filter that got it: the stream above watched every webhook.
     let (code, _, error) = run(watch, "").await;
-    assert!(code == 1 && error.contains("resume_token"), "{error}");
+    assert!(code == 1 && error.contains("resume token"), "{error}");
     watch = client(&["watch", "--resume", &token]);
     let mut watch = watch.stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
@@ -184,6 +186,9 @@ async fn publish_and_watch() {
     let (code, _, error) = run(client(&["publish", "content.ready"]), "{\"n\":2}\n\nnope\n{\"n\":3}\n").await;
     assert_eq!(code, 1);
     assert!(error.contains("line 3: ") && error.contains("2 events published, 2 deliveries"), "{error}");
+    let folder = std::fs::File::open(directory.path()).unwrap();
+    let ended = client(&["publish", "content.ready"]).stdin(folder).stderr(Stdio::null()).status();
+    assert!(!soon("the end of a faulty input", ended).await.unwrap().success());
     receiver.wait_for(4).await;
     let mut successes = 0;
     while successes < 4 {

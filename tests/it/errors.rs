@@ -131,8 +131,16 @@ async fn protocol(database: Database) {
     let server = TestServer::start(&database).await;
     let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
     let none = (404, "NOT_FOUND", "", "");
-    for path in ["/", "/v1", "/v1/webhooks/", "/v1//webhooks", "/v1/nope", "/v1/webhooks/a/b", "/v1/webhooks/whk_none"]
-    {
+    for path in [
+        "/",
+        "/v1",
+        "/v1/webhooks/",
+        "/v1//webhooks",
+        "/v1/nope",
+        "/v1/webhooks/a/b",
+        "/v1/webhooks/whk_none",
+        "/v1/webhooks/%00",
+    ] {
         assert_error(&server, Method::GET, path, "", none).await;
     }
     let path = format!("/v1/webhooks/{id}/deliveries/del_none");
@@ -220,7 +228,7 @@ async fn same_over_grpc(database: Database) {
     assert_eq!(facts(&status), fact(Code::NotFound, "NOT_FOUND", ""));
     let list = proto::ListDeliveriesRequest { webhook_id: id.clone(), limit: Some(101), ..Default::default() };
     let status = server.deliveries().list_deliveries(list).await.unwrap_err();
-    assert_eq!(facts(&status), invalid("limit"));
+    assert_eq!(facts(&status), fact(Code::InvalidArgument, "INVALID_PARAMETER", "limit"));
     let test = server.webhooks().send_test_event(proto::SendTestEventRequest { id: id.clone(), event: None }).await;
     let delivery_id = test.unwrap().into_inner().delivery_id;
     let publish = proto::PublishEventRequest { event: "content.ready".to_owned(), data: "{\"a\":}".to_owned() };

@@ -166,8 +166,10 @@ async fn partial_updates() {
     let data = kitchen.call("PATCH", "/v1/items/a", body).await.json()["data"].clone();
     assert_eq!(data["updateMask"]["paths"], json!(["max_count", "words", "name"]), "{data}");
     assert_eq!((&data["id"], &data["inner"]["words"]), (&json!("a"), &json!(["a"])));
-    let empty = kitchen.call("PATCH", "/v1/items/a", "{}").await.json()["data"].clone();
-    assert_eq!(empty["updateMask"]["paths"], json!([]), "{empty}");
+    for body in ["{}", ""] {
+        let empty = kitchen.call("PATCH", "/v1/items/a", body).await.error();
+        assert_eq!((empty.0, empty.1.as_str(), empty.2.as_str()), (400, "VALIDATION_ERROR", ""), "no mask in REST");
+    }
 }
 
 #[tokio::test]
