@@ -87,7 +87,7 @@ impl Engine {
     }
 
     async fn give_back(&self, leased: Leased) {
-        if let Err(error) = self.store.release(&[leased]).await {
+        if let Err(error) = self.store.release_one(&leased).await {
             tracing::warn!(%error, "the lease could not be given back; it will run out");
         }
     }

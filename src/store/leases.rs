@@ -30,6 +30,8 @@ const MAX_CLAIM: usize = 512;
 const MAX_CLAIM_WEBHOOKS: usize = 64;
 /// One rescue takes at most this many deliveries; the rest is in the next.
 const MAX_RESCUE: u64 = 256;
+/// One statement gives back at most this many leases, since a database takes only so many values in one.
+const MAX_RELEASE: usize = 1_000;
 /// What the log of a delivery says of an attempt whose node died.
 const LOST: &str = "The attempt was interrupted";
 
@@ -60,6 +62,20 @@ pub struct Leased {
     pub expires_at: Timestamp,
     /// Somebody waits for this very attempt, which therefore goes out ahead of all others.
     pub done: Option<oneshot::Sender<Attempt>>,
+}
+
+/// A lease to give back.
+pub(super) struct Release {
+    webhook_id: String,
+    delivery_id: String,
+    attempt: i32,
+}
+
+impl Release {
+    fn of(leased: &Leased) -> Self {
+        let Leased { webhook_id, delivery_id, attempt, .. } = leased;
+        Self { webhook_id: webhook_id.clone(), delivery_id: delivery_id.clone(), attempt: *attempt }
+    }
 }
 
 /// A webhook with deliveries in the database that nobody has leased.
@@ -181,22 +197,31 @@ impl Store {
 
     /// Gives leases back unused: the deliveries are due again at once, and the attempts stay granted.
     pub async fn release(&self, leased: &[Leased]) -> Result<(), Error> {
-        if leased.is_empty() {
-            return Ok(());
+        for leased in leased.chunks(MAX_RELEASE) {
+            self.clone().release_batch(leased.iter().map(Release::of).collect()).await?;
         }
+        Ok(())
+    }
+
+    /// Gives one lease back unused, together with others that are given back at the same time.
+    pub async fn release_one(&self, leased: &Leased) -> Result<(), Error> {
+        self.0.releaser.get().ok_or(Error::Closed)?.submit(Release::of(leased)).await
+    }
+
+    pub(super) async fn release_batch(self, batch: Vec<Release>) -> Result<Vec<()>, Error> {
+        let count = batch.len();
         let mut sql = Sql::new(
             "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, next_attempt_at_ms = ",
         );
         sql.value(clock::now().millis()).text(" WHERE lease_node = ").value(self.0.node.as_str());
         sql.text(" AND (webhook_id, id, attempts) IN (VALUES ");
-        for (index, leased) in leased.iter().enumerate() {
+        for (index, release) in batch.into_iter().enumerate() {
             sql.text(if index > 0 { "," } else { "" });
-            let attempt = leased.attempt.into();
-            sql.row([Value::from(leased.webhook_id.as_str()), leased.delivery_id.as_str().into(), attempt]);
+            sql.row([release.webhook_id.into(), release.delivery_id.into(), Value::from(release.attempt)]);
         }
         sql.text(")");
         self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?;
-        Ok(())
+        Ok(vec![(); count])
     }
 
     /// Brings back what a process that is gone had leased. On SQLite no other node can hold a lease, so that is all;

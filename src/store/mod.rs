@@ -68,6 +68,7 @@ struct Inner {
     /// A permit for each byte of event data that waits for its commit.
     publishing: tokio::sync::Semaphore,
     recorder: std::sync::OnceLock<Batcher<Finished, bool>>,
+    releaser: std::sync::OnceLock<Batcher<leases::Release, ()>>,
     /// Deliveries leased to this node, on their way to `dispatch`.
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
@@ -129,6 +130,7 @@ impl Store {
             publisher: std::sync::OnceLock::new(),
             publishing: tokio::sync::Semaphore::new(publish::MAX_WAITING_BYTES as usize),
             recorder: std::sync::OnceLock::new(),
+            releaser: std::sync::OnceLock::new(),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),
@@ -136,9 +138,11 @@ impl Store {
         }));
         let weak = Arc::downgrade(&store.0);
         let publisher = Batcher::start(weak.clone(), |inner, batch| Self(inner).publish_batch(batch));
-        let recorder = Batcher::start(weak, |inner, batch| Self(inner).record_batch(batch));
+        let recorder = Batcher::start(weak.clone(), |inner, batch| Self(inner).record_batch(batch));
+        let releaser = Batcher::start(weak, |inner, batch| Self(inner).release_batch(batch));
         let _ = store.0.publisher.set(publisher);
         let _ = store.0.recorder.set(recorder);
+        let _ = store.0.releaser.set(releaser);
         Ok(store)
     }
 
