@@ -22,9 +22,11 @@ pub(crate) struct Feed {
 /// Changes that follow each other in the order of commits.
 #[derive(Clone)]
 pub(crate) struct Batch {
-    /// Everything up to this number came before.
+    /// Everything up to this place came before.
     pub(crate) after: i64,
-    /// What came then.
+    /// Everything up to this place has come now.
+    pub(crate) upto: i64,
+    /// What came in between.
     pub(crate) changes: Arc<[(Tenant, Change)]>,
 }
 

@@ -51,7 +51,7 @@ impl Engine {
         let Some(mut ready) = self.store.ready() else { return };
         let claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
         let mut queue = Queue::new(self.max_in_flight_per_webhook);
-        let (freed, mut free) = mpsc::unbounded_channel::<String>();
+        let (freed, mut free) = mpsc::unbounded_channel::<Arc<str>>();
         let mut running = JoinSet::new();
         while !stopping.is_cancelled() {
             tokio::select! {
@@ -114,7 +114,7 @@ impl Engine {
         }
     }
 
-    fn start(&self, leased: Leased, running: &mut JoinSet<()>, freed: &mpsc::UnboundedSender<String>) {
+    fn start(&self, leased: Leased, running: &mut JoinSet<()>, freed: &mpsc::UnboundedSender<Arc<str>>) {
         let slot = Slot::new(self.store.clone(), &leased, freed.clone());
         running.spawn(self.clone().attempt(leased, Some(slot)));
     }

@@ -31,7 +31,7 @@ impl Queue {
 
     /// Lets a delivery wait for its turn.
     pub(super) fn push(&mut self, leased: Leased) {
-        let webhook_id = leased.webhook_id.clone();
+        let webhook_id = leased.webhook_id.to_string();
         let line = self.webhooks.entry(webhook_id.clone()).or_default();
         if line.organization.is_empty() {
             leased.tenant.organization().clone_into(&mut line.organization);
@@ -101,7 +101,7 @@ mod tests {
         let at = Timestamp::from_millis(0);
         Leased {
             tenant: Tenant::new(organization, Environment::Live).unwrap(),
-            webhook_id: webhook_id.to_owned(),
+            webhook_id: webhook_id.into(),
             delivery_id: "del_1".to_owned(),
             event: Arc::new(Event {
                 id: "evt_1".to_owned(),
@@ -117,7 +117,7 @@ mod tests {
     }
 
     fn next(queue: &mut Queue) -> Option<String> {
-        queue.pop().map(|leased| leased.webhook_id)
+        queue.pop().map(|leased| leased.webhook_id.to_string())
     }
 
     #[test]

@@ -2,25 +2,17 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set,
-};
+use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect};
 use tokio::sync::broadcast;
 
-use super::{
-    Error, Store,
-    deliveries::{status, status_code},
-    entity::{change, delivery},
-    keys::tenant,
-    sql::Sql,
-};
+use super::{Error, Store, entity::change, keys::tenant, log, sql::Sql};
 use crate::{
     feed::Batch,
-    webhook::{Change, ChangeKind, DeliveryStatus, Tenant, Timestamp},
+    webhook::{Change, DeliveryStatus, Tenant},
 };
 
-/// One read takes at most this many changes; a watcher holds no more in memory.
-const MAX_READ: u64 = 128;
+/// One read takes at most this many rows of the log, each of a bounded number of changes; a watcher holds no more.
+const MAX_READ: u64 = 2;
 /// How often the log is looked at for changes of other nodes, while somebody watches.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -71,12 +63,12 @@ impl Store {
         let live = self.0.feed.subscribe();
         let position = match after {
             Some(position) => {
-                if self.edge("min").await?.is_some_and(|oldest| position + 1 < oldest) {
+                if self.edge("min").await?.is_some_and(|oldest| log::row(position) + 1 < oldest) {
                     return Err(WatchError::TooOld);
                 }
                 position
             }
-            None => self.edge("max").await?.unwrap_or(0),
+            None => self.end().await?,
         };
         Ok(Watch { store: self.clone(), filter, position, caught_up: false, behind: 0, live, pending: VecDeque::new() })
     }
@@ -101,20 +93,29 @@ impl Store {
                 Some(after) => after,
                 // Says where the feed begins, so that a watcher who saw less reads the log.
                 None => {
-                    let newest = self.edge("max").await?.unwrap_or(0);
-                    self.0.feed.send(Batch { after: newest, changes: [].into() });
+                    let newest = self.end().await?;
+                    self.0.feed.send(Batch { after: newest, upto: newest, changes: [].into() });
                     newest
                 }
             };
             loop {
                 let rows = self.read_changes(None, after).await?;
-                let Some(last) = rows.last().map(|row| row.seq) else { break };
-                let changes = rows.into_iter().map(change).collect::<Result<Vec<_>, _>>()?;
-                self.0.feed.send(Batch { after, changes: changes.into() });
-                after = last;
+                if rows.is_empty() {
+                    break;
+                }
+                for row in rows {
+                    let upto = log::end(row.seq);
+                    self.0.feed.send(Batch { after, upto, changes: placed(&row, after)?.into() });
+                    after = upto;
+                }
             }
             position = Some(after);
         }
+    }
+
+    /// The place after everything in the log.
+    async fn end(&self) -> Result<i64, Error> {
+        Ok(self.edge("max").await?.map_or(0, log::end))
     }
 
     /// `min` or `max` of the numbers in the log.
@@ -124,8 +125,10 @@ impl Store {
         Ok(row.map(|row| row.try_get_by_index::<Option<i64>>(0)).transpose()?.flatten())
     }
 
+    /// The first rows with changes after a place, and perhaps some before it.
     async fn read_changes(&self, of: Option<&Tenant>, after: i64) -> Result<Vec<change::Model>, Error> {
-        let mut rows = change::Entity::find().filter(change::Column::Seq.gt(after));
+        // The place after the last change of a row may be that of a row read to its end.
+        let mut rows = change::Entity::find().filter(change::Column::Seq.gte(log::row(after + 1)));
         if let Some(tenant) = of {
             rows = rows
                 .filter(change::Column::Organization.eq(tenant.organization()))
@@ -158,8 +161,10 @@ impl Watch {
             self.position = self.position.max(self.behind);
         }
         for row in rows {
-            let (tenant, change) = change(row)?;
-            self.take(&tenant, change);
+            for (tenant, change) in placed(&row, self.position)? {
+                self.take(&tenant, change);
+            }
+            self.position = log::end(row.seq);
         }
         Ok(())
     }
@@ -180,13 +185,13 @@ impl Watch {
             for (tenant, change) in batch.changes.iter().filter(|(_, change)| change.seq > before) {
                 self.take(tenant, change.clone());
             }
+            self.position = before.max(batch.upto);
         }
         Ok(())
     }
 
     fn take(&mut self, tenant: &Tenant, change: Change) {
         let filter = &self.filter;
-        self.position = self.position.max(change.seq);
         if *tenant == filter.tenant
             && filter.webhook_id.as_ref().is_none_or(|id| *id == change.webhook_id)
             && filter.status.is_none_or(|status| status == change.status)
@@ -197,48 +202,8 @@ impl Watch {
     }
 }
 
-/// The change that left a delivery as `row` has it, for [`insert`].
-pub(super) fn of(row: &delivery::Model, kind: ChangeKind, at: Timestamp) -> change::ActiveModel {
-    change::ActiveModel {
-        organization: Set(row.organization.clone()),
-        environment: Set(row.environment.clone()),
-        webhook_id: Set(row.webhook_id.clone()),
-        delivery_id: Set(row.id.clone()),
-        event_type: Set(row.event_type.clone()),
-        kind: Set(kind.as_str().to_owned()),
-        status: Set(row.status.clone()),
-        attempts: Set(row.attempts),
-        status_code: Set(None),
-        response_time_ms: Set(None),
-        last_error: Set(if kind == ChangeKind::Attempted { row.last_error.clone() } else { None }),
-        next_attempt_at_ms: Set(row.next_attempt_at_ms),
-        occurred_at_ms: Set(at.millis()),
-        ..Default::default()
-    }
-}
-
-/// Adds to the log; the transaction must be [`super::ordered`].
-pub(super) async fn insert(transaction: &DatabaseTransaction, rows: Vec<change::ActiveModel>) -> Result<(), Error> {
-    for rows in rows.chunks(1_000) {
-        change::Entity::insert_many(rows.to_vec()).exec_without_returning(transaction).await?;
-    }
-    Ok(())
-}
-
-fn change(row: change::Model) -> Result<(Tenant, Change), Error> {
-    let change = Change {
-        seq: row.seq,
-        kind: ChangeKind::parse(&row.kind).ok_or(Error::Corrupt("kind of change"))?,
-        status: status(&row.status)?,
-        webhook_id: row.webhook_id,
-        delivery_id: row.delivery_id,
-        event_type: row.event_type,
-        attempts: row.attempts,
-        status_code: status_code(row.status_code),
-        response_time_ms: row.response_time_ms,
-        last_error: row.last_error,
-        next_attempt_at: row.next_attempt_at_ms.map(Timestamp::from_millis),
-        occurred_at: Timestamp::from_millis(row.occurred_at_ms),
-    };
-    Ok((tenant(&row.organization, &row.environment)?, change))
+/// The changes of a row after a place, each with its tenant.
+fn placed(row: &change::Model, after: i64) -> Result<Vec<(Tenant, Change)>, Error> {
+    let tenant = tenant(&row.organization, &row.environment)?;
+    Ok(log::changes(row, after)?.into_iter().map(|change| (tenant.clone(), change)).collect())
 }

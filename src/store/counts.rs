@@ -2,9 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use sea_orm::{ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter, Value};
+use sea_orm::{ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter};
 
-use super::{Error, Store, entity::delivery_count, sql::Sql};
+use super::{
+    Error, Store,
+    entity::delivery_count,
+    rows::{Column, Rows, int, int_or_null, text},
+};
 use crate::webhook::{DeliveryStatus, Timestamp};
 
 /// Deliveries of a webhook by state.
@@ -20,56 +24,49 @@ pub struct Stats {
     pub last_attempt_at: Option<Timestamp>,
 }
 
-/// One statement writes at most this many counts, since a database takes only so many values in one.
-const MAX_ROWS: usize = 1_000;
+const COLUMNS: &[Column] =
+    &[text("webhook_id"), text("event_type"), text("status"), int("total"), int_or_null("last_attempt_at_ms")];
+const ADD: &str = "INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) \
+    SELECT webhook_id, event_type, status, total, last_attempt_at_ms FROM {rows} WHERE TRUE \
+    ON CONFLICT (webhook_id, event_type, status) DO UPDATE SET total = delivery_counts.total + excluded.total, \
+    last_attempt_at_ms = CASE WHEN delivery_counts.last_attempt_at_ms IS NULL \
+    OR excluded.last_attempt_at_ms > delivery_counts.last_attempt_at_ms \
+    THEN excluded.last_attempt_at_ms ELSE delivery_counts.last_attempt_at_ms END";
 
 /// Changes of counts, added up before they are written.
 #[derive(Default)]
-pub(super) struct Deltas(BTreeMap<(String, String, DeliveryStatus), (i64, Option<i64>)>);
+pub(super) struct Deltas<'a>(BTreeMap<(&'a str, &'a str, DeliveryStatus), (i64, Option<i64>)>);
 
-impl Deltas {
+impl<'a> Deltas<'a> {
     /// Counts `by` more deliveries of a webhook, a type and a state.
-    pub(super) fn add(&mut self, webhook_id: &str, event_type: &str, status: DeliveryStatus, by: i64) {
-        self.entry(webhook_id, event_type, status).0 += by;
+    pub(super) fn add(&mut self, webhook_id: &'a str, event_type: &'a str, status: DeliveryStatus, by: i64) {
+        self.0.entry((webhook_id, event_type, status)).or_default().0 += by;
     }
 
     /// Notes an attempt, which left its delivery in `status`.
-    pub(super) fn attempted(&mut self, webhook_id: &str, event_type: &str, status: DeliveryStatus, at: Timestamp) {
-        let last = &mut self.entry(webhook_id, event_type, status).1;
+    pub(super) fn attempted(
+        &mut self,
+        webhook_id: &'a str,
+        event_type: &'a str,
+        status: DeliveryStatus,
+        at: Timestamp,
+    ) {
+        let last = &mut self.0.entry((webhook_id, event_type, status)).or_default().1;
         *last = (*last).max(Some(at.millis()));
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Writes them; the transaction must be [`super::ordered`].
     pub(super) async fn write(self, transaction: &DatabaseTransaction) -> Result<(), Error> {
-        let mut rows = self.0.into_iter().peekable();
-        while rows.peek().is_some() {
-            let mut sql = Sql::new(
-                "INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) VALUES ",
-            );
-            for (index, ((webhook_id, event_type, status), (total, last))) in rows.by_ref().take(MAX_ROWS).enumerate() {
-                sql.text(if index > 0 { "," } else { "" });
-                sql.row([
-                    webhook_id.into(),
-                    event_type.into(),
-                    status.as_str().into(),
-                    total.into(),
-                    Value::from(last),
-                ]);
-            }
-            sql.text(
-                " ON CONFLICT (webhook_id, event_type, status) DO UPDATE SET \
-                 total = delivery_counts.total + excluded.total, \
-                 last_attempt_at_ms = CASE WHEN delivery_counts.last_attempt_at_ms IS NULL \
-                 OR excluded.last_attempt_at_ms > delivery_counts.last_attempt_at_ms \
-                 THEN excluded.last_attempt_at_ms ELSE delivery_counts.last_attempt_at_ms END",
-            );
-            transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+        let mut rows = Rows::new(transaction.get_database_backend(), COLUMNS);
+        for ((webhook_id, event_type, status), (total, last)) in self.0 {
+            rows.push([webhook_id.into(), event_type.into(), status.as_str().into(), total.into(), last.into()]);
         }
+        rows.execute(transaction, ADD).await?;
         Ok(())
-    }
-
-    fn entry(&mut self, webhook_id: &str, event_type: &str, status: DeliveryStatus) -> &mut (i64, Option<i64>) {
-        self.0.entry((webhook_id.to_owned(), event_type.to_owned(), status)).or_default()
     }
 }
 

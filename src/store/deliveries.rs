@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, Value};
 
 use super::{
-    Error, Store, changes,
+    Error, Store,
     counts::Deltas,
     entity::{attempt, delivery, event},
+    keys::tenant,
+    log::{Entry, Log},
     ordered,
     sql::Sql,
 };
@@ -132,13 +134,14 @@ impl Store {
     pub async fn get_delivery(&self, webhook_id: &str, id: &str) -> Result<Option<DeliveryDetail>, Error> {
         let key = (webhook_id.to_owned(), id.to_owned());
         let Some(row) = delivery::Entity::find_by_id(key).one(&self.0.read).await? else { return Ok(None) };
+        let accepted = accepted(&row);
         let listed = self.with_data(vec![row]).await?.pop();
-        let attempts = attempt::Entity::find()
+        let failed = attempt::Entity::find()
             .filter(attempt::Column::DeliveryId.eq(id))
             .order_by_asc(attempt::Column::Number)
             .all(&self.0.read)
             .await?;
-        let attempts = attempts.into_iter().map(attempt).collect();
+        let attempts = failed.into_iter().map(attempt).chain(accepted).collect();
         Ok(listed.map(|listed| DeliveryDetail { listed, attempts }))
     }
 
@@ -167,7 +170,9 @@ impl Store {
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Failed, -1);
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Pending, 1);
         deltas.write(&transaction).await?;
-        changes::insert(&transaction, vec![changes::of(&row, ChangeKind::Retried, now)]).await?;
+        let mut log = Log::default();
+        log.push(&tenant(&row.organization, &row.environment)?, &Entry::of(&row, ChangeKind::Retried, now));
+        log.write(&transaction).await?;
         transaction.commit().await.map_err(Error::from)?;
         self.0.feed.announce();
         self.0.handoff.due.notify_one();
@@ -220,6 +225,19 @@ fn delivery(row: delivery::Model) -> Result<Delivery, Error> {
         last_attempt_at: row.last_attempt_at_ms.map(Timestamp::from_millis),
         next_attempt_at: row.next_attempt_at_ms.map(Timestamp::from_millis),
         created_at: Timestamp::from_millis(row.created_at_ms),
+    })
+}
+
+/// The attempt that a receiver accepted: it is the last one, and stands in the delivery itself.
+fn accepted(row: &delivery::Model) -> Option<Attempt> {
+    let answered = status_code(row.status_code).filter(|_| row.status == DeliveryStatus::Success.as_str());
+    let status_code = answered?;
+    Some(Attempt {
+        number: row.attempts,
+        started_at: Timestamp::from_millis(row.last_attempt_at_ms.unwrap_or(row.created_at_ms)),
+        duration_ms: row.response_time_ms.unwrap_or_default(),
+        answer: Some(Answer { status_code, body: row.response.clone().unwrap_or_default() }),
+        error: None,
     })
 }
 

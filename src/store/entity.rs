@@ -141,6 +141,7 @@ pub(super) mod delivery {
         pub last_error: Option<String>,
         pub last_attempt_at_ms: Option<i64>,
         pub created_at_ms: i64,
+        pub response: Option<String>,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -201,16 +202,7 @@ pub(super) mod change {
         pub seq: i64,
         pub organization: String,
         pub environment: String,
-        pub webhook_id: String,
-        pub delivery_id: String,
-        pub event_type: String,
-        pub kind: String,
-        pub status: String,
-        pub attempts: i32,
-        pub status_code: Option<i32>,
-        pub response_time_ms: Option<i32>,
-        pub last_error: Option<String>,
-        pub next_attempt_at_ms: Option<i64>,
+        pub entries: String,
         pub occurred_at_ms: i64,
     }
 

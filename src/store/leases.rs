@@ -12,12 +12,15 @@ use sea_orm::{
 use tokio::sync::oneshot;
 
 use super::{
-    Error, Store, changes,
+    Error, Store,
     counts::Deltas,
-    entity::{attempt, delivery, event},
+    entity::{delivery, event},
     keys::tenant,
-    ordered,
+    log::{Entry, Log},
+    ordered, record,
+    rows::{Cell, Column, Rows, int, int_or_null, text},
     sql::Sql,
+    writer::Write,
 };
 use crate::{
     clock,
@@ -30,8 +33,24 @@ const MAX_CLAIM: usize = 512;
 const MAX_CLAIM_WEBHOOKS: usize = 64;
 /// One rescue takes at most this many deliveries; the rest is in the next.
 const MAX_RESCUE: u64 = 256;
-/// One statement gives back at most this many leases, since a database takes only so many values in one.
-const MAX_RELEASE: usize = 1_000;
+
+const RELEASES: &[Column] = &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("now_ms")];
+const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, \
+    next_attempt_at_ms = rows.now_ms FROM {rows} \
+    WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
+    AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
+
+const RESCUED: &[Column] = &[
+    text("webhook_id"),
+    text("id"),
+    text("status"),
+    int_or_null("next_attempt_at_ms"),
+    int("lost_leases"),
+    text("last_error"),
+];
+const RESCUE: &str = "UPDATE deliveries SET status = rows.status, next_attempt_at_ms = rows.next_attempt_at_ms, \
+    lease_node = NULL, lease_expires_at_ms = NULL, lost_leases = rows.lost_leases, last_error = rows.last_error \
+    FROM {rows} WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id";
 /// What the log of a delivery says of an attempt whose node died.
 const LOST: &str = "The attempt was interrupted";
 
@@ -49,7 +68,7 @@ pub struct Leased {
     /// Whose it is.
     pub tenant: Tenant,
     /// Where it goes.
-    pub webhook_id: String,
+    pub webhook_id: Arc<str>,
     /// Its id.
     pub delivery_id: String,
     /// What is sent.
@@ -66,7 +85,7 @@ pub struct Leased {
 
 /// A lease to give back.
 pub(super) struct Release {
-    webhook_id: String,
+    webhook_id: Arc<str>,
     delivery_id: String,
     attempt: i32,
 }
@@ -197,31 +216,29 @@ impl Store {
 
     /// Gives leases back unused: the deliveries are due again at once, and the attempts stay granted.
     pub async fn release(&self, leased: &[Leased]) -> Result<(), Error> {
-        for leased in leased.chunks(MAX_RELEASE) {
-            self.clone().release_batch(leased.iter().map(Release::of).collect()).await?;
-        }
-        Ok(())
+        let transaction = self.write().await?;
+        let releases: Vec<Release> = leased.iter().map(Release::of).collect();
+        self.release_in(&transaction, releases.iter()).await?;
+        Ok(transaction.commit().await?)
     }
 
     /// Gives one lease back unused, together with others that are given back at the same time.
     pub async fn release_one(&self, leased: &Leased) -> Result<(), Error> {
-        self.0.releaser.get().ok_or(Error::Closed)?.submit(Release::of(leased)).await
+        self.writer()?.submit(|answer| Write::Release(Release::of(leased), answer)).await
     }
 
-    pub(super) async fn release_batch(self, batch: Vec<Release>) -> Result<Vec<()>, Error> {
-        let count = batch.len();
-        let mut sql = Sql::new(
-            "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, next_attempt_at_ms = ",
-        );
-        sql.value(clock::now().millis()).text(" WHERE lease_node = ").value(self.0.node.as_str());
-        sql.text(" AND (webhook_id, id, attempts) IN (VALUES ");
-        for (index, release) in batch.into_iter().enumerate() {
-            sql.text(if index > 0 { "," } else { "" });
-            sql.row([release.webhook_id.into(), release.delivery_id.into(), Value::from(release.attempt)]);
+    pub(super) async fn release_in(
+        &self,
+        transaction: &DatabaseTransaction,
+        releases: impl Iterator<Item = &Release>,
+    ) -> Result<(), Error> {
+        let (node, now_ms) = (self.0.node.as_str(), clock::now().millis());
+        let mut rows = Rows::new(transaction.get_database_backend(), RELEASES);
+        for Release { webhook_id, delivery_id, attempt } in releases {
+            rows.push([(&**webhook_id).into(), delivery_id.into(), node.into(), (*attempt).into(), now_ms.into()]);
         }
-        sql.text(")");
-        self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?;
-        Ok(vec![(); count])
+        rows.execute(transaction, RELEASE).await?;
+        Ok(())
     }
 
     /// Brings back what a process that is gone had leased. On SQLite no other node can hold a lease, so that is all;
@@ -254,35 +271,68 @@ impl Store {
         if rows.is_empty() {
             return Ok(0);
         }
-        let (mut deltas, mut log, mut attempts) = (Deltas::default(), Vec::new(), Vec::new());
-        for mut row in rows {
-            let lost = row.lost_leases + 1;
-            let plan = if row.once { Plan::Once } else { Plan::Schedule };
-            let transition = rescue(lost, row.attempts, plan, schedule, now);
-            let started_at = row.last_attempt_at_ms.unwrap_or(row.created_at_ms);
-            row.status = transition.status.as_str().to_owned();
-            row.next_attempt_at_ms = transition.next_attempt_at.map(Timestamp::millis);
-            (row.lost_leases, row.lease_node, row.lease_expires_at_ms) = (lost, None, None);
-            row.last_error = Some(LOST.to_owned());
-            deltas.attempted(&row.webhook_id, &row.event_type, transition.status, Timestamp::from_millis(started_at));
-            if transition.status != DeliveryStatus::Pending {
-                deltas.add(&row.webhook_id, &row.event_type, DeliveryStatus::Pending, -1);
-                deltas.add(&row.webhook_id, &row.event_type, transition.status, 1);
-            }
-            attempts.push(interrupted(&row, started_at));
-            log.push(changes::of(&row, ChangeKind::Attempted, now));
-            let update = sea_orm::ActiveModelTrait::reset_all(sea_orm::IntoActiveModel::into_active_model(row));
-            delivery::Entity::update(update).exec(&transaction).await?;
-        }
-        let rescued = log.len();
-        ordered(&transaction).await?;
-        super::record::insert_attempts(&transaction, attempts).await?;
-        deltas.write(&transaction).await?;
-        changes::insert(&transaction, log).await?;
+        let rescued = rows.len();
+        self.write_rescued(&transaction, rows, schedule, now).await?;
         transaction.commit().await?;
         self.0.feed.announce();
         self.0.handoff.due.notify_one();
         Ok(rescued)
+    }
+
+    async fn write_rescued(
+        &self,
+        transaction: &DatabaseTransaction,
+        mut rows: Vec<delivery::Model>,
+        schedule: &RetrySchedule,
+        now: Timestamp,
+    ) -> Result<(), Error> {
+        let backend = transaction.get_database_backend();
+        let (mut deltas, mut log) = (Deltas::default(), Log::default());
+        let (mut rescued, mut attempts) = (Rows::new(backend, RESCUED), Rows::new(backend, record::ATTEMPTS));
+        let mut started = Vec::with_capacity(rows.len());
+        for row in &mut rows {
+            let lost = row.lost_leases + 1;
+            let plan = if row.once { Plan::Once } else { Plan::Schedule };
+            let transition = rescue(lost, row.attempts, plan, schedule, now);
+            started.push((transition.status, row.last_attempt_at_ms.unwrap_or(row.created_at_ms)));
+            row.status = transition.status.as_str().to_owned();
+            row.next_attempt_at_ms = transition.next_attempt_at.map(Timestamp::millis);
+            row.lost_leases = lost;
+            row.last_error = Some(LOST.to_owned());
+        }
+        for (row, (status, started_at_ms)) in rows.iter().zip(started) {
+            let next = row.next_attempt_at_ms.into();
+            let (webhook_id, id) = (&row.webhook_id, &row.id);
+            rescued.push([
+                webhook_id.into(),
+                id.into(),
+                (&row.status).into(),
+                next,
+                row.lost_leases.into(),
+                LOST.into(),
+            ]);
+            attempts.push([
+                id.into(),
+                row.attempts.into(),
+                started_at_ms.into(),
+                0.into(),
+                Cell::Null,
+                Cell::Null,
+                LOST.into(),
+            ]);
+            deltas.attempted(webhook_id, &row.event_type, status, Timestamp::from_millis(started_at_ms));
+            if status != DeliveryStatus::Pending {
+                deltas.add(webhook_id, &row.event_type, DeliveryStatus::Pending, -1);
+                deltas.add(webhook_id, &row.event_type, status, 1);
+            }
+            let tenant = tenant(&row.organization, &row.environment)?;
+            log.push(&tenant, &Entry::of(row, ChangeKind::Attempted, now));
+        }
+        rescued.execute(transaction, RESCUE).await?;
+        attempts.execute(transaction, record::INSERT_ATTEMPTS).await?;
+        ordered(transaction).await?;
+        deltas.write(transaction).await?;
+        log.write(transaction).await
     }
 }
 
@@ -335,7 +385,7 @@ async fn with_events(
         };
         leased.push(Leased {
             tenant: tenant(&row.organization, &row.environment)?,
-            webhook_id: row.webhook_id,
+            webhook_id: row.webhook_id.into(),
             delivery_id: row.id,
             event: Arc::clone(event),
             attempt: row.attempts,
@@ -345,17 +395,4 @@ async fn with_events(
         });
     }
     Ok(leased)
-}
-
-fn interrupted(row: &delivery::Model, started_at_ms: i64) -> attempt::ActiveModel {
-    use sea_orm::Set;
-    attempt::ActiveModel {
-        delivery_id: Set(row.id.clone()),
-        number: Set(row.attempts),
-        started_at_ms: Set(started_at_ms),
-        duration_ms: Set(0),
-        status_code: Set(None),
-        response: Set(None),
-        error: Set(Some(LOST.to_owned())),
-    }
 }

@@ -4,7 +4,6 @@
 //! [`ordered`], then counts and changes. That keeps the order of `changes` the order of commits on both databases, and
 //! no two transactions wait for each other in a circle.
 
-mod batch;
 mod changes;
 mod counts;
 mod deliveries;
@@ -13,13 +12,16 @@ mod handoff;
 mod janitor;
 mod keys;
 mod leases;
+mod log;
 #[path = "../../migrations/mod.rs"]
 mod migrations;
 mod publish;
 mod record;
+mod rows;
 mod sql;
 mod targets;
 mod webhooks;
+mod writer;
 
 use std::{sync::Arc, time::Duration};
 
@@ -30,7 +32,6 @@ use sea_orm::{
 use sea_orm_migration::MigratorTrait;
 use tokio::sync::mpsc;
 
-use self::{batch::Batcher, handoff::Handoff, targets::Targets};
 pub use self::{
     changes::{ChangeFilter, Watch, WatchError},
     counts::Stats,
@@ -42,6 +43,7 @@ pub use self::{
     targets::Target,
     webhooks::Rotated,
 };
+use self::{handoff::Handoff, targets::Targets, writer::Writer};
 use crate::{clock, feed::Feed};
 
 /// Connections for reading, and on PostgreSQL for everything.
@@ -64,11 +66,9 @@ struct Inner {
     feed: Feed,
     handoff: Handoff,
     targets: Targets,
-    publisher: std::sync::OnceLock<Batcher<publish::Publish, Published>>,
+    writer: std::sync::OnceLock<Writer>,
     /// A permit for each byte of event data that waits for its commit.
     publishing: tokio::sync::Semaphore,
-    recorder: std::sync::OnceLock<Batcher<Finished, bool>>,
-    releaser: std::sync::OnceLock<Batcher<leases::Release, ()>>,
     /// Deliveries leased to this node, on their way to `dispatch`.
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
@@ -127,22 +127,14 @@ impl Store {
             feed: Feed::default(),
             handoff: Handoff::default(),
             targets: Targets::default(),
-            publisher: std::sync::OnceLock::new(),
+            writer: std::sync::OnceLock::new(),
             publishing: tokio::sync::Semaphore::new(publish::MAX_WAITING_BYTES as usize),
-            recorder: std::sync::OnceLock::new(),
-            releaser: std::sync::OnceLock::new(),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),
             exclusive: std::sync::Mutex::new(None),
         }));
-        let weak = Arc::downgrade(&store.0);
-        let publisher = Batcher::start(weak.clone(), |inner, batch| Self(inner).publish_batch(batch));
-        let recorder = Batcher::start(weak.clone(), |inner, batch| Self(inner).record_batch(batch));
-        let releaser = Batcher::start(weak, |inner, batch| Self(inner).release_batch(batch));
-        let _ = store.0.publisher.set(publisher);
-        let _ = store.0.recorder.set(recorder);
-        let _ = store.0.releaser.set(releaser);
+        let _ = store.0.writer.set(Writer::start(Arc::downgrade(&store.0)));
         Ok(store)
     }
 
@@ -190,6 +182,10 @@ impl Store {
     /// The deliveries leased to this node, for the one engine that works on them; none the second time.
     pub fn ready(&self) -> Option<mpsc::UnboundedReceiver<Leased>> {
         self.0.ready_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+    }
+
+    fn writer(&self) -> Result<&Writer, Error> {
+        self.0.writer.get().ok_or(Error::Closed)
     }
 
     fn sqlite(&self) -> bool {

@@ -1,27 +1,54 @@
 //! Accepting events: an event and its deliveries in one transaction, many publishers in one commit.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
-use sea_orm::{EntityTrait, Set};
-use tokio::sync::oneshot;
+use sea_orm::DbBackend;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Error, Leased, Store, changes,
+    Error, Leased, Store,
     counts::Deltas,
-    entity::{delivery, event},
+    handoff::Handoff,
     leases::Lease,
-    ordered,
+    log::{Entry, Log},
+    rows::{Column, Rows, int, int_or_null, text, text_or_null},
+    targets::{Subscribers, Subscription},
+    writer::Write,
 };
 use crate::{
     clock,
     webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, Tenant, Timestamp},
 };
 
-/// The data of events that wait for their commit is at most this long together; one more is refused with
+/// Publishes that wait for their commit may have this much data together; one more is refused with
 /// [`Error::Overloaded`].
 pub(super) const MAX_WAITING_BYTES: u32 = 64 * 1024 * 1024;
-/// SQLite takes this many values in a statement, 19 a delivery.
-const MAX_ROWS: usize = 1_000;
+/// A publish counts as at least this much, which bounds how many wait.
+const MIN_BYTES: u32 = MAX_WAITING_BYTES / 16_384;
+
+const EVENTS: &[Column] = &[text("id"), text("event_type"), text("data"), int("created_at_ms")];
+pub(super) const INSERT_EVENTS: &str = "INSERT INTO events (id, event_type, data, created_at_ms) \
+    SELECT id, event_type, data, created_at_ms FROM {rows}";
+
+const DELIVERIES: &[Column] = &[
+    text("webhook_id"),
+    text("id"),
+    text("organization"),
+    text("environment"),
+    text("event_id"),
+    text("event_type"),
+    int("attempts"),
+    int("once"),
+    int_or_null("next_attempt_at_ms"),
+    text_or_null("lease_node"),
+    int_or_null("lease_expires_at_ms"),
+    int("created_at_ms"),
+];
+pub(super) const INSERT_DELIVERIES: &str = "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, \
+    event_type, status, attempts, granted, once, lost_leases, next_attempt_at_ms, lease_node, lease_expires_at_ms, \
+    created_at_ms) \
+    SELECT webhook_id, id, organization, environment, event_id, event_type, 'pending', attempts, FALSE, once = 1, 0, \
+    next_attempt_at_ms, lease_node, lease_expires_at_ms, created_at_ms FROM {rows}";
 
 /// An accepted event.
 #[derive(Debug, Clone)]
@@ -38,16 +65,32 @@ pub(super) struct Publish {
     event_type: String,
     data: EventData,
     lease: Lease,
+    /// For a test: its only delivery, whatever the subscriptions say.
+    test: Option<Test>,
 }
 
-/// A delivery about to be stored, with the lease if the node has room for it.
-struct NewDelivery {
+struct Test {
+    webhook_id: Arc<str>,
+    delivery_id: String,
+    done: oneshot::Sender<Attempt>,
+}
+
+/// An event and its deliveries, about to be stored.
+pub(super) struct Draft {
     tenant: Tenant,
-    webhook_id: String,
     event: Arc<Event>,
-    plan: Plan,
     first_attempt_at: Timestamp,
-    lease: Option<Lease>,
+    leased_until: Timestamp,
+    plan: Plan,
+    deliveries: Vec<NewDelivery>,
+    done: Option<oneshot::Sender<Attempt>>,
+}
+
+struct NewDelivery {
+    id: String,
+    webhook_id: Arc<str>,
+    /// Whether this node, which had room for it, takes it on at once.
+    leased: bool,
 }
 
 impl Store {
@@ -59,10 +102,9 @@ impl Store {
         data: EventData,
         lease: Lease,
     ) -> Result<Published, Error> {
-        let publisher = self.0.publisher.get().ok_or(Error::Closed)?;
-        let bytes = u32::try_from(data.as_str().len()).unwrap_or(u32::MAX);
-        let _room = self.0.publishing.try_acquire_many(bytes.min(MAX_WAITING_BYTES)).map_err(|_| Error::Overloaded)?;
-        publisher.submit(Publish { tenant, event_type, data, lease }).await
+        let bytes = u32::try_from(data.as_str().len()).unwrap_or(u32::MAX).clamp(MIN_BYTES, MAX_WAITING_BYTES);
+        let _room = self.0.publishing.try_acquire_many(bytes).map_err(|_| Error::Overloaded)?;
+        self.submit(Publish { tenant, event_type, data, lease, test: None }).await
     }
 
     /// Stores a test event as a delivery of its own and has it attempted at once, whatever else is under way; answers
@@ -75,153 +117,147 @@ impl Store {
         data: EventData,
         lease: Lease,
     ) -> Result<(String, oneshot::Receiver<Attempt>), Error> {
-        let event = Arc::new(new_event(event_type, data));
-        let new = NewDelivery {
-            tenant,
-            webhook_id: webhook_id.to_owned(),
-            first_attempt_at: event.created_at,
-            event: Arc::clone(&event),
-            plan: Plan::Once,
-            lease: Some(lease),
-        };
-        let mut leased = self.store_new(vec![event], vec![new]).await?;
-        let mut test = leased.pop().ok_or(Error::Closed)?;
         let (done, attempted) = oneshot::channel();
-        test.done = Some(done);
-        let id = test.delivery_id.clone();
-        self.0.ready.send(test).map_err(|_| Error::Closed)?;
-        Ok((id, attempted))
+        let delivery_id = clock::new_id("del");
+        let test = Test { webhook_id: webhook_id.into(), delivery_id: delivery_id.clone(), done };
+        self.submit(Publish { tenant, event_type, data, lease, test: Some(test) }).await?;
+        Ok((delivery_id, attempted))
     }
 
-    pub(super) async fn publish_batch(self, batch: Vec<Publish>) -> Result<Vec<Published>, Error> {
-        let wanted = batch.iter().map(|publish| (publish.tenant.clone(), publish.event_type.clone()));
-        let subscribers = self.subscribers(wanted).await?;
-        let (mut events, mut deliveries, mut published) = (Vec::new(), Vec::new(), Vec::new());
-        for Publish { tenant, event_type, data, lease } in batch {
-            let key = (tenant, event_type);
-            let webhooks = subscribers.get(&key).cloned().unwrap_or_default();
-            let (tenant, event_type) = key;
-            let event = Arc::new(new_event(event_type, data));
-            published.push(Published { event_id: event.id.clone(), deliveries: webhooks.len() });
-            let first_attempt_at = event.created_at.after(lease.first_wait);
-            for webhook_id in webhooks.iter() {
-                let bytes = event.data.as_str().len();
-                let at_once = lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id, bytes);
-                deliveries.push(NewDelivery {
+    async fn submit(&self, publish: Publish) -> Result<Published, Error> {
+        self.writer()?.submit(|answer| Write::Publish(Box::new(publish), answer)).await
+    }
+
+    /// The rows of an event, with as many deliveries leased to this node as it has room for.
+    pub(super) fn draft_of(&self, publish: Publish, subscribers: &HashMap<Subscription, Subscribers>) -> Draft {
+        let subscription = publish.subscription();
+        let Publish { tenant, event_type, data, lease, test } = publish;
+        let created_at = clock::now();
+        let event = Arc::new(Event { id: clock::new_id("evt"), event_type, data, created_at });
+        let bytes = event.data.as_str().len();
+        let (deliveries, done) = match test {
+            Some(Test { webhook_id, delivery_id, done }) => {
+                (vec![NewDelivery { id: delivery_id, webhook_id, leased: true }], Some(done))
+            }
+            None => {
+                let webhooks = subscribers.get(&subscription).cloned().unwrap_or_default();
+                let new = webhooks.iter().map(|webhook_id| NewDelivery {
+                    id: clock::new_id("del"),
+                    webhook_id: Arc::clone(webhook_id),
+                    leased: lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id, bytes),
+                });
+                (new.collect(), None)
+            }
+        };
+        Draft {
+            tenant,
+            event,
+            first_attempt_at: created_at.after(lease.first_wait),
+            leased_until: created_at.after(lease.length),
+            plan: if done.is_some() { Plan::Once } else { Plan::Schedule },
+            deliveries,
+            done,
+        }
+    }
+}
+
+impl Publish {
+    /// Whose subscribers it is for.
+    pub(super) fn subscription(&self) -> Subscription {
+        (self.tenant.clone(), self.event_type.clone())
+    }
+}
+
+impl Draft {
+    pub(super) fn published(&self) -> Published {
+        Published { event_id: self.event.id.clone(), deliveries: self.deliveries.len() }
+    }
+
+    /// Counts the deliveries, and says that they were made.
+    pub(super) fn tell<'a>(&'a self, deltas: &mut Deltas<'a>, log: &mut Log) {
+        let event_type = self.event.event_type.as_str();
+        for new in &self.deliveries {
+            deltas.add(&new.webhook_id, event_type, DeliveryStatus::Pending, 1);
+            let entry = Entry {
+                kind: ChangeKind::Created.as_str().into(),
+                webhook_id: (&*new.webhook_id).into(),
+                delivery_id: new.id.as_str().into(),
+                event_type: event_type.into(),
+                status: DeliveryStatus::Pending.as_str().into(),
+                attempts: i32::from(new.leased),
+                occurred_at_ms: self.event.created_at.millis(),
+                status_code: None,
+                response_time_ms: None,
+                last_error: None,
+                next_attempt_at_ms: (!new.leased).then(|| self.first_attempt_at.millis()),
+            };
+            log.push(&self.tenant, &entry);
+        }
+    }
+
+    /// Hands what is leased to the engine; true when something waits in the database.
+    pub(super) fn hand_over(self, ready: &mpsc::UnboundedSender<Leased>) -> bool {
+        let Self { tenant, event, leased_until, plan, deliveries, mut done, .. } = self;
+        let mut waiting = false;
+        for NewDelivery { id, webhook_id, leased } in deliveries {
+            waiting |= !leased;
+            if leased {
+                let _ = ready.send(Leased {
                     tenant: tenant.clone(),
-                    webhook_id: webhook_id.clone(),
+                    webhook_id,
+                    delivery_id: id,
                     event: Arc::clone(&event),
-                    plan: Plan::Schedule,
-                    first_attempt_at,
-                    lease: at_once.then(|| lease.clone()),
+                    attempt: 1,
+                    plan,
+                    expires_at: leased_until,
+                    done: done.take(),
                 });
             }
-            events.push(event);
         }
-        let held: Vec<(String, usize)> = deliveries
-            .iter()
-            .filter(|new| new.lease.is_some())
-            .map(|new| (new.webhook_id.clone(), new.event.data.as_str().len()))
-            .collect();
-        let waiting = held.len() < deliveries.len();
-        let leased = self.store_new(events, deliveries).await.inspect_err(|_| {
-            held.iter().for_each(|(webhook_id, bytes)| self.0.handoff.let_go(webhook_id, *bytes));
-        })?;
-        leased.into_iter().for_each(|delivery| drop(self.0.ready.send(delivery)));
-        if waiting {
-            self.0.handoff.due.notify_one();
-        }
-        Ok(published)
+        waiting
     }
 
-    /// Writes events and deliveries in one transaction and answers with those leased to this node.
-    async fn store_new(&self, events: Vec<Arc<Event>>, new: Vec<NewDelivery>) -> Result<Vec<Leased>, Error> {
-        let rows: Vec<delivery::Model> = new.iter().map(|new| self.row(new)).collect();
-        let mut deltas = Deltas::default();
-        for row in &rows {
-            deltas.add(&row.webhook_id, &row.event_type, DeliveryStatus::Pending, 1);
-        }
-        let created: Vec<_> = rows
-            .iter()
-            .map(|row| changes::of(row, ChangeKind::Created, Timestamp::from_millis(row.created_at_ms)))
-            .collect();
-        let leased = new.into_iter().zip(&rows).filter_map(|(new, row)| leased(new, row)).collect();
-
-        let transaction = self.write().await?;
-        for events in events.chunks(MAX_ROWS) {
-            event::Entity::insert_many(events.iter().map(|event| event_row(event)))
-                .exec_without_returning(&transaction)
-                .await?;
-        }
-        if !rows.is_empty() {
-            let mut rows = rows.into_iter().map(sea_orm::IntoActiveModel::into_active_model);
-            loop {
-                let chunk: Vec<delivery::ActiveModel> = rows.by_ref().take(MAX_ROWS).collect();
-                if chunk.is_empty() {
-                    break;
-                }
-                let chunk = chunk.into_iter().map(sea_orm::ActiveModelTrait::reset_all);
-                delivery::Entity::insert_many(chunk).exec_without_returning(&transaction).await?;
-            }
-            ordered(&transaction).await?;
-            deltas.write(&transaction).await?;
-            changes::insert(&transaction, created).await?;
-        }
-        transaction.commit().await?;
-        self.0.feed.announce();
-        Ok(leased)
-    }
-
-    fn row(&self, new: &NewDelivery) -> delivery::Model {
-        let created_at = new.event.created_at;
-        delivery::Model {
-            webhook_id: new.webhook_id.clone(),
-            id: clock::new_id("del"),
-            organization: new.tenant.organization().to_owned(),
-            environment: new.tenant.environment().as_str().to_owned(),
-            event_id: new.event.id.clone(),
-            event_type: new.event.event_type.clone(),
-            status: DeliveryStatus::Pending.as_str().to_owned(),
-            // An attempt counts when it is leased.
-            attempts: i32::from(new.lease.is_some()),
-            granted: false,
-            once: new.plan == Plan::Once,
-            lost_leases: 0,
-            next_attempt_at_ms: new.lease.is_none().then(|| new.first_attempt_at.millis()),
-            lease_node: new.lease.as_ref().map(|_| self.0.node.clone()),
-            lease_expires_at_ms: new.lease.as_ref().map(|lease| created_at.after(lease.length).millis()),
-            status_code: None,
-            response_time_ms: None,
-            last_error: None,
-            last_attempt_at_ms: None,
-            created_at_ms: created_at.millis(),
+    /// Gives the places of what could not be stored back.
+    pub(super) fn give_back(self, handoff: &Handoff) {
+        if self.done.is_none() {
+            let bytes = self.event.data.as_str().len();
+            let held = self.deliveries.iter().filter(|new| new.leased);
+            held.for_each(|new| handoff.let_go(&new.webhook_id, bytes));
         }
     }
 }
 
-fn new_event(event_type: String, data: EventData) -> Event {
-    Event { id: clock::new_id("evt"), event_type, data, created_at: clock::now() }
-}
-
-fn event_row(event: &Event) -> event::ActiveModel {
-    event::ActiveModel {
-        id: Set(event.id.clone()),
-        event_type: Set(event.event_type.clone()),
-        data: Set(event.data.as_str().to_owned()),
-        created_at_ms: Set(event.created_at.millis()),
+/// The rows for [`INSERT_EVENTS`].
+pub(super) fn events<'a>(backend: DbBackend, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
+    let mut rows = Rows::new(backend, EVENTS);
+    for Draft { event, .. } in drafts {
+        let Event { id, event_type, data, created_at } = &**event;
+        rows.push([id.into(), event_type.into(), data.as_str().into(), created_at.millis().into()]);
     }
+    rows
 }
 
-fn leased(new: NewDelivery, row: &delivery::Model) -> Option<Leased> {
-    let lease = new.lease?;
-    Some(Leased {
-        tenant: new.tenant,
-        webhook_id: new.webhook_id,
-        delivery_id: row.id.clone(),
-        expires_at: new.event.created_at.after(lease.length),
-        event: new.event,
-        attempt: row.attempts,
-        plan: new.plan,
-        done: None,
-    })
+/// The rows for [`INSERT_DELIVERIES`].
+pub(super) fn deliveries<'a>(backend: DbBackend, node: &str, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
+    let mut rows = Rows::new(backend, DELIVERIES);
+    for draft in drafts {
+        for new in &draft.deliveries {
+            rows.push([
+                (&*new.webhook_id).into(),
+                (&new.id).into(),
+                draft.tenant.organization().into(),
+                draft.tenant.environment().as_str().into(),
+                (&draft.event.id).into(),
+                (&draft.event.event_type).into(),
+                // An attempt counts when it is leased.
+                i32::from(new.leased).into(),
+                i32::from(draft.plan == Plan::Once).into(),
+                (!new.leased).then(|| draft.first_attempt_at.millis()).into(),
+                new.leased.then_some(node).into(),
+                new.leased.then(|| draft.leased_until.millis()).into(),
+                draft.event.created_at.millis().into(),
+            ]);
+        }
+    }
+    rows
 }

@@ -1,29 +1,72 @@
 //! Results of attempts, many in one commit, each only while its lease holds.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, EntityTrait, Set, Value, sea_query::OnConflict};
+use sea_orm::{ConnectionTrait, DbBackend};
 
 use super::{
-    Error, Store, changes,
+    Error, Store,
     counts::Deltas,
-    entity::{attempt, change},
-    ordered,
-    sql::Sql,
+    log::{Entry, Log},
+    rows::{Column, Rows, int, int_or_null, text, text_or_null},
+    writer::Write,
 };
-use crate::webhook::{Attempt, ChangeKind, DeliveryStatus, Tenant, Timestamp, Transition};
+use crate::webhook::{Attempt, ChangeKind, DeliveryStatus, Event, Tenant, Timestamp, Transition};
+
+const RESULTS: &[Column] = &[
+    text("webhook_id"),
+    text("id"),
+    text("node"),
+    int("attempt"),
+    text("status"),
+    int_or_null("next_attempt_at_ms"),
+    int_or_null("status_code"),
+    int_or_null("response_time_ms"),
+    text_or_null("last_error"),
+    int("last_attempt_at_ms"),
+    text_or_null("response"),
+];
+/// Each only if this node still has the lease of that very attempt.
+pub(super) const UPDATE: &str = "UPDATE deliveries SET status = rows.status, \
+    next_attempt_at_ms = rows.next_attempt_at_ms, lease_node = NULL, lease_expires_at_ms = NULL, lost_leases = 0, \
+    status_code = rows.status_code, response_time_ms = rows.response_time_ms, last_error = rows.last_error, \
+    last_attempt_at_ms = rows.last_attempt_at_ms, response = rows.response FROM {rows} \
+    WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
+    AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
+
+const LEASES: &[Column] = &[text("webhook_id"), text("id"), text("node"), int("attempt")];
+const HOLDS: &str = "SELECT deliveries.id FROM {rows} JOIN deliveries \
+    ON deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
+    AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
+
+pub(super) const ATTEMPTS: &[Column] = &[
+    text("delivery_id"),
+    int("number"),
+    int("started_at_ms"),
+    int("duration_ms"),
+    int_or_null("status_code"),
+    text_or_null("response"),
+    text("error"),
+];
+/// An attempt that was interrupted and granted again keeps its first entry's place.
+pub(super) const INSERT_ATTEMPTS: &str = "INSERT INTO attempts (delivery_id, number, started_at_ms, duration_ms, \
+    status_code, response, error) \
+    SELECT delivery_id, number, started_at_ms, duration_ms, status_code, response, error FROM {rows} WHERE TRUE \
+    ON CONFLICT (delivery_id, number) DO UPDATE SET started_at_ms = excluded.started_at_ms, \
+    duration_ms = excluded.duration_ms, status_code = excluded.status_code, response = excluded.response, \
+    error = excluded.error";
 
 /// An attempt that ended, and what `decide` made of it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Finished {
     /// Whose delivery it is.
     pub tenant: Tenant,
     /// Where it goes.
-    pub webhook_id: String,
+    pub webhook_id: Arc<str>,
     /// Its id.
     pub delivery_id: String,
-    /// Event type.
-    pub event_type: String,
+    /// What was sent.
+    pub event: Arc<Event>,
     /// What happened.
     pub attempt: Attempt,
     /// The new state.
@@ -34,115 +77,110 @@ pub struct Finished {
 
 impl Store {
     /// Records the end of an attempt; false when the lease was lost, in which case nothing is recorded.
-    pub async fn record(&self, finished: Finished) -> Result<bool, Error> {
-        self.0.recorder.get().ok_or(Error::Closed)?.submit(finished).await
+    pub async fn record(&self, finished: Arc<Finished>) -> Result<bool, Error> {
+        self.writer()?.submit(|answer| Write::Finish(finished, answer)).await
     }
 
-    pub(super) async fn record_batch(self, batch: Vec<Finished>) -> Result<Vec<bool>, Error> {
-        let transaction = self.write().await?;
-        let statement = self.update(&batch).build(transaction.get_database_backend());
-        let mut recorded = HashSet::with_capacity(batch.len());
-        for row in transaction.query_all_raw(statement).await? {
-            recorded.insert(row.try_get_by_index::<String>(0)?);
+    /// The ids of those deliveries whose leases this node still has.
+    pub(super) async fn holds(&self, finished: &[&Finished]) -> Result<HashSet<String>, Error> {
+        let connection = &self.0.write;
+        let mut rows = Rows::new(connection.get_database_backend(), LEASES);
+        for finished in finished {
+            let (webhook_id, node) = (&*finished.webhook_id, self.0.node.as_str());
+            rows.push([webhook_id.into(), (&finished.delivery_id).into(), node.into(), finished.attempt.number.into()]);
         }
-        let held: Vec<&Finished> = batch.iter().filter(|finished| recorded.contains(&finished.delivery_id)).collect();
-        if !held.is_empty() {
-            let mut deltas = Deltas::default();
-            for finished in &held {
-                let (webhook_id, event_type) = (&finished.webhook_id, &finished.event_type);
-                let status = finished.transition.status;
-                if status != DeliveryStatus::Pending {
-                    deltas.add(webhook_id, event_type, DeliveryStatus::Pending, -1);
-                    deltas.add(webhook_id, event_type, status, 1);
-                }
-                deltas.attempted(webhook_id, event_type, status, finished.attempt.started_at);
+        let mut holds = HashSet::new();
+        for statement in rows.statements(HOLDS) {
+            for row in connection.query_all_raw(statement).await? {
+                holds.insert(row.try_get_by_index::<String>(0)?);
             }
-            insert_attempts(&transaction, held.iter().map(|finished| attempt_row(finished)).collect()).await?;
-            ordered(&transaction).await?;
-            deltas.write(&transaction).await?;
-            changes::insert(&transaction, held.iter().map(|finished| change_row(finished)).collect()).await?;
         }
-        transaction.commit().await?;
-        self.0.feed.announce();
-        Ok(batch.iter().map(|finished| recorded.contains(&finished.delivery_id)).collect())
+        Ok(holds)
+    }
+}
+
+impl Finished {
+    fn status_code(&self) -> Option<u16> {
+        self.attempt.answer.as_ref().map(|answer| answer.status_code)
     }
 
-    /// Updates the deliveries of a batch, each only if this node still has the lease of that very attempt.
-    fn update(&self, batch: &[Finished]) -> Sql {
-        let mut sql = Sql::new(
-            "WITH done (webhook_id, delivery_id, attempt, status, next_attempt_at_ms, status_code, response_time_ms, \
-             last_error, last_attempt_at_ms) AS (VALUES ",
-        );
-        for (index, finished) in batch.iter().enumerate() {
-            sql.text(if index > 0 { "," } else { "" });
-            let attempt = &finished.attempt;
-            sql.row([
-                Value::from(finished.webhook_id.as_str()),
-                finished.delivery_id.as_str().into(),
+    fn response_time_ms(&self) -> Option<i32> {
+        self.attempt.answer.as_ref().map(|_| self.attempt.duration_ms)
+    }
+
+    fn next_attempt_at_ms(&self) -> Option<i64> {
+        self.transition.next_attempt_at.map(Timestamp::millis)
+    }
+
+    /// What came back; nothing is as good as an empty text.
+    fn response(&self) -> Option<&str> {
+        self.attempt.answer.as_ref().map(|answer| answer.body.as_str()).filter(|body| !body.is_empty())
+    }
+
+    /// Counts the attempt, and says that it was made.
+    pub(super) fn tell<'a>(&'a self, deltas: &mut Deltas<'a>, log: &mut Log) {
+        let (webhook_id, event_type, status) = (&*self.webhook_id, &*self.event.event_type, self.transition.status);
+        if status != DeliveryStatus::Pending {
+            deltas.add(webhook_id, event_type, DeliveryStatus::Pending, -1);
+            deltas.add(webhook_id, event_type, status, 1);
+        }
+        deltas.attempted(webhook_id, event_type, status, self.attempt.started_at);
+        let entry = Entry {
+            kind: ChangeKind::Attempted.as_str().into(),
+            webhook_id: webhook_id.into(),
+            delivery_id: self.delivery_id.as_str().into(),
+            event_type: event_type.into(),
+            status: status.as_str().into(),
+            attempts: self.attempt.number,
+            occurred_at_ms: self.ended_at.millis(),
+            status_code: self.status_code(),
+            response_time_ms: self.response_time_ms(),
+            last_error: self.attempt.error.as_deref().map(Into::into),
+            next_attempt_at_ms: self.next_attempt_at_ms(),
+        };
+        log.push(&self.tenant, &entry);
+    }
+}
+
+/// The rows for [`UPDATE`].
+pub(super) fn results(backend: DbBackend, node: &str, finished: &[&Finished]) -> Rows {
+    let mut rows = Rows::new(backend, RESULTS);
+    for finished in finished {
+        let attempt = &finished.attempt;
+        rows.push([
+            (&*finished.webhook_id).into(),
+            (&finished.delivery_id).into(),
+            node.into(),
+            attempt.number.into(),
+            finished.transition.status.as_str().into(),
+            finished.next_attempt_at_ms().into(),
+            finished.status_code().map(i32::from).into(),
+            finished.response_time_ms().into(),
+            attempt.error.as_deref().into(),
+            attempt.started_at.millis().into(),
+            // What came back with a failure stands with its attempt.
+            finished.response().filter(|_| attempt.error.is_none()).into(),
+        ]);
+    }
+    rows
+}
+
+/// The rows for [`INSERT_ATTEMPTS`]: the attempts that failed.
+pub(super) fn failures(backend: DbBackend, finished: &[&Finished]) -> Rows {
+    let mut rows = Rows::new(backend, ATTEMPTS);
+    for finished in finished {
+        let attempt = &finished.attempt;
+        if let Some(error) = &attempt.error {
+            rows.push([
+                (&finished.delivery_id).into(),
                 attempt.number.into(),
-                finished.transition.status.as_str().into(),
-                finished.transition.next_attempt_at.map(Timestamp::millis).into(),
-                attempt.answer.as_ref().map(|answer| i32::from(answer.status_code)).into(),
-                attempt.answer.as_ref().map(|_| attempt.duration_ms).into(),
-                attempt.error.clone().into(),
                 attempt.started_at.millis().into(),
+                attempt.duration_ms.into(),
+                finished.status_code().map(i32::from).into(),
+                finished.response().into(),
+                error.into(),
             ]);
         }
-        sql.text(
-            ") UPDATE deliveries SET status = done.status, next_attempt_at_ms = done.next_attempt_at_ms, \
-             lease_node = NULL, lease_expires_at_ms = NULL, lost_leases = 0, status_code = done.status_code, \
-             response_time_ms = done.response_time_ms, last_error = done.last_error, \
-             last_attempt_at_ms = done.last_attempt_at_ms FROM done \
-             WHERE deliveries.webhook_id = done.webhook_id AND deliveries.id = done.delivery_id \
-             AND deliveries.attempts = done.attempt AND deliveries.lease_node = ",
-        );
-        sql.value(self.0.node.as_str()).text(" RETURNING id");
-        sql
     }
-}
-
-/// Adds attempts to the log. An attempt that was interrupted and granted again keeps its first entry's place.
-pub(super) async fn insert_attempts(
-    transaction: &DatabaseTransaction,
-    rows: Vec<attempt::ActiveModel>,
-) -> Result<(), Error> {
-    use attempt::Column;
-    let latest = OnConflict::columns([Column::DeliveryId, Column::Number])
-        .update_columns([Column::StartedAtMs, Column::DurationMs, Column::StatusCode, Column::Response, Column::Error])
-        .to_owned();
-    attempt::Entity::insert_many(rows).on_conflict(latest).exec_without_returning(transaction).await?;
-    Ok(())
-}
-
-fn attempt_row(finished: &Finished) -> attempt::ActiveModel {
-    let attempt = &finished.attempt;
-    attempt::ActiveModel {
-        delivery_id: Set(finished.delivery_id.clone()),
-        number: Set(attempt.number),
-        started_at_ms: Set(attempt.started_at.millis()),
-        duration_ms: Set(attempt.duration_ms),
-        status_code: Set(attempt.answer.as_ref().map(|answer| i32::from(answer.status_code))),
-        response: Set(attempt.answer.as_ref().map(|answer| answer.body.clone())),
-        error: Set(attempt.error.clone()),
-    }
-}
-
-fn change_row(finished: &Finished) -> change::ActiveModel {
-    let attempt = &finished.attempt;
-    change::ActiveModel {
-        organization: Set(finished.tenant.organization().to_owned()),
-        environment: Set(finished.tenant.environment().as_str().to_owned()),
-        webhook_id: Set(finished.webhook_id.clone()),
-        delivery_id: Set(finished.delivery_id.clone()),
-        event_type: Set(finished.event_type.clone()),
-        kind: Set(ChangeKind::Attempted.as_str().to_owned()),
-        status: Set(finished.transition.status.as_str().to_owned()),
-        attempts: Set(attempt.number),
-        status_code: Set(attempt.answer.as_ref().map(|answer| i32::from(answer.status_code))),
-        response_time_ms: Set(attempt.answer.as_ref().map(|_| attempt.duration_ms)),
-        last_error: Set(attempt.error.clone()),
-        next_attempt_at_ms: Set(finished.transition.next_attempt_at.map(Timestamp::millis)),
-        occurred_at_ms: Set(finished.ended_at.millis()),
-        ..Default::default()
-    }
+    rows
 }

@@ -34,8 +34,8 @@ pub struct Target {
 }
 
 /// Subscribers of one event type of one tenant.
-type Subscribers = Arc<[String]>;
-type Subscription = (Tenant, String);
+pub(super) type Subscribers = Arc<[Arc<str>]>;
+pub(super) type Subscription = (Tenant, String);
 
 #[derive(Default)]
 pub(super) struct Targets(Mutex<Known>);
@@ -100,7 +100,7 @@ impl Store {
         &self,
         wanted: impl Iterator<Item = Subscription>,
     ) -> Result<HashMap<Subscription, Subscribers>, Error> {
-        let (mut found, mut unknown) = (HashMap::new(), HashMap::<Subscription, Vec<String>>::new());
+        let (mut found, mut unknown) = (HashMap::new(), HashMap::<Subscription, Vec<Arc<str>>>::new());
         let generation = {
             let known = self.0.targets.lock();
             for subscription in wanted {
@@ -132,7 +132,7 @@ impl Store {
         Ok(found)
     }
 
-    async fn read_subscribers(&self, unknown: &mut HashMap<Subscription, Vec<String>>) -> Result<(), Error> {
+    async fn read_subscribers(&self, unknown: &mut HashMap<Subscription, Vec<Arc<str>>>) -> Result<(), Error> {
         use sea_orm::ConnectionTrait;
         let mut sql = Sql::new(
             "SELECT s.organization, s.environment, s.event_type, s.webhook_id FROM subscriptions s \
@@ -151,7 +151,7 @@ impl Store {
                 row.try_get_many_by_index()?;
             let tenant = super::keys::tenant(&organization, &environment)?;
             if let Some(ids) = unknown.get_mut(&(tenant, event_type)) {
-                ids.push(webhook_id);
+                ids.push(webhook_id.into());
             }
         }
         Ok(())

@@ -1,12 +1,14 @@
 //! Whose data it is.
 
+use std::sync::Arc;
+
 /// An organisation's name is at most this long; a longer one is refused.
 pub const MAX_ORGANIZATION_BYTES: usize = 64;
 
-/// Every row belongs to one organisation and one environment, and nothing crosses either.
+/// Every row belongs to one organisation and one environment, and nothing crosses either. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Tenant {
-    organization: String,
+    organization: Arc<str>,
     environment: Environment,
 }
 
@@ -25,7 +27,7 @@ impl Tenant {
         let named = !organization.is_empty()
             && organization.len() <= MAX_ORGANIZATION_BYTES
             && organization.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-');
-        named.then(|| Self { organization: organization.to_owned(), environment })
+        named.then(|| Self { organization: organization.into(), environment })
     }
 
     /// Name of the organisation.

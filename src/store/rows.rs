@@ -1,0 +1,258 @@
+//! Many rows in one statement whose text hardly ever changes, so that the database has it prepared already.
+//!
+//! A statement names its rows `{rows}` and uses them like a table: `INSERT INTO t (a) SELECT a FROM {rows}`.
+
+use std::fmt::Write;
+
+use sea_orm::{
+    ConnectionTrait, DatabaseTransaction, DbBackend, Statement, Value,
+    sea_query::{ArrayType, ValueType},
+};
+
+use super::Error;
+
+/// SQLite takes at most this many rows in a statement; more go in several. Each size is a text of its own, and a power of
+/// two: what is left of it stays NULL.
+const MAX_ROWS: usize = 256;
+
+/// Type of a column.
+#[derive(Clone, Copy)]
+pub(super) enum Type {
+    /// Text; the empty text may stand for NULL.
+    Text,
+    /// A number; −1 may stand for NULL.
+    Int,
+}
+
+/// A column of the rows.
+pub(super) struct Column {
+    name: &'static str,
+    kind: Type,
+    /// PostgreSQL's arrays are given without NULL, so there a value stands for it that the column never has otherwise.
+    nullable: bool,
+}
+
+/// A column that always has text.
+pub(super) const fn text(name: &'static str) -> Column {
+    Column { name, kind: Type::Text, nullable: false }
+}
+
+/// A column whose text is never empty, or NULL.
+pub(super) const fn text_or_null(name: &'static str) -> Column {
+    Column { name, kind: Type::Text, nullable: true }
+}
+
+/// A column that always has a number.
+pub(super) const fn int(name: &'static str) -> Column {
+    Column { name, kind: Type::Int, nullable: false }
+}
+
+/// A column whose number is never −1, or NULL.
+pub(super) const fn int_or_null(name: &'static str) -> Column {
+    Column { name, kind: Type::Int, nullable: true }
+}
+
+/// A value for a column.
+pub(super) enum Cell<'a> {
+    /// For [`Type::Text`].
+    Text(&'a str),
+    /// For [`Type::Int`].
+    Int(i64),
+    /// For a column that may be NULL.
+    Null,
+}
+
+/// Rows on their way into a statement.
+pub(super) struct Rows {
+    columns: &'static [Column],
+    /// Row by row.
+    values: Vec<Value>,
+    backend: DbBackend,
+}
+
+impl<'a> From<&'a str> for Cell<'a> {
+    fn from(text: &'a str) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl<'a> From<&'a String> for Cell<'a> {
+    fn from(text: &'a String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<i64> for Cell<'_> {
+    fn from(number: i64) -> Self {
+        Self::Int(number)
+    }
+}
+
+impl From<i32> for Cell<'_> {
+    fn from(number: i32) -> Self {
+        Self::Int(number.into())
+    }
+}
+
+impl<'a, T: Into<Cell<'a>>> From<Option<T>> for Cell<'a> {
+    fn from(value: Option<T>) -> Self {
+        value.map_or(Self::Null, Into::into)
+    }
+}
+
+impl Rows {
+    pub(super) fn new(backend: DbBackend, columns: &'static [Column]) -> Self {
+        Self { columns, values: Vec::new(), backend }
+    }
+
+    /// Adds a row.
+    pub(super) fn push<const N: usize>(&mut self, row: [Cell<'_>; N]) {
+        debug_assert_eq!(N, self.columns.len());
+        let postgres = self.backend == DbBackend::Postgres;
+        self.values.extend(row.into_iter().zip(self.columns).map(|(cell, column)| match (cell, column.kind) {
+            (Cell::Text(text), _) => Value::String(Some(text.to_owned())),
+            (Cell::Int(number), _) => Value::BigInt(Some(number)),
+            (Cell::Null, Type::Text) => Value::String(postgres.then(String::new)),
+            (Cell::Null, Type::Int) => Value::BigInt(postgres.then_some(-1)),
+        }));
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.values.len() / self.columns.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// Runs `statement` for the rows; how many rows of the database it concerned. No rows, no statement.
+    pub(super) async fn execute(self, transaction: &DatabaseTransaction, statement: &str) -> Result<u64, Error> {
+        let mut concerned = 0;
+        for statement in self.statements(statement) {
+            concerned += transaction.execute_raw(statement).await?.rows_affected();
+        }
+        Ok(concerned)
+    }
+
+    /// The statements that carry the rows.
+    pub(super) fn statements(self, statement: &str) -> Vec<Statement> {
+        if self.is_empty() {
+            return Vec::new();
+        }
+        if self.backend == DbBackend::Postgres {
+            let text = statement.replace("{rows}", &self.arrays());
+            return vec![Statement::from_sql_and_values(self.backend, text, self.transposed())];
+        }
+        let (width, mut left) = (self.columns.len(), self.len());
+        let mut values = self.values.into_iter();
+        let mut statements = Vec::with_capacity(left.div_ceil(MAX_ROWS));
+        while left > 0 {
+            let count = left.min(MAX_ROWS);
+            let text = statement.replace("{rows}", &table(self.columns, count.next_power_of_two()));
+            // Parameters beyond the values given are NULL to SQLite.
+            let values: Vec<Value> = values.by_ref().take(count * width).collect();
+            statements.push(Statement::from_sql_and_values(self.backend, text, values));
+            left -= count;
+        }
+        statements
+    }
+
+    /// One array for each column.
+    fn transposed(self) -> Vec<Value> {
+        let (width, count) = (self.columns.len(), self.len());
+        let mut arrays: Vec<Vec<Value>> = (0..width).map(|_| Vec::with_capacity(count)).collect();
+        for (index, value) in self.values.into_iter().enumerate() {
+            arrays[index % width].push(value);
+        }
+        let kind = |column: &Column| match column.kind {
+            Type::Text => String::array_type(),
+            Type::Int => ArrayType::BigInt,
+        };
+        arrays
+            .into_iter()
+            .zip(self.columns)
+            .map(|(values, column)| Value::Array(kind(column), Some(Box::new(values))))
+            .collect()
+    }
+
+    /// The rows as PostgreSQL reads them from arrays.
+    fn arrays(&self) -> String {
+        let (mut names, mut outs, mut arrays) = (String::new(), String::new(), String::new());
+        for (index, column) in self.columns.iter().enumerate() {
+            let comma = if index > 0 { ", " } else { "" };
+            let (kind, null) = match column.kind {
+                Type::Text => ("text", "''"),
+                Type::Int => ("bigint", "-1"),
+            };
+            let name = column.name;
+            let _ = write!(names, "{comma}{name}");
+            let _ = write!(arrays, "{comma}${}::{kind}[]", index + 1);
+            let _ = match column.nullable {
+                true => write!(outs, "{comma}NULLIF({name}, {null}) AS {name}"),
+                false => write!(outs, "{comma}{name}"),
+            };
+        }
+        format!("(SELECT {outs} FROM unnest({arrays}) AS given ({names})) AS rows")
+    }
+}
+
+/// The rows as SQLite reads them from parameters; those that are left over begin with NULL.
+fn table(columns: &[Column], count: usize) -> String {
+    let mut table = String::with_capacity(64 + count * columns.len() * 2);
+    table.push_str("(SELECT ");
+    for (index, column) in columns.iter().enumerate() {
+        let comma = if index > 0 { ", " } else { "" };
+        let _ = write!(table, "{comma}column{} AS {}", index + 1, column.name);
+    }
+    table.push_str(" FROM (VALUES ");
+    let row = format!("({})", vec!["?"; columns.len()].join(","));
+    for index in 0..count {
+        table.push_str(if index > 0 { "," } else { "" });
+        table.push_str(&row);
+    }
+    table.push_str(") WHERE column1 IS NOT NULL) AS rows");
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COLUMNS: &[Column] = &[text("id"), int_or_null("at")];
+    const INSERT: &str = "INSERT INTO t (id, at) SELECT id, at FROM {rows}";
+
+    fn rows(backend: DbBackend, count: usize) -> Rows {
+        let mut rows = Rows::new(backend, COLUMNS);
+        (0..count).for_each(|_| rows.push(["a".into(), Cell::Null]));
+        rows
+    }
+
+    #[test]
+    fn postgres_reads_arrays() {
+        let statements = rows(DbBackend::Postgres, 1_000).statements(INSERT);
+        assert_eq!(statements.len(), 1);
+        assert_eq!(
+            statements[0].sql,
+            "INSERT INTO t (id, at) SELECT id, at FROM (SELECT id, NULLIF(at, -1) AS at FROM \
+             unnest($1::text[], $2::bigint[]) AS given (id, at)) AS rows"
+        );
+        assert_eq!(statements[0].values.as_ref().map(|values| values.0.len()), Some(2));
+    }
+
+    #[test]
+    fn sqlite_reads_parameters_in_a_few_sizes() {
+        let statements = rows(DbBackend::Sqlite, 259).statements(INSERT);
+        assert_eq!(statements.len(), 2);
+        assert_eq!(
+            statements[1].sql,
+            "INSERT INTO t (id, at) SELECT id, at FROM (SELECT column1 AS id, column2 AS at FROM \
+             (VALUES (?,?),(?,?),(?,?),(?,?)) WHERE column1 IS NOT NULL) AS rows"
+        );
+        assert_eq!(statements[1].values.as_ref().map(|values| values.0.len()), Some(6));
+    }
+
+    #[test]
+    fn nothing_is_said_about_no_rows() {
+        assert!(rows(DbBackend::Sqlite, 0).statements(INSERT).is_empty());
+    }
+}

@@ -1,0 +1,194 @@
+//! One task writes all that publishing and sending leave behind. What queues up while one commit runs is the next batch
+//! (natural batching): a lone item waits for nobody, and a crowd shares the cost of the disk.
+
+use std::sync::{Arc, Weak};
+
+use sea_orm::ConnectionTrait;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    Error, Inner, Store,
+    counts::Deltas,
+    leases::Release,
+    log::Log,
+    ordered,
+    publish::{self, Draft, Publish, Published},
+    record::{self, Finished},
+};
+
+/// One commit takes at most this many items; the rest is in the next.
+const MAX_BATCH: usize = 512;
+
+/// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
+pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
+
+/// Something to write.
+pub(super) enum Write {
+    Publish(Box<Publish>, Answer<Published>),
+    /// Answered with whether the lease still held.
+    Finish(Arc<Finished>, Answer<bool>),
+    Release(Release, Answer<()>),
+}
+
+/// The way to the task. What waits is bounded by those who send: publishes by [`publish::MAX_WAITING_BYTES`], the others
+/// by what the node holds.
+pub(super) struct Writer(mpsc::UnboundedSender<Write>);
+
+/// What goes into one commit.
+#[derive(Default)]
+struct Batch {
+    drafts: Vec<(Draft, Answer<Published>)>,
+    finished: Vec<(Arc<Finished>, Answer<bool>)>,
+    releases: Vec<(Release, Answer<()>)>,
+}
+
+impl Writer {
+    /// Starts the task. It does not keep the store, which has the writer, alive.
+    pub(super) fn start(store: Weak<Inner>) -> Self {
+        let (queue, mut waiting) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            let mut writes = Vec::with_capacity(MAX_BATCH);
+            while waiting.recv_many(&mut writes, MAX_BATCH).await > 0 {
+                let Some(inner) = store.upgrade() else { return };
+                let store = Store(inner);
+                let batch = store.draft(writes.drain(..)).await;
+                store.settle(batch).await;
+            }
+        });
+        Self(queue)
+    }
+
+    /// Has `write` made, which gets its answer through the other end of the channel.
+    pub(super) async fn submit<T>(&self, write: impl FnOnce(Answer<T>) -> Write) -> Result<T, Error> {
+        let (answer, written) = oneshot::channel();
+        self.0.send(write(answer)).map_err(|_| Error::Closed)?;
+        written.await.map_err(|_| Error::Closed)?
+    }
+}
+
+impl Store {
+    /// Sorts `writes`, and finds out where new events go.
+    async fn draft(&self, writes: impl Iterator<Item = Write>) -> Batch {
+        let (mut batch, mut publishes) = (Batch::default(), Vec::new());
+        for write in writes {
+            match write {
+                Write::Publish(publish, answer) => publishes.push((publish, answer)),
+                Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
+                Write::Release(release, answer) => batch.releases.push((release, answer)),
+            }
+        }
+        match self.subscribers(publishes.iter().map(|(publish, _)| publish.subscription())).await {
+            Ok(subscribers) => {
+                let drafts = publishes.into_iter().map(|(publish, answer)| {
+                    let draft = self.draft_of(*publish, &subscribers);
+                    (draft, answer)
+                });
+                batch.drafts.extend(drafts);
+            }
+            Err(error) => publishes.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone())))),
+        }
+        batch
+    }
+
+    /// Commits a batch and answers it. When the database refuses it for good, every item stands for itself, so that one
+    /// cannot spoil the others.
+    async fn settle(&self, batch: Batch) {
+        match self.commit(&batch).await {
+            Ok(lost) => self.answer(batch, &lost),
+            Err(Error::Failed(_)) if batch.len() > 1 => {
+                for alone in batch.split() {
+                    Box::pin(self.settle(alone)).await;
+                }
+            }
+            Err(error) => self.fail(batch, &error),
+        }
+    }
+
+    /// Writes all of a batch, or nothing. Results whose leases were lost are left out, and answered with, by place.
+    async fn commit(&self, batch: &Batch) -> Result<Vec<usize>, Error> {
+        let all: Vec<&Finished> = batch.finished.iter().map(|(finished, _)| &**finished).collect();
+        if self.try_commit(batch, &all).await? {
+            return Ok(Vec::new());
+        }
+        let mut lost = Vec::new();
+        let mut held = all;
+        // Once more for each time that another node took leases over in between, which is rare enough.
+        loop {
+            let holds = self.holds(&held).await?;
+            held.retain(|finished| holds.contains(&finished.delivery_id));
+            if self.try_commit(batch, &held).await? {
+                lost.extend((0..batch.finished.len()).filter(|index| {
+                    let id = &batch.finished[*index].0.delivery_id;
+                    !held.iter().any(|finished| finished.delivery_id == *id)
+                }));
+                return Ok(lost);
+            }
+        }
+    }
+
+    /// False, and nothing is written, when one of the leases of `finished` was lost.
+    async fn try_commit(&self, batch: &Batch, finished: &[&Finished]) -> Result<bool, Error> {
+        let drafts = || batch.drafts.iter().map(|(draft, _)| draft);
+        let (mut deltas, mut log) = (Deltas::default(), Log::default());
+        let transaction = self.write().await?;
+        let backend = transaction.get_database_backend();
+        publish::events(backend, drafts()).execute(&transaction, publish::INSERT_EVENTS).await?;
+        let deliveries = publish::deliveries(backend, &self.0.node, drafts());
+        deliveries.execute(&transaction, publish::INSERT_DELIVERIES).await?;
+        let recorded = record::results(backend, &self.0.node, finished).execute(&transaction, record::UPDATE).await?;
+        if recorded != finished.len() as u64 {
+            return Ok(false);
+        }
+        record::failures(backend, finished).execute(&transaction, record::INSERT_ATTEMPTS).await?;
+        self.release_in(&transaction, batch.releases.iter().map(|(release, _)| release)).await?;
+        drafts().for_each(|draft| draft.tell(&mut deltas, &mut log));
+        finished.iter().for_each(|finished| finished.tell(&mut deltas, &mut log));
+        if !deltas.is_empty() {
+            ordered(&transaction).await?;
+            deltas.write(&transaction).await?;
+            log.write(&transaction).await?;
+        }
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    fn answer(&self, batch: Batch, lost: &[usize]) {
+        self.0.feed.announce();
+        let mut waiting = false;
+        for (draft, answer) in batch.drafts {
+            let published = draft.published();
+            waiting |= draft.hand_over(&self.0.ready);
+            let _ = answer.send(Ok(published));
+        }
+        for (index, (_, answer)) in batch.finished.into_iter().enumerate() {
+            let _ = answer.send(Ok(!lost.contains(&index)));
+        }
+        batch.releases.into_iter().for_each(|(_, answer)| drop(answer.send(Ok(()))));
+        if waiting {
+            self.0.handoff.due.notify_one();
+        }
+    }
+
+    fn fail(&self, batch: Batch, error: &Error) {
+        for (draft, answer) in batch.drafts {
+            draft.give_back(&self.0.handoff);
+            let _ = answer.send(Err(error.clone()));
+        }
+        batch.finished.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
+        batch.releases.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
+    }
+}
+
+impl Batch {
+    fn len(&self) -> usize {
+        self.drafts.len() + self.finished.len() + self.releases.len()
+    }
+
+    /// Each item on its own.
+    fn split(self) -> impl Iterator<Item = Self> {
+        let drafts = self.drafts.into_iter().map(|draft| Self { drafts: vec![draft], ..Self::default() });
+        let finished = self.finished.into_iter().map(|finished| Self { finished: vec![finished], ..Self::default() });
+        let releases = self.releases.into_iter().map(|release| Self { releases: vec![release], ..Self::default() });
+        drafts.chain(finished).chain(releases)
+    }
+}
