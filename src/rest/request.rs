@@ -36,10 +36,14 @@ pub(super) async fn message(
     query::append(&mut out, query, route)?;
     let table = route.tables.message(route.input);
     if route.streaming
-        && let Some(id) = headers.get("last-event-id").and_then(|id| id.to_str().ok())
+        && let Some(id) = headers.get("last-event-id")
         && let Some(field) = table.last_event_id
     {
-        wire::field(&mut out, table.fields[field].number, Value::Bytes(id.as_bytes()));
+        let field = &table.fields[field];
+        // Taken for no id at all, it would make the reader miss what it came back for.
+        let refuse = |_| Failure::parameter(&field.json_name, "invalid", "is not text");
+        let id = id.to_str().map_err(refuse)?;
+        wire::field(&mut out, field.number, Value::Bytes(id.as_bytes()));
     }
     for (path, (_, text)) in route.variables.iter().zip(bound) {
         let shown = route.tables.last(route.input, path).map_or("", |field| field.json_name.as_str());

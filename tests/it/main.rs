@@ -10,6 +10,7 @@ mod documented_examples;
 mod errors;
 mod hostile_receivers;
 mod interop;
+mod isolation;
 mod listing;
 mod rest_layer;
 mod tenants;
