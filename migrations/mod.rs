@@ -5,6 +5,7 @@ use sea_orm_migration::{MigrationTrait, MigratorTrait, async_trait};
 
 mod m0001_initial;
 mod m0002_hot_path;
+mod m0006_revisions;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -12,6 +13,10 @@ pub(crate) struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m0001_initial::Migration), Box::new(m0002_hot_path::Migration)]
+        vec![
+            Box::new(m0001_initial::Migration),
+            Box::new(m0002_hot_path::Migration),
+            Box::new(m0006_revisions::Migration),
+        ]
     }
 }

@@ -1,41 +1,40 @@
 //! Who calls: one layer for both protocols, since REST calls go through it as gRPC calls.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
-use ring::digest::{SHA256, digest};
-use tonic::{Status, body::Body};
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
 use crate::{
     clock,
     grpc::{self, key_refused},
-    store::{KeyInfo, KeyKind, Store},
+    store::{KeyHash, KeyInfo, KeyKind, Store},
     webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant},
 };
 
 /// Names the organisation that a service key acts for.
 const ORGANIZATION: &str = "x-shortkit-organization";
-/// What was learned of a key is asked for again after this time, so that a revocation holds within it on every node.
-const MAX_AGE: Duration = Duration::from_secs(1);
-/// At most this many keys are remembered; beyond, all are forgotten and learned anew.
-const MAX_KEYS: usize = 10_000;
 /// A longer key is none.
 const MAX_KEY_BYTES: usize = 256;
+/// The key of an open stream is looked at this often, beside each time that keys have changed: it may expire, and
+/// changes cannot be learned of while the database is away.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// Services that need no key.
 const OPEN: [&str; 2] = ["/grpc.health.v1.", "/grpc.reflection."];
 
 /// Who a call is from.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Principal {
     /// On whose behalf it acts.
     pub tenant: Tenant,
+    keys: Arc<Keys>,
+    key: KeyHash,
 }
 
 /// Lets a call pass only with a key that may make it, and says whose it is.
@@ -45,14 +44,6 @@ pub struct Auth(Arc<Keys>);
 struct Keys {
     store: Store,
     environments: Vec<Environment>,
-    /// By SHA-256 of the key: a key itself is not kept.
-    known: Mutex<HashMap<[u8; 32], Known>>,
-}
-
-/// What the database said of a key, and when.
-struct Known {
-    learned: Instant,
-    info: Option<KeyInfo>,
 }
 
 /// The layer around a service.
@@ -65,7 +56,7 @@ pub struct Authenticated<S> {
 impl Auth {
     /// Accepts keys of `environments`.
     pub fn new(store: Store, environments: Vec<Environment>) -> Self {
-        Self(Arc::new(Keys { store, environments, known: Mutex::default() }))
+        Self(Arc::new(Keys { store, environments }))
     }
 }
 
@@ -107,20 +98,43 @@ where
     }
 }
 
+impl Principal {
+    /// Waits until the key opens no door any more, and says why: for calls that outlast the moment when they were let in.
+    pub(crate) async fn shut_out(&self) -> Status {
+        let mut changes = self.keys.store.key_changes();
+        loop {
+            match self.keys.check(self.key).await {
+                // While the database cannot be asked there is nothing to see either: all that streams show is from there.
+                Err(status) if status.code() != Code::Unavailable => return status,
+                Ok(_) | Err(_) => {}
+            }
+            let _ = tokio::time::timeout(LOOK_AGAIN, changes.changed()).await;
+        }
+    }
+}
+
 impl Keys {
-    async fn principal(&self, headers: &HeaderMap) -> Result<Principal, Status> {
+    async fn principal(self: Arc<Self>, headers: &HeaderMap) -> Result<Principal, Status> {
         let bearer = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
         let key =
             bearer.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
         let Some((_, key)) = key else {
             return Err(key_refused("UNAUTHORIZED", "an API key is required: Authorization: Bearer sk_…"));
         };
-        let unknown = || key_refused("UNAUTHORIZED", "the API key is not valid");
         let key = key.trim();
         if key.is_empty() || key.len() > MAX_KEY_BYTES {
             return Err(unknown());
         }
-        let info = self.info(key).await?.ok_or_else(unknown)?;
+        let key = KeyHash::of(key);
+        let info = self.check(key).await?;
+        let tenant = tenant(&info, headers)?;
+        self.store.key_used(&info.id);
+        Ok(Principal { tenant, keys: self, key })
+    }
+
+    /// What is known of a key that opens the door now.
+    async fn check(&self, key: KeyHash) -> Result<Arc<KeyInfo>, Status> {
+        let info = self.store.find_key(key).await.map_err(grpc::store_failed)?.ok_or_else(unknown)?;
         if info.revoked_at.is_some() {
             return Err(key_refused("KEY_REVOKED", "the API key was revoked"));
         }
@@ -136,29 +150,12 @@ impl Keys {
                 "this server does not serve the environment of the API key",
             ));
         }
-        let tenant = tenant(&info, headers)?;
-        self.store.key_used(&info.id);
-        Ok(Principal { tenant })
-    }
-
-    /// What is known of a key, no older than [`MAX_AGE`].
-    async fn info(&self, key: &str) -> Result<Option<KeyInfo>, Status> {
-        let mut hash = [0; 32];
-        hash.copy_from_slice(digest(&SHA256, key.as_bytes()).as_ref());
-        let lock = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = lock().get(&hash)
-            && known.learned.elapsed() < MAX_AGE
-        {
-            return Ok(known.info.clone());
-        }
-        let info = self.store.find_key(key).await.map_err(grpc::store_failed)?;
-        let mut known = lock();
-        if known.len() >= MAX_KEYS {
-            known.clear();
-        }
-        known.insert(hash, Known { learned: clock::stopwatch(), info: info.clone() });
         Ok(info)
     }
+}
+
+fn unknown() -> Status {
+    key_refused("UNAUTHORIZED", "the API key is not valid")
 }
 
 /// The tenant that a key acts for.

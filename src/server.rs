@@ -102,6 +102,7 @@ pub async fn run(
     let engine = tokio::spawn(engine.run(shutdown.clone(), calls_ended.clone(), config.shutdown_grace));
     let mut background = JoinSet::new();
     background.spawn(follow(store.clone()));
+    background.spawn(learn(store.clone()));
     background.spawn(tidy(store.clone()));
     let stopping = shutdown.clone();
 
@@ -208,6 +209,16 @@ async fn follow(store: Store) {
     loop {
         if let Err(error) = store.follow_changes().await {
             tracing::warn!(%error, "the log of changes could not be read; trying again");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+/// Learns what others change, through every failure of the database.
+async fn learn(store: Store) {
+    loop {
+        if let Err(error) = store.follow_revisions().await {
+            tracing::warn!(%error, "the revisions could not be read; until they can be, what is known is asked for again");
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }

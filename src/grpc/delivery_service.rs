@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{Api, convert, proto, status, tenant, token::Purpose, validate, watch};
+use super::{Api, convert, principal, proto, status, tenant, token::Purpose, validate, watch};
 use crate::{
     store::{ChangeFilter, DeliveryFilter},
     webhook::{DeliveryStatus, EventData, Tenant, Webhook},
@@ -108,7 +108,8 @@ impl proto::delivery_service_server::DeliveryService for Api {
         &self,
         request: Request<proto::WatchDeliveriesRequest>,
     ) -> Result<Response<watch::Changes>, Status> {
-        let tenant = tenant(&request)?;
+        let principal = principal(&request)?.clone();
+        let tenant = principal.tenant.clone();
         let request = request.into_inner();
         let webhook_id = match request.webhook_id.as_str() {
             "" => None,
@@ -119,7 +120,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
         }
         let status = validate::delivery_status(request.status)?;
         let filter = ChangeFilter { tenant, webhook_id, status, event_type: request.event };
-        Ok(Response::new(watch::changes(self.clone(), filter, request.resume_token).await?))
+        Ok(Response::new(watch::changes(self.clone(), principal, filter, request.resume_token).await?))
     }
 }
 

@@ -64,8 +64,12 @@ impl std::ops::Deref for Api {
     }
 }
 
+/// Who calls.
+fn principal<T>(request: &Request<T>) -> Result<&Principal, Status> {
+    request.extensions().get::<Principal>().ok_or_else(|| status::internal("no principal"))
+}
+
 /// Whose call it is: the tenant of the key, or the organisation that a service key names.
 fn tenant<T>(request: &Request<T>) -> Result<Tenant, Status> {
-    let principal = request.extensions().get::<Principal>().ok_or_else(|| status::internal("no principal"))?;
-    Ok(principal.tenant.clone())
+    Ok(principal(request)?.tenant.clone())
 }

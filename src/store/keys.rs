@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     sync::{Mutex, PoisonError},
 };
 
@@ -15,6 +16,7 @@ use sea_orm::{
 use super::{
     Error, Store,
     entity::api_key::{ActiveModel, Column, Entity, Model},
+    revisions::Subject,
 };
 use crate::{
     clock,
@@ -79,6 +81,10 @@ pub struct KeyInfo {
     pub revoked_at: Option<Timestamp>,
 }
 
+/// SHA-256 of a key: what is known of a key is found by it, and the key cannot be found from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct KeyHash([u8; 32]);
+
 /// Uses of keys that are not yet written down: a write per request would be too dear.
 #[derive(Default)]
 pub(super) struct UsedKeys(Mutex<HashMap<String, Timestamp>>);
@@ -107,6 +113,23 @@ impl KeyKind {
     }
 }
 
+impl KeyHash {
+    /// The hash of a key in its full text. Keys are 256 random bits: a plain hash cannot be turned back, and no salt is
+    /// needed.
+    pub fn of(key: &str) -> Self {
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest(&SHA256, key.as_bytes()).as_ref());
+        Self(hash)
+    }
+}
+
+/// As it is stored: lower-case hex.
+impl fmt::Display for KeyHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
 impl Store {
     /// Makes a key of 256 random bits.
     pub async fn create_key(&self, new: NewKey) -> Result<CreatedKey, Error> {
@@ -114,7 +137,7 @@ impl Store {
         let key = format!("{}_{}_{random}", new.kind.prefix(), new.environment.as_str());
         let row = ActiveModel {
             id: Set(clock::new_id("key")),
-            hash: Set(hash(&key)),
+            hash: Set(KeyHash::of(&key).to_string()),
             prefix: Set(key.chars().take(PREFIX_CHARS).collect()),
             kind: Set(new.kind.as_str().to_owned()),
             organization: Set(new.organization),
@@ -124,7 +147,9 @@ impl Store {
             expires_at_ms: Set(new.expires_at.map(Timestamp::millis)),
             revoked_at_ms: Set(None),
         };
-        let row = row.insert(&self.0.write).await?;
+        let transaction = self.write().await?;
+        let row = row.insert(&transaction).await?;
+        self.commit_change(transaction, Subject::Keys).await?;
         Ok(CreatedKey { key, info: info(row)? })
     }
 
@@ -137,12 +162,12 @@ impl Store {
     pub async fn revoke_key(&self, id: &str) -> Result<bool, Error> {
         let first = Func::coalesce([Expr::col(Column::RevokedAtMs), Expr::value(clock::now().millis())]);
         let revoke = Entity::update_many().col_expr(Column::RevokedAtMs, first.into()).filter(Column::Id.eq(id));
-        Ok(revoke.exec(&self.0.write).await?.rows_affected > 0)
-    }
-
-    /// What is known of a key in its full text.
-    pub async fn find_key(&self, key: &str) -> Result<Option<KeyInfo>, Error> {
-        Entity::find().filter(Column::Hash.eq(hash(key))).one(&self.0.read).await?.map(info).transpose()
+        let transaction = self.write().await?;
+        if revoke.exec(&transaction).await?.rows_affected == 0 {
+            return Ok(false);
+        }
+        self.commit_change(transaction, Subject::Keys).await?;
+        Ok(true)
     }
 
     /// Remembers that a key was accepted, for the next [`Store::write_used_keys`].
@@ -168,12 +193,7 @@ pub(super) fn tenant(organization: &str, environment: &str) -> Result<Tenant, Er
     Tenant::new(organization, environment).ok_or(Error::Corrupt("organisation"))
 }
 
-/// Keys are 256 random bits: a plain hash cannot be turned back, and no salt is needed.
-fn hash(key: &str) -> String {
-    digest(&SHA256, key.as_bytes()).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn info(row: Model) -> Result<KeyInfo, Error> {
+pub(super) fn info(row: Model) -> Result<KeyInfo, Error> {
     Ok(KeyInfo {
         kind: KeyKind::parse(&row.kind).ok_or(Error::Corrupt("kind of key"))?,
         environment: Environment::parse(&row.environment).ok_or(Error::Corrupt("environment"))?,

@@ -11,12 +11,14 @@ mod entity;
 mod handoff;
 mod janitor;
 mod keys;
+mod known_keys;
 mod leases;
 mod log;
 #[path = "../../migrations/mod.rs"]
 mod migrations;
 mod publish;
 mod record;
+mod revisions;
 mod rows;
 mod sql;
 mod targets;
@@ -36,7 +38,7 @@ pub use self::{
     changes::{ChangeFilter, Watch, WatchError},
     counts::Stats,
     deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
-    keys::{CreatedKey, KeyInfo, KeyKind, NewKey},
+    keys::{CreatedKey, KeyHash, KeyInfo, KeyKind, NewKey},
     leases::{Lease, Leased, Waiting},
     publish::Published,
     record::Finished,
@@ -67,6 +69,8 @@ struct Inner {
     handoff: Handoff,
     targets: Targets,
     writer: std::sync::OnceLock<Writer>,
+    known_keys: known_keys::KnownKeys,
+    revisions: revisions::Revisions,
     /// A permit for each byte of event data that waits for its commit.
     publishing: tokio::sync::Semaphore,
     /// Deliveries leased to this node, on their way to `dispatch`.
@@ -128,6 +132,8 @@ impl Store {
             handoff: Handoff::default(),
             targets: Targets::default(),
             writer: std::sync::OnceLock::new(),
+            known_keys: known_keys::KnownKeys::default(),
+            revisions: revisions::Revisions::default(),
             publishing: tokio::sync::Semaphore::new(publish::MAX_WAITING_BYTES as usize),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),

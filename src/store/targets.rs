@@ -1,11 +1,10 @@
-//! What an attempt needs to know of a webhook, kept in memory for a second.
-//!
-//! A change on this node is seen at once; one made on another node, within [`MAX_AGE`].
+//! What an attempt needs to know of a webhook, kept in memory as long as [`super::revisions`] lets it be trusted: a change
+//! on this node is seen at once, one made on another node within a second.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
@@ -16,8 +15,6 @@ use crate::{
     webhook::{Secret, SigningKey, Tenant, Timestamp, WebhookStatus},
 };
 
-/// Older knowledge is asked for again.
-const MAX_AGE: Duration = Duration::from_secs(1);
 /// At most this many entries of each sort are kept; beyond, all are dropped and learned anew.
 const MAX_ENTRIES: usize = 10_000;
 
@@ -44,6 +41,7 @@ pub(super) struct Targets(Mutex<Known>);
 struct Known {
     /// Counts changes, so that what was read before one is not remembered after it.
     generation: u64,
+    /// With the moment before the database was asked.
     targets: HashMap<String, (Instant, Option<Arc<Target>>)>,
     subscribers: HashMap<Subscription, (Instant, Subscribers)>,
 }
@@ -76,10 +74,11 @@ impl Store {
         let generation = {
             let known = self.0.targets.lock();
             match known.targets.get(webhook_id) {
-                Some((learned, target)) if learned.elapsed() < MAX_AGE => return Ok(target.clone()),
+                Some((asked_at, target)) if self.0.revisions.hold(*asked_at) => return Ok(target.clone()),
                 _ => known.generation,
             }
         };
+        let asked_at = clock::stopwatch();
         let row = webhook::Entity::find_by_id(webhook_id)
             .filter(webhook::Column::DeletedAtMs.is_null())
             .one(&self.0.read)
@@ -90,7 +89,7 @@ impl Store {
             if known.targets.len() >= MAX_ENTRIES {
                 known.targets.clear();
             }
-            known.targets.insert(webhook_id.to_owned(), (clock::stopwatch(), target.clone()));
+            known.targets.insert(webhook_id.to_owned(), (asked_at, target.clone()));
         }
         Ok(target)
     }
@@ -105,7 +104,7 @@ impl Store {
             let known = self.0.targets.lock();
             for subscription in wanted {
                 match known.subscribers.get(&subscription) {
-                    Some((learned, ids)) if learned.elapsed() < MAX_AGE => {
+                    Some((asked_at, ids)) if self.0.revisions.hold(*asked_at) => {
                         found.insert(subscription, Arc::clone(ids));
                     }
                     _ => drop(unknown.insert(subscription, Vec::new())),
@@ -116,16 +115,16 @@ impl Store {
         if unknown.is_empty() {
             return Ok(found);
         }
+        let asked_at = clock::stopwatch();
         self.read_subscribers(&mut unknown).await?;
         let mut known = self.0.targets.lock();
         if known.subscribers.len() >= MAX_ENTRIES {
             known.subscribers.clear();
         }
-        let now = clock::stopwatch();
         for (subscription, ids) in unknown {
             let ids: Subscribers = ids.into();
             if known.generation == generation {
-                known.subscribers.insert(subscription.clone(), (now, Arc::clone(&ids)));
+                known.subscribers.insert(subscription.clone(), (asked_at, Arc::clone(&ids)));
             }
             found.insert(subscription, ids);
         }

@@ -8,6 +8,7 @@ use sea_orm::{
 use super::{
     Error, Page, Store,
     entity::{subscription, webhook},
+    revisions::Subject,
     sql::Sql,
 };
 use crate::{
@@ -55,8 +56,7 @@ impl Store {
         let transaction = self.write().await?;
         webhook::Entity::insert(row).exec_without_returning(&transaction).await?;
         subscribe(&transaction, tenant, &webhook.id, &webhook.events).await?;
-        transaction.commit().await?;
-        self.0.targets.forget();
+        self.commit_change(transaction, Subject::Webhooks).await?;
         Ok((webhook, secret))
     }
 
@@ -110,8 +110,7 @@ impl Store {
             row.status = Set(status.as_str().to_owned());
         }
         let changed = row.update(&transaction).await?;
-        transaction.commit().await?;
-        self.0.targets.forget();
+        self.commit_change(transaction, Subject::Webhooks).await?;
         // Held deliveries of a webhook that is active again are due.
         self.0.handoff.due.notify_one();
         Ok(Some(webhook(changed)?))
@@ -125,8 +124,7 @@ impl Store {
         row.deleted_at_ms = Set(Some(clock::now().millis()));
         row.update(&transaction).await?;
         unsubscribe(&transaction, id).await?;
-        transaction.commit().await?;
-        self.0.targets.forget();
+        self.commit_change(transaction, Subject::Webhooks).await?;
         Ok(true)
     }
 
@@ -142,8 +140,7 @@ impl Store {
         row.previous_secret = Set(Some(previous));
         row.previous_secret_expires_at_ms = Set(Some(previous_expires_at.millis()));
         row.update(&transaction).await?;
-        transaction.commit().await?;
-        self.0.targets.forget();
+        self.commit_change(transaction, Subject::Webhooks).await?;
         Ok(Some(Rotated { secret, previous_expires_at }))
     }
 

@@ -13,6 +13,7 @@ mod interop;
 mod isolation;
 mod listing;
 mod rest_layer;
+mod several_nodes;
 mod tenants;
 mod transport;
 mod watching;

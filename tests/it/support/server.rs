@@ -183,7 +183,13 @@ impl TestServer {
 
     /// The live stream of all the tenant's deliveries.
     pub(crate) async fn watch(&self) -> Watch {
-        let stream = self.deliveries().watch_deliveries(WatchDeliveriesRequest::default()).await;
+        self.watch_as(&self.key).await
+    }
+
+    /// The same with another key.
+    pub(crate) async fn watch_as(&self, key: &str) -> Watch {
+        let mut deliveries = DeliveryServiceClient::with_interceptor(self.channel(), Bearer(key.to_owned()));
+        let stream = deliveries.watch_deliveries(WatchDeliveriesRequest::default()).await;
         Watch(stream.unwrap().into_inner())
     }
 }
