@@ -1,10 +1,8 @@
 //! Why a request got no answer, in words that stay the same.
 
-use std::{error::Error, fmt, io};
+use std::{error, fmt, io};
 
-use rustls::CertificateError;
-
-use super::resolver::{AllBlocked, LookupFailed};
+use rustls::{CertificateError, Error as TlsError};
 
 /// What kept a request from being answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +27,20 @@ pub enum Failure {
     InvalidResponse,
     /// The certificate is out of date.
     TlsExpired,
+    /// The certificate is not valid before a later time.
+    TlsNotYetValid,
     /// The certificate is for another host.
     TlsWrongHost,
     /// Nobody known vouches for the certificate.
     TlsUnknownAuthority,
-    /// Another failure of TLS.
-    Tls,
+    /// Something else is wrong with the certificate.
+    TlsCertificate,
+    /// A connection, but no end of the handshake within the limit.
+    TlsTimeout,
+    /// The receiver hung up during the handshake.
+    TlsClosed,
+    /// The receiver does not speak TLS, or none that we speak.
+    TlsProtocol,
     /// Anything else.
     Connection,
 }
@@ -52,45 +58,63 @@ impl fmt::Display for Failure {
             Self::InvalidUrl => "Invalid URL",
             Self::InvalidResponse => "Invalid HTTP response",
             Self::TlsExpired => "TLS handshake failed: certificate expired",
+            Self::TlsNotYetValid => "TLS handshake failed: certificate not yet valid",
             Self::TlsWrongHost => "TLS handshake failed: certificate not valid for this host",
             Self::TlsUnknownAuthority => "TLS handshake failed: unknown certificate authority",
-            Self::Tls => "TLS handshake failed",
+            Self::TlsCertificate => "TLS handshake failed: invalid certificate",
+            Self::TlsTimeout => "TLS handshake failed: timeout",
+            Self::TlsClosed => "TLS handshake failed: connection closed",
+            Self::TlsProtocol => "TLS handshake failed: protocol error",
             Self::Connection => "Connection failed",
         })
     }
 }
 
-impl From<&reqwest::Error> for Failure {
-    fn from(error: &reqwest::Error) -> Self {
-        let mut cause: Option<&(dyn Error + 'static)> = Some(error);
-        let mut known = None;
-        while let Some(error) = cause {
-            known = known_cause(error).or(known);
-            // An io::Error shows what it wraps not as its source but as its inside.
-            cause = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-                Some(inner) => Some(inner),
-                None => error.source(),
-            };
+impl error::Error for Failure {}
+
+impl Failure {
+    /// Why there is no connection.
+    pub(super) fn dialling(error: &(dyn error::Error + 'static)) -> Self {
+        known(error).unwrap_or(Self::Connection)
+    }
+
+    /// Why a connection could not be encrypted.
+    pub(super) fn handshake(error: &io::Error) -> Self {
+        match error.get_ref().and_then(|inside| inside.downcast_ref::<TlsError>()) {
+            Some(TlsError::InvalidCertificate(fault)) => certificate(fault),
+            Some(_) => Self::TlsProtocol,
+            // Only the connection itself fails without a word of TLS.
+            None => Self::TlsClosed,
         }
-        match known {
-            Some(failure) => failure,
-            None if error.is_timeout() && error.is_connect() => Self::ConnectionTimeout,
-            None if error.is_timeout() => Self::RequestTimeout,
-            None if error.is_connect() => Self::Connection,
-            None => Self::InvalidResponse,
-        }
+    }
+
+    /// Why an exchange ended without an answer.
+    pub(super) fn exchanging(error: &(dyn error::Error + 'static)) -> Self {
+        known(error).unwrap_or(Self::InvalidResponse)
     }
 }
 
-fn known_cause(error: &(dyn Error + 'static)) -> Option<Failure> {
-    if error.is::<AllBlocked>() {
-        return Some(Failure::BlockedAddress);
+/// The innermost cause that has a name here.
+fn known(error: &(dyn error::Error + 'static)) -> Option<Failure> {
+    let mut cause = Some(error);
+    let mut found = None;
+    while let Some(error) = cause {
+        found = named(error).or(found);
+        // An io::Error shows what it wraps not as its source but as its inside.
+        cause = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(inside) => Some(inside),
+            None => error.source(),
+        };
     }
-    if error.is::<LookupFailed>() {
-        return Some(Failure::DnsLookup);
+    found
+}
+
+fn named(error: &(dyn error::Error + 'static)) -> Option<Failure> {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return Some(*failure);
     }
-    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
-        return Some(certificate(tls));
+    if let Some(http) = error.downcast_ref::<hyper::Error>() {
+        return http.is_incomplete_message().then_some(Failure::ConnectionReset);
     }
     match error.downcast_ref::<io::Error>()?.kind() {
         io::ErrorKind::ConnectionRefused => Some(Failure::ConnectionRefused),
@@ -98,22 +122,19 @@ fn known_cause(error: &(dyn Error + 'static)) -> Option<Failure> {
             Some(Failure::ConnectionReset)
         }
         io::ErrorKind::UnexpectedEof => Some(Failure::ConnectionReset),
+        io::ErrorKind::TimedOut => Some(Failure::ConnectionTimeout),
         io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable => Some(Failure::Unreachable),
         _ => None,
     }
 }
 
-fn certificate(error: &rustls::Error) -> Failure {
-    match error {
-        rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
-            Failure::TlsExpired
-        }
-        rustls::Error::InvalidCertificate(
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-        ) => Failure::TlsWrongHost,
-        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => {
-            Failure::TlsUnknownAuthority
-        }
-        _ => Failure::Tls,
+fn certificate(fault: &CertificateError) -> Failure {
+    match fault {
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => Failure::TlsExpired,
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Failure::TlsNotYetValid,
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => Failure::TlsWrongHost,
+        // The other one is what a certificate that vouches for itself is called.
+        CertificateError::UnknownIssuer | CertificateError::Other(_) => Failure::TlsUnknownAuthority,
+        _ => Failure::TlsCertificate,
     }
 }

@@ -2,8 +2,9 @@
 
 use std::net::IpAddr;
 
+use http::Uri;
 use ipnet::IpNet;
-use reqwest::Url;
+use url::Url;
 
 use super::is_public;
 
@@ -98,6 +99,10 @@ impl Policy {
         }
         if url.as_str().len() > MAX_URL_BYTES {
             return Err(UrlError::TooLong);
+        }
+        // The few characters that a request line cannot hold.
+        if Uri::try_from(url.as_str()).is_err() {
+            return Err(UrlError::Invalid);
         }
         let host = url.host_str().ok_or(UrlError::Invalid)?;
         // The parser has already turned every spelling of an address into one.

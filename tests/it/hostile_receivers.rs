@@ -1,7 +1,21 @@
 //! Receivers that do not behave, from raw sockets: each ends in time, with a reason of its own.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io::Write,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
 use shortkit_webhooks::{clock, config::Config};
@@ -12,12 +26,13 @@ use tokio::{
 use tokio_rustls::{
     TlsAcceptor,
     rustls::{
-        ServerConfig,
+        ALL_VERSIONS, ServerConfig, SupportedProtocolVersion,
         pki_types::{CertificateDer, PrivateKeyDer},
+        version::TLS12,
     },
 };
 
-use crate::support::{Database, Kind, TestServer, config};
+use crate::support::{Database, Kind, Receiver, Reply, TestServer, config, soon};
 
 /// One attempt may take this long in these tests.
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -75,58 +90,190 @@ async fn each_ends_in_time_with_its_reason() {
     let drip = raw(async |mut stream| {
         stream.write_all(HEAD).await?;
         stream.write_all(b"content-length: 100000\r\n\r\n").await?;
-        loop {
-            stream.write_all(b"x").await?;
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        drip(stream).await
     })
     .await;
     assert_ends(&server, &drip, failed("Request timeout")).await;
-    let endless_head = raw(async |mut stream| {
+    let nonsense = raw(async |mut stream| stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n").await).await;
+    assert_ends(&server, &nonsense, failed("Invalid HTTP response")).await;
+    let mute = raw(async |mut stream| stream.shutdown().await).await;
+    assert_ends(&server, &mute, failed("Connection reset")).await;
+    let cut = raw(async |mut stream| {
+        stream.write_all(HEAD).await?;
+        stream.write_all(b"content-length: 100\r\n\r\nabc").await
+    })
+    .await;
+    assert_ends(&server, &cut, failed("Connection reset")).await;
+    let reset = raw(async |mut stream| {
+        stream.write_all(HEAD).await?;
+        stream.write_all(b"content-length: 100\r\n\r\nabc").await?;
+        stream.set_zero_linger()
+    })
+    .await;
+    assert_ends(&server, &reset, failed("Connection reset")).await;
+
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    assert_ends(&server, &format!("http://{nobody}/"), failed("Connection refused")).await;
+    assert_ends(&server, "https://nobody.invalid/", failed("DNS lookup failed")).await;
+    server.stop().await;
+}
+
+/// Sends a byte now and then.
+async fn drip(mut stream: impl AsyncWrite + Unpin) -> std::io::Result<()> {
+    loop {
+        stream.write_all(b"x").await?;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn heads_have_an_end() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    let endless = raw(async |mut stream| {
         stream.write_all(HEAD).await?;
         loop {
             stream.write_all(b"x-filler: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n").await?;
         }
     })
     .await;
-    assert_ends(&server, &endless_head, json!({ "status": "failed" })).await;
+    assert_ends(&server, &endless, failed("Invalid HTTP response")).await;
+    let one_line = raw(async |mut stream| {
+        stream.write_all(b"HTTP/1.1 200 ").await?;
+        loop {
+            stream.write_all(&[b'O'; 4096]).await?;
+        }
+    })
+    .await;
+    assert_ends(&server, &one_line, failed("Invalid HTTP response")).await;
+    let many = raw(async |mut stream| {
+        stream.write_all(HEAD).await?;
+        stream.write_all("a:b\r\n".repeat(10_000).as_bytes()).await?;
+        stream.write_all(b"content-length: 0\r\n\r\n").await
+    })
+    .await;
+    assert_ends(&server, &many, failed("Invalid HTTP response")).await;
     let informational = raw(async |mut stream| {
         loop {
             stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
         }
     })
     .await;
-    assert_ends(&server, &informational, json!({ "status": "failed" })).await;
-    let endless = raw(async |mut stream| {
-        stream.write_all(HEAD).await?;
-        stream.write_all(b"transfer-encoding: chunked\r\n\r\n").await?;
-        loop {
-            stream.write_all(b"8\r\nabcdefgh\r\n").await?;
+    assert_ends(&server, &informational, failed("Request timeout")).await;
+    server.stop().await;
+}
+
+/// 16 KiB are read; then the connection is gone, and nothing is read to make it fit for use again.
+#[tokio::test]
+async fn a_long_answer_is_dropped_and_not_drained() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    for head in ["transfer-encoding: chunked\r\n\r\n", "content-length: 1000000000000\r\n\r\n", "\r\n"] {
+        let (ended, mut end) = tokio::sync::mpsc::unbounded_channel();
+        let endless = raw(move |mut stream| {
+            let ended = ended.clone();
+            async move {
+                stream.write_all(HEAD).await?;
+                stream.write_all(head.as_bytes()).await?;
+                let chunk = format!("1000\r\n{}\r\n", "x".repeat(0x1000));
+                let mut sent = 0;
+                while stream.write_all(chunk.as_bytes()).await.is_ok() {
+                    sent += chunk.len();
+                }
+                let _ = ended.send(sent);
+                Ok(())
+            }
+        })
+        .await;
+        let test = assert_ends(&server, &endless, json!({ "status": "success", "statusCode": 200 })).await;
+        assert_eq!(test["response"].as_str().unwrap().len(), 16 * 1024);
+        // What the system's own buffers hold, and no more.
+        let sent = soon("the end of the connection", end.recv()).await.unwrap();
+        assert!(sent < 16 * 1024 * 1024, "{sent}");
+    }
+    server.stop().await;
+}
+
+/// Not unpacked at all: what cannot grow needs no bound.
+#[tokio::test]
+async fn a_gzip_bomb_stays_packed() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    packer.write_all(&vec![0; 10_000_000]).unwrap();
+    let packed = Arc::new(packer.finish().unwrap());
+    assert!(packed.len() < 16 * 1024, "{}", packed.len());
+    let length = String::from_utf8_lossy(&packed).replace('\0', "\u{fffd}").len();
+    let bomb = raw(move |mut stream| {
+        let packed = Arc::clone(&packed);
+        async move {
+            stream.write_all(HEAD).await?;
+            let head = format!("content-encoding: gzip\r\ncontent-length: {}\r\n\r\n", packed.len());
+            stream.write_all(head.as_bytes()).await?;
+            stream.write_all(&packed).await
         }
     })
     .await;
-    let test = assert_ends(&server, &endless, json!({ "status": "success", "statusCode": 200 })).await;
-    assert_eq!(test["response"].as_str().unwrap().len(), 16 * 1024);
-    let nonsense = raw(async |mut stream| stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n").await).await;
-    assert_ends(&server, &nonsense, failed("Invalid HTTP response")).await;
-    let bomb = raw(async |mut stream| {
-        stream.write_all(HEAD).await?;
-        stream.write_all(b"content-encoding: gzip\r\ncontent-length: 3\r\n\r\n\x1f\x8b\x08").await
-    })
-    .await;
-    // Not unpacked at all: what cannot grow needs no bound.
-    assert_ends(&server, &bomb, json!({ "status": "success" })).await;
-    let cut = raw(async |mut stream| {
-        stream.write_all(HEAD).await?;
-        stream.write_all(b"content-length: 100\r\n\r\nabc").await
-    })
-    .await;
-    assert_ends(&server, &cut, json!({ "status": "failed" })).await;
+    let test = assert_ends(&server, &bomb, json!({ "status": "success" })).await;
+    assert_eq!(test["response"].as_str().unwrap().len(), length);
+    server.stop().await;
+}
 
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    assert_ends(&server, &format!("http://{nobody}/"), failed("Connection refused")).await;
-    assert_ends(&server, "https://nobody.invalid/", failed("DNS lookup failed")).await;
-    assert_ends(&server, &silent.replace("http:", "https:"), json!({ "status": "failed" })).await;
+#[tokio::test]
+async fn redirects_are_an_answer() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    let elsewhere = Receiver::start().await;
+    for status in [300, 301, 302, 303, 304, 307, 308] {
+        let location = elsewhere.url();
+        let sends_on = Receiver::scripted(move |_, _| Reply {
+            headers: vec![("location", location.clone())],
+            ..Reply::status(status)
+        })
+        .await;
+        let test = assert_ends(&server, &sends_on.url(), failed("Redirects are not followed")).await;
+        assert_eq!(test["statusCode"], status);
+    }
+    assert_eq!(elsewhere.received().len(), 0);
+    server.stop().await;
+}
+
+/// Whatever stands in a URL, the request has the lines that it should.
+#[tokio::test]
+async fn a_url_adds_no_lines_to_a_request() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    let heads: Arc<Mutex<Vec<String>>> = Arc::default();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let kept = Arc::clone(&heads);
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = vec![0; 8192];
+            let length = stream.read(&mut head).await.unwrap();
+            kept.lock().unwrap().push(String::from_utf8_lossy(&head[..length]).into_owned());
+            let _ = accept(&mut stream).await;
+        }
+    });
+    let odd = ["/a\r\nx-evil: 1\r\n\r\nb", "/%0d%0ax-evil:%201", "/?a\r\nx-evil:1", "/\tx-evil:1", "/ä x-evil: 1"];
+    for path in odd {
+        assert_ends(&server, &format!("http://{address}{path}"), json!({ "status": "success" })).await;
+    }
+    let heads = heads.lock().unwrap().clone();
+    assert_eq!(heads.len(), odd.len());
+    for head in heads {
+        let (head, _) = head.split_once("\r\n\r\n").unwrap();
+        let mut lines = head.lines();
+        let first = lines.next().unwrap();
+        assert!(
+            first.starts_with("POST /") && first.ends_with(" HTTP/1.1") && first.split(' ').count() == 3,
+            "{first}"
+        );
+        let names: Vec<&str> = lines.map(|line| line.split_once(": ").unwrap().0).collect();
+        assert_eq!(names.len(), 12, "{names:?}");
+        assert!(!names.contains(&"x-evil"), "{names:?}");
+    }
     server.stop().await;
 }
 
@@ -134,7 +281,7 @@ async fn each_ends_in_time_with_its_reason() {
 async fn an_address_is_judged_at_every_attempt() {
     let database = Database::fresh(Kind::Sqlite).await;
     let open = server(&database).await;
-    let receiver = crate::support::Receiver::start().await;
+    let receiver = Receiver::start().await;
     let urls = [receiver.url(), format!("http://localhost:{}/", receiver.address.port())];
     let mut ids = Vec::new();
     for url in &urls {
@@ -159,35 +306,73 @@ async fn an_address_is_judged_at_every_attempt() {
     server.stop().await;
 }
 
-/// A TLS receiver that answers 200, with a certificate of `authority` for `names`.
-async fn tls(authority: &Issuer<'_, KeyPair>, names: &[&str], expired: bool) -> u16 {
-    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-    let mut params = CertificateParams::new(names).unwrap();
-    if expired {
-        params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+/// A certificate, and what it is for.
+struct Certified {
+    names: Vec<String>,
+    from: i32,
+    until: i32,
+    is_authority: bool,
+}
+
+impl Certified {
+    fn good() -> Self {
+        Self { names: vec!["localhost".to_owned()], from: 1990, until: 2090, is_authority: false }
     }
-    let key = KeyPair::generate().unwrap();
-    let certificate = params.signed_by(&key, authority).unwrap();
-    let chain = vec![CertificateDer::from(certificate.der().to_vec())];
-    let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-    let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let acceptor = TlsAcceptor::from(Arc::new(config.with_no_client_auth().with_single_cert(chain, key).unwrap()));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    tokio::spawn(async move {
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let acceptor = acceptor.clone();
-            tokio::spawn(async move {
-                if let Ok(mut stream) = acceptor.accept(stream).await {
-                    let _ = stream.read(&mut [0; 4096]).await;
-                    let _ = accept(&mut stream).await;
-                }
-            });
+
+    fn params(&self) -> CertificateParams {
+        let mut params = CertificateParams::new(self.names.clone()).unwrap();
+        params.not_before = rcgen::date_time_ymd(self.from, 1, 1);
+        params.not_after = rcgen::date_time_ymd(self.until, 1, 1);
+        if self.is_authority {
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         }
-    });
-    port
+        params
+    }
+
+    /// A TLS receiver that answers 200, with a certificate of `authority`, or of its own.
+    async fn serve(
+        &self,
+        authority: Option<&Issuer<'_, KeyPair>>,
+        versions: &[&'static SupportedProtocolVersion],
+    ) -> u16 {
+        let key = KeyPair::generate().unwrap();
+        let certificate = match authority {
+            Some(authority) => self.params().signed_by(&key, authority).unwrap(),
+            None => self.params().self_signed(&key).unwrap(),
+        };
+        let chain = vec![CertificateDer::from(certificate.der().to_vec())];
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(versions).unwrap();
+        let mut config = config.with_no_client_auth().with_single_cert(chain, key).unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    if let Ok(stream) = acceptor.accept(stream).await {
+                        let _ = http2::Builder::new(TokioExecutor::new())
+                            .serve_connection(TokioIo::new(stream), service_fn(over_http2))
+                            .await;
+                    }
+                });
+            }
+        });
+        port
+    }
+}
+
+/// `OK`, or on `/endless` no end of it.
+async fn over_http2(request: Request<Incoming>) -> Result<Response<BoxBody<Bytes, Infallible>>, Infallible> {
+    let chunk = || Ok(Frame::data(Bytes::from_static(&[b'x'; 4096])));
+    Ok(Response::new(match request.uri().path() {
+        "/endless" => BodyExt::boxed(StreamBody::new(futures_util::stream::repeat_with(chunk))),
+        _ => BodyExt::boxed(Full::from("OK")),
+    }))
 }
 
 async fn accept(stream: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
@@ -195,31 +380,97 @@ async fn accept(stream: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
     stream.shutdown().await
 }
 
-#[tokio::test]
-async fn failures_of_tls_have_their_own_reasons() {
-    let database = Database::fresh(Kind::Sqlite).await;
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate().unwrap();
-    let root = params.self_signed(&key).unwrap();
-    let authority = Issuer::new(params, key);
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, "Nobody You Know");
-    let stranger = Issuer::new(params, KeyPair::generate().unwrap());
-    let trusting = Config { egress_ca: vec![root.pem().into_bytes()], ..config(&database) };
-    let server = TestServer::with(trusting).await;
+fn no_tls(reason: &str) -> serde_json::Value {
+    failed(&format!("TLS handshake failed: {reason}"))
+}
 
-    let url = |port| format!("https://localhost:{port}/");
-    let good = tls(&authority, &["localhost"], false).await;
-    assert_ends(&server, &url(good), json!({ "status": "success", "response": "OK" })).await;
-    let expired = tls(&authority, &["localhost"], true).await;
-    assert_ends(&server, &url(expired), failed("TLS handshake failed: certificate expired")).await;
-    let other = tls(&authority, &["other.example"], false).await;
-    let wrong = "TLS handshake failed: certificate not valid for this host";
-    assert_ends(&server, &url(other), failed(wrong)).await;
-    let unknown = tls(&stranger, &["localhost"], false).await;
-    assert_ends(&server, &url(unknown), failed("TLS handshake failed: unknown certificate authority")).await;
-    let plain = crate::support::Receiver::start().await.address.port();
-    assert_ends(&server, &url(plain), json!({ "status": "failed" })).await;
+#[tokio::test]
+async fn each_fault_of_a_certificate_has_its_own_reason() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let authority = |name: &str| {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        (Issuer::new(params, key), certificate)
+    };
+    let (known, root) = authority("Known");
+    let (stranger, _) = authority("Nobody You Know");
+    let server = TestServer::with(Config { egress_ca: vec![root.pem().into_bytes()], ..config(&database) }).await;
+    let good = json!({ "status": "success", "response": "OK" });
+    let unknown = no_tls("unknown certificate authority");
+    let other = Certified { names: vec!["other.example".to_owned()], ..Certified::good() };
+    for (certificate, authority, expected) in [
+        (Certified::good(), Some(&known), good),
+        (Certified { until: 2020, ..Certified::good() }, Some(&known), no_tls("certificate expired")),
+        (Certified { from: 2080, ..Certified::good() }, Some(&known), no_tls("certificate not yet valid")),
+        (other, Some(&known), no_tls("certificate not valid for this host")),
+        (Certified::good(), Some(&stranger), unknown.clone()),
+        (Certified::good(), None, unknown.clone()),
+        (Certified { is_authority: true, ..Certified::good() }, None, unknown),
+    ] {
+        for versions in [ALL_VERSIONS, &[&TLS12]] {
+            let port = certificate.serve(authority, versions).await;
+            let test = assert_ends(&server, &format!("https://localhost:{port}/"), expected.clone()).await;
+            if test["status"] == "success" {
+                let endless = format!("https://localhost:{port}/endless");
+                let test = assert_ends(&server, &endless, json!({ "status": "success" })).await;
+                assert_eq!(test["response"].as_str().unwrap().len(), 16 * 1024);
+            }
+        }
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_handshake_ends_in_time_and_with_a_reason() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    let https = |url: String| url.replace("http:", "https:");
+    let silent = raw(async |stream| {
+        let _open = stream;
+        std::future::pending().await
+    })
+    .await;
+    assert_ends(&server, &https(silent), no_tls("timeout")).await;
+    let slow = raw(async |mut stream| {
+        // The head of a record that is long in coming.
+        stream.write_all(&[22, 3, 3, 0x40, 0]).await?;
+        drip(stream).await
+    })
+    .await;
+    assert_ends(&server, &https(slow), no_tls("timeout")).await;
+    let gone = raw(async |mut stream| stream.shutdown().await).await;
+    assert_ends(&server, &https(gone), no_tls("connection closed")).await;
+    let plain = raw(async |mut stream| accept(&mut stream).await).await;
+    assert_ends(&server, &https(plain), no_tls("protocol error")).await;
+    let alert = raw(async |mut stream| stream.write_all(&[21, 3, 3, 0, 2, 2, 70]).await).await;
+    assert_ends(&server, &https(alert), no_tls("protocol error")).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn connections_are_kept() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&connections);
+    let receiver = raw(move |mut stream| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async move {
+            loop {
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nOK").await?;
+                if stream.read(&mut [0; 4096]).await? == 0 {
+                    return Ok(());
+                }
+            }
+        }
+    })
+    .await;
+    for _ in 0..5 {
+        assert_ends(&server, &receiver, json!({ "status": "success" })).await;
+    }
+    assert_eq!(connections.load(Ordering::SeqCst), 1);
     server.stop().await;
 }

@@ -7,6 +7,7 @@ mod command_line;
 mod crashing;
 mod delivering;
 mod documented_examples;
+mod egress_namespace;
 mod errors;
 mod hostile_receivers;
 mod interop;

@@ -1,6 +1,7 @@
 //! What every test stands on: a database, a server, a receiver.
 
 mod database;
+mod name_server;
 mod receiver;
 mod server;
 
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 pub(crate) use self::{
     database::{Database, Kind},
+    name_server::{Says, serve_names},
     receiver::{Received, Receiver, Reply},
     server::{Answer, TestServer, config},
 };
