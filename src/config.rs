@@ -8,15 +8,21 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::webhook::{Environment, EventTypes, RetrySchedule};
+use zeroize::Zeroizing;
+
+use crate::{
+    vault::Vault,
+    webhook::{Environment, EventTypes, RetrySchedule},
+};
 
 /// A request may take at most this long; a longer setting is refused, since a lease lasts as long.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
-const SETTINGS: [(&str, &str); 14] = [
+const SETTINGS: [(&str, &str); 15] = [
     ("database-url", "sqlite://shortkit.db?mode=rwc"),
     ("log", "info"),
+    ("master-key-file", ""),
     ("listen", "127.0.0.1:8080"),
     ("egress-allow", ""),
     ("egress-ca", ""),
@@ -31,6 +37,14 @@ const SETTINGS: [(&str, &str); 14] = [
     ("health", "true"),
 ];
 
+/// Holds the master keys themselves, when no file does. There is no flag for them: every process on a machine can read
+/// the flags of every other.
+const MASTER_KEY: &str = "SHORTKIT_MASTER_KEY";
+/// What to do when there is none.
+const MAKE_A_MASTER_KEY: &str = "a master key is needed, which encrypts the signing secrets. Make one and keep it safe:\n    \
+     (umask 077; openssl rand -base64 32 > shortkit.master-key)\n  \
+     then pass --master-key-file shortkit.master-key, or set SHORTKIT_MASTER_KEY to what it holds";
+
 /// Everything that `serve` needs to know, valid.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -40,6 +54,10 @@ pub struct Config {
     pub database_url: String,
     /// What to log, in the words of `tracing_subscriber`'s `EnvFilter`.
     pub log: String,
+    /// What seals signing secrets; none only in development mode, where `serve` makes a key when none is given.
+    pub vault: Option<Vault>,
+    /// The file that it came from, if it was one.
+    pub master_key_file: Option<PathBuf>,
     /// Ranges where requests may go beside public addresses.
     pub egress_allow: Vec<IpNet>,
     /// PEM files of certificate authorities that receivers are trusted by, beside the system's.
@@ -89,11 +107,21 @@ pub struct DatabaseArgs {
     log: Option<String>,
 }
 
+/// The master keys, as given.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct MasterKeyArgs {
+    /// File of the master keys that encrypt signing secrets: base64 of 32 random bytes each, one a line, as `openssl rand -base64 32` makes them. The first encrypts, the others still decrypt while one replaces another. SHORTKIT_MASTER_KEY may hold the keys themselves instead [default: none]
+    #[arg(long, env = "SHORTKIT_MASTER_KEY_FILE", value_name = "FILE")]
+    master_key_file: Option<String>,
+}
+
 /// Settings of `serve`, as given.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ServeArgs {
     #[command(flatten)]
     database: DatabaseArgs,
+    #[command(flatten)]
+    master_key: MasterKeyArgs,
     /// Nothing to prepare: loopback and `http` receivers allowed, keys made once and printed with lines to try
     #[arg(long)]
     dev: bool,
@@ -140,6 +168,32 @@ pub struct ServeArgs {
 #[error("the configuration is not valid:\n  {}", .0.join("\n  "))]
 pub struct Invalid(pub Vec<String>);
 
+/// What `keys rotate-master` has to know.
+#[derive(Debug, Clone)]
+pub struct MasterKeyConfig {
+    /// The database.
+    pub database: DatabaseConfig,
+    /// What seals signing secrets from now on, and opens those of before.
+    pub vault: Vault,
+}
+
+/// The master keys of a file.
+pub fn read_master_keys(path: &Path) -> Result<Vault, String> {
+    let text = Zeroizing::new(std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?);
+    Vault::parse(&text).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+impl MasterKeyArgs {
+    /// The configuration that these settings, those of the database, the file they name and the defaults make.
+    pub fn load(self, database: DatabaseArgs) -> Result<MasterKeyConfig, Invalid> {
+        let mut settings = Settings::open(database.config.as_deref());
+        let database = settings.database(database);
+        let (vault, _) = settings.master_keys(self, true);
+        let faults = settings.faults;
+        vault.filter(|_| faults.is_empty()).map(|vault| MasterKeyConfig { database, vault }).ok_or(Invalid(faults))
+    }
+}
+
 impl DatabaseArgs {
     /// The configuration that these settings, the file they name and the defaults make.
     pub fn load(self) -> Result<DatabaseConfig, Invalid> {
@@ -150,6 +204,11 @@ impl DatabaseArgs {
 }
 
 impl ServeArgs {
+    /// Those of `serve --dev`.
+    pub fn development() -> Self {
+        Self { dev: true, ..Self::default() }
+    }
+
     /// Whether this is for trying things out.
     pub fn dev(&self) -> bool {
         self.dev
@@ -159,9 +218,12 @@ impl ServeArgs {
     pub fn load(self) -> Result<Config, Invalid> {
         let mut settings = Settings::open(self.database.config.as_deref());
         let DatabaseConfig { database_url, log } = settings.database(self.database);
+        let (vault, master_key_file) = settings.master_keys(self.master_key, !self.dev);
         let config = Config {
             database_url,
             log,
+            vault,
+            master_key_file,
             listen: settings.read("listen", self.listen, |text| {
                 text.parse().map_err(|_| "must be an IP address and a port, such as 127.0.0.1:8080".to_owned())
             }),
@@ -220,6 +282,29 @@ impl Settings {
                 filter.map(|_| text.to_owned()).map_err(|error| format!("`{text}`: {error}"))
             }),
         }
+    }
+
+    /// The master keys, and the file that they came from. A file wins over the environment's own keys.
+    fn master_keys(&mut self, args: MasterKeyArgs, needed: bool) -> (Option<Vault>, Option<PathBuf>) {
+        let faults = self.faults.len();
+        let from_file = self.read("master-key-file", args.master_key_file, |path| match path {
+            "" => Ok(None),
+            path => read_master_keys(Path::new(path)).map(|vault| Some((vault, PathBuf::from(path)))),
+        });
+        if let Some((vault, path)) = from_file {
+            return (Some(vault), Some(path));
+        }
+        let given = std::env::var(MASTER_KEY).ok().map(Zeroizing::new).filter(|text| !text.trim().is_empty());
+        let parsed = given.map(|text| Vault::parse(&text).map_err(|error| format!("{MASTER_KEY}: {error}")));
+        match parsed {
+            Some(Ok(vault)) => return (Some(vault), None),
+            Some(Err(fault)) => self.faults.push(fault),
+            None if needed && self.faults.len() == faults => {
+                self.faults.push(format!("master-key-file: {MAKE_A_MASTER_KEY}"));
+            }
+            None => {}
+        }
+        (None, None)
     }
 
     /// The setting as given, else as the file says, else its default; a faulty one is noted and counts as not given.
@@ -311,16 +396,37 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused() {
         let refused = |args: ServeArgs| args.load().unwrap_err().0.len();
-        assert_eq!(refused(ServeArgs { environments: Some(" , ".to_owned()), ..ServeArgs::default() }), 1);
+        assert_eq!(refused(ServeArgs { environments: Some(" , ".to_owned()), ..ServeArgs::development() }), 1);
         for url in ["sqlite::memory:", "sqlite://x?mode=memory", "x"] {
             let database = DatabaseArgs { database_url: Some(url.to_owned()), ..DatabaseArgs::default() };
-            assert_eq!(refused(ServeArgs { database, ..ServeArgs::default() }), 1, "{url}");
+            assert_eq!(refused(ServeArgs { database, ..ServeArgs::development() }), 1, "{url}");
         }
     }
 
     #[test]
-    fn nothing_given_is_valid() {
-        let config = ServeArgs::default().load().unwrap();
+    fn nothing_but_a_master_key_must_be_given() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("master-key");
+        let given = || ServeArgs {
+            master_key: MasterKeyArgs { master_key_file: Some(file.to_str().unwrap().to_owned()) },
+            ..ServeArgs::default()
+        };
+        for (content, fault) in
+            [(None, "No such file"), (Some("#"), "holds no master key"), (Some("secret"), "master key 1")]
+        {
+            if let Some(content) = content {
+                std::fs::write(&file, content).unwrap();
+            }
+            let Invalid(faults) = given().load().unwrap_err();
+            assert!(faults.len() == 1 && faults[0].contains(fault), "{faults:?}");
+            assert!(!faults[0].contains("secret"), "{faults:?}");
+        }
+        std::fs::write(&file, Vault::new_master_key().as_bytes()).unwrap();
+        let config = given().load().unwrap();
+        assert_eq!(config.master_key_file, Some(file));
+        assert!(config.vault.is_some());
+        let Invalid(faults) = ServeArgs::default().load().unwrap_err();
+        assert!(faults.len() == 1 && faults[0].contains("openssl rand -base64 32"), "{faults:?}");
         assert_eq!(config.retry_schedule, RetrySchedule::default());
         assert_eq!(config.environments, [Environment::Live, Environment::Test]);
         assert!(!config.allow_http && !config.allow_loopback);
@@ -341,7 +447,7 @@ mod tests {
             retry_schedule: Some("0s,soon".to_owned()),
             egress_allow: Some("10.0.0.0/33".to_owned()),
             environments: Some("live,prod".to_owned()),
-            ..ServeArgs::default()
+            ..ServeArgs::development()
         };
         let Invalid(faults) = args.load().unwrap_err();
         for part in
@@ -361,9 +467,10 @@ mod tests {
         let args = ServeArgs {
             database: DatabaseArgs { config: Some(file), ..DatabaseArgs::default() },
             listen: Some("127.0.0.1:2".to_owned()),
+            dev: true,
             ..ServeArgs::default()
         };
         let config = args.load().unwrap();
-        assert_eq!((config.listen.port(), config.max_in_flight_per_webhook, config.allow_http), (2, 7, true));
+        assert_eq!((config.listen.port(), config.max_in_flight_per_webhook), (2, 7));
     }
 }

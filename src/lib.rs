@@ -1,14 +1,15 @@
 //! Shortkit Webhooks: events in, signed HTTP requests out, every step of the way visible.
 //!
-//! In reading order: [`webhook`] is the domain, pure. [`store`] keeps it, on SQLite and PostgreSQL. [`dispatch`] makes
-//! attempts and sends them through [`egress`]. [`grpc`] is the way in, [`rest`] the same as JSON, [`auth`] the lock on
-//! both. [`server`] puts them together, [`cli`] starts it.
+//! In reading order: [`webhook`] is the domain, pure. [`store`] keeps it, on SQLite and PostgreSQL; its secrets are
+//! sealed by [`vault`]. [`dispatch`] makes attempts and sends them through [`egress`]. [`grpc`] is the way in, [`rest`]
+//! the same as JSON, [`auth`] the lock on both. [`server`] puts them together, [`cli`] starts it.
 //!
 //! # Invariants
 //!
 //! - What was acknowledged is on disk, and ends as delivered or as a visible failure.
 //! - An attempt is leased and counted before its request leaves; a result is recorded only while the lease holds.
 //! - Nothing crosses a tenant.
+//! - A secret is never stored, logged or shown in the clear, but for the one answer that hands it out.
 //! - Event data is never parsed into values and printed again.
 //! - [`webhook::decide`] alone chooses the state after an attempt; [`clock`] alone knows the time and makes ids.
 //!
@@ -30,4 +31,5 @@ pub mod rest;
 pub mod server;
 pub mod store;
 mod telemetry;
+pub mod vault;
 pub mod webhook;

@@ -1,6 +1,6 @@
 //! Wires everything, and takes it apart in order.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use http::header::CONTENT_TYPE;
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
@@ -18,7 +18,7 @@ use tower_http::{
 use crate::{
     auth::Auth,
     clock,
-    config::Config,
+    config::{Config, read_master_keys},
     cors::Cors,
     dispatch::{self, Engine},
     egress,
@@ -28,6 +28,7 @@ use crate::{
     },
     rest,
     store::{self, Lease, Store},
+    vault::Vault,
 };
 
 /// Concurrent calls on one HTTP/2 connection; more wait for the client's own accord.
@@ -42,6 +43,8 @@ const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// … and closed when it does not answer within this.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between looks at the file of the master keys.
+const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between rounds of tidying up.
 const TIDY: Duration = Duration::from_secs(10);
 
@@ -74,6 +77,7 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     store.take_exclusively(&config.database_url)?;
+    store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
     let rescued = store.rescue_all_at_start(&config.retry_schedule).await?;
     if rescued > 0 {
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
@@ -104,6 +108,9 @@ pub async fn run(
     background.spawn(follow(store.clone()));
     background.spawn(learn(store.clone()));
     background.spawn(tidy(store.clone()));
+    if let (Some(vault), Some(path)) = (config.vault.clone(), config.master_key_file.clone()) {
+        background.spawn(follow_master_keys(store.clone(), vault, path));
+    }
     let stopping = shutdown.clone();
 
     let served = serve(listener, &config, api, shutdown).await;
@@ -221,6 +228,28 @@ async fn learn(store: Store) {
             tracing::warn!(%error, "the revisions could not be read; until they can be, what is known is asked for again");
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+    }
+}
+
+/// Takes the master keys anew when their file has changed, so that one can be replaced without a restart. Keys that
+/// cannot be taken, because one in use is missing or the file cannot be read, leave those of before in place.
+async fn follow_master_keys(store: Store, mut vault: Vault, path: PathBuf) {
+    let mut last_fault = String::new();
+    loop {
+        tokio::time::sleep(READ_MASTER_KEYS).await;
+        let taken = match read_master_keys(&path) {
+            Ok(read) if read == vault => Ok(()),
+            Ok(read) => store.unlock(read.clone()).await.map_err(|error| error.to_string()).map(|_| {
+                tracing::info!(master_keys = ?read, "the master keys have changed");
+                vault = read;
+            }),
+            Err(fault) => Err(fault),
+        };
+        let fault = taken.err().unwrap_or_default();
+        if !fault.is_empty() && fault != last_fault {
+            tracing::error!(fault, "the changed master keys are not used");
+        }
+        last_fault = fault;
     }
 }
 

@@ -8,13 +8,18 @@ use serde_json::json;
 use super::{Error, open, print};
 use crate::{
     clock,
-    config::DatabaseArgs,
-    store::{KeyInfo, KeyKind, NewKey},
+    config::{DatabaseArgs, MasterKeyArgs, MasterKeyConfig},
+    store::{KeyInfo, KeyKind, NewKey, Store},
+    telemetry,
+    vault::Vault,
     webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant, Timestamp},
 };
 
 /// A key that expires does so within this time.
 const MAX_LIFETIME: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// How often a long command says how far it is.
+const PROGRESS: Duration = Duration::from_secs(1);
 
 /// Arguments of `keys`.
 #[derive(Args)]
@@ -31,6 +36,13 @@ enum KeysCommand {
     List(ListArgs),
     /// End a key for good, within a second
     Revoke(RevokeArgs),
+    /// Make a master key and print it, the same as `openssl rand -base64 32`
+    NewMaster,
+    /// Encrypt every signing secret anew under the first master key, while nodes are serving
+    ///
+    /// To replace a master key: put the new one before the old one into the file of every node (they read it again
+    /// within a second), run this, and remove the old one. May be ended and run again at any time.
+    RotateMaster(RotateMasterArgs),
 }
 
 #[derive(Args)]
@@ -72,6 +84,14 @@ struct RevokeArgs {
     id: String,
 }
 
+#[derive(Args)]
+struct RotateMasterArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    master_key: MasterKeyArgs,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum EnvironmentWord {
     Live,
@@ -94,6 +114,8 @@ impl KeysArgs {
             KeysCommand::Create(args) => create(args).await,
             KeysCommand::List(args) => list(args).await,
             KeysCommand::Revoke(args) => revoke(args).await,
+            KeysCommand::NewMaster => Ok(print(&*Vault::new_master_key())?),
+            KeysCommand::RotateMaster(args) => rotate_master(args).await,
         }
     }
 }
@@ -167,6 +189,33 @@ async fn revoke(args: RevokeArgs) -> Result<(), Error> {
         return Err(Error::Failed(format!("there is no key {}; `keys list` shows the ids", args.id)));
     }
     eprintln!("{} is revoked", args.id);
+    Ok(())
+}
+
+async fn rotate_master(args: RotateMasterArgs) -> Result<(), Error> {
+    let MasterKeyConfig { database, vault } = args.master_key.load(args.database)?;
+    telemetry::start(&database.log);
+    let store = Store::connect(&database.database_url).await?;
+    store.migrate().await?;
+    store.unlock(vault.clone()).await?;
+    let mut shown = clock::stopwatch();
+    let resealed = store
+        .reseal_secrets(|so_far| {
+            if shown.elapsed() >= PROGRESS {
+                shown = clock::stopwatch();
+                eprintln!("{} of {} webhooks", so_far.done, so_far.total);
+            }
+        })
+        .await?;
+    eprintln!("{} of {} webhooks have their secrets under {} now", resealed.done, resealed.total, vault.current());
+    if !resealed.damaged.is_empty() {
+        let ids = resealed.damaged.join(", ");
+        return Err(Error::Failed(format!(
+            "the secrets of these do not open, because their rows were changed by other means: {ids}\n  \
+             Rotate their secrets or restore their rows."
+        )));
+    }
+    eprintln!("All are; the other master keys can be removed once every node has read this one first.");
     Ok(())
 }
 

@@ -12,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Error, print};
 use crate::{
-    config::ServeArgs,
+    config::{Invalid, ServeArgs, read_master_keys},
     server,
     store::{KeyHash, KeyKind, NewKey, Store, sqlite_path},
     telemetry,
+    vault::Vault,
     webhook::Environment,
 };
 
@@ -31,7 +32,7 @@ struct DevKeys {
 
 pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<(), Error> {
     let dev = args.dev();
-    let config = args.load()?;
+    let mut config = args.load()?;
     telemetry::start(&config.log);
     // Each attempt under way and each caller is a file: the limit that a shell sets is a fraction of what is allowed.
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
@@ -41,7 +42,20 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     // Before anything is changed or promised.
     store.take_exclusively(&config.database_url)?;
     store.migrate().await?;
-    let keys = if dev { Some(dev_keys(&store, &dev_keys_path(&config.database_url)).await?) } else { None };
+    let made = beside(&config.database_url, "dev-master-key");
+    if dev && config.vault.is_none() {
+        config.vault = Some(dev_master_key(&made)?);
+        config.master_key_file = Some(made);
+    }
+    // A wrong master key is found out here, not at the first delivery.
+    if let Some(vault) = &config.vault {
+        let sealed = store.unlock(vault.clone()).await?;
+        if sealed > 0 {
+            tracing::info!(webhooks = sealed, "signing secrets in plain text were encrypted");
+        }
+    }
+    let keys_path = beside(&config.database_url, "dev-keys.json");
+    let keys = if dev { Some(dev_keys(&store, &keys_path).await?) } else { None };
     let listener = TcpListener::bind(config.listen).await.map_err(|error| {
         Error::Failed(format!("cannot listen on {}: {error}\n  Choose another address with --listen.", config.listen))
     })?;
@@ -49,13 +63,23 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     // A service serves on, also when nobody reads what it prints.
     let _ = print(format_args!("listening on http://{address}"));
     if let Some(keys) = keys {
-        let _ = print(welcome(&address.to_string(), &keys));
+        let master_key = config.master_key_file.as_deref().unwrap_or(Path::new("SHORTKIT_MASTER_KEY"));
+        let _ = print(welcome(&address.to_string(), &keys, master_key));
     }
     Ok(server::run(listener, config, store, stop).await?)
 }
 
-fn dev_keys_path(database_url: &str) -> PathBuf {
-    PathBuf::from(format!("{}.dev-keys.json", sqlite_path(database_url).unwrap_or("shortkit")))
+/// A file of development mode, beside the database.
+fn beside(database_url: &str, what: &str) -> PathBuf {
+    PathBuf::from(format!("{}.{what}", sqlite_path(database_url).unwrap_or("shortkit")))
+}
+
+/// The master key of the last start, else a new one.
+fn dev_master_key(path: &Path) -> Result<Vault, Error> {
+    if !path.exists() {
+        write_private(path, Vault::new_master_key().as_bytes())?;
+    }
+    Ok(read_master_keys(path).map_err(|fault| Invalid(vec![fault]))?)
 }
 
 /// The keys of the last start, when the database still knows them, else new ones.
@@ -85,8 +109,9 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     file.write_all(bytes)
 }
 
-fn welcome(address: &str, keys: &DevKeys) -> String {
+fn welcome(address: &str, keys: &DevKeys, master_key: &Path) -> String {
     let DevKeys { secret, service } = keys;
+    let master_key = master_key.display();
     // The one that runs, since it need not be on the path.
     let program =
         std::env::current_exe().map_or_else(|_| "shortkit-webhooks".to_owned(), |path| path.display().to_string());
@@ -96,6 +121,7 @@ Development mode: receivers on this machine and plain http are allowed. Never op
 
   secret key   {secret}   (organization {ORGANIZATION})
   service key  {service}   (any organization)
+  master key   in {master_key}   (encrypts the signing secrets)
 
 See a signed delivery: in a second terminal
 

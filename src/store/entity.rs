@@ -61,6 +61,7 @@ pub(super) mod webhook {
         pub previous_secret_expires_at_ms: Option<i64>,
         pub created_at_ms: i64,
         pub deleted_at_ms: Option<i64>,
+        pub master_key_id: Option<String>,
     }
 
     // By hand, because the row holds secrets.

@@ -20,6 +20,7 @@ mod publish;
 mod record;
 mod revisions;
 mod rows;
+mod secrets;
 mod sql;
 mod targets;
 mod webhooks;
@@ -42,11 +43,16 @@ pub use self::{
     leases::{Lease, Leased, Waiting},
     publish::Published,
     record::Finished,
+    secrets::Resealed,
     targets::Target,
     webhooks::Rotated,
 };
 use self::{handoff::Handoff, targets::Targets, writer::Writer};
-use crate::{clock, feed::Feed};
+use crate::{
+    clock,
+    feed::Feed,
+    vault::{self, Vault},
+};
 
 /// Connections for reading, and on PostgreSQL for everything.
 const MAX_CONNECTIONS: u32 = 16;
@@ -77,6 +83,8 @@ struct Inner {
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
     used_keys: keys::UsedKeys,
+    /// The master keys, once [`Store::unlock`] has them.
+    vault: std::sync::RwLock<Option<Vault>>,
     exclusive: std::sync::Mutex<Option<std::fs::File>>,
 }
 
@@ -92,6 +100,23 @@ pub enum Error {
     /// A row holds a word that this version does not know.
     #[error("the database holds an unknown {0}")]
     Corrupt(&'static str),
+    /// Secrets are needed, and [`Store::unlock`] has not been called.
+    #[error("a master key is needed for the signing secrets, and none was given")]
+    Locked,
+    /// Secrets are sealed under master keys that were not given.
+    #[error(
+        "the signing secrets are encrypted under master key {missing}, which was not given (given: {given})\n  \
+         Add it after the first one to --master-key-file or SHORTKIT_MASTER_KEY: the first encrypts, the others decrypt."
+    )]
+    MissingMasterKey {
+        /// Ids of those that are missing.
+        missing: String,
+        /// Ids of those that are not.
+        given: String,
+    },
+    /// A secret does not open.
+    #[error(transparent)]
+    Sealed(#[from] vault::OpenError),
     /// More writes wait than may.
     #[error("too many writes are waiting for the database")]
     Overloaded,
@@ -138,6 +163,7 @@ impl Store {
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),
+            vault: std::sync::RwLock::default(),
             exclusive: std::sync::Mutex::new(None),
         }));
         let _ = store.0.writer.set(Writer::start(Arc::downgrade(&store.0)));

@@ -9,10 +9,11 @@ use std::{
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 
-use super::{Error, Store, entity::webhook, sql::Sql};
+use super::{Error, Store, entity::webhook, secrets, sql::Sql};
 use crate::{
     clock,
-    webhook::{Secret, SigningKey, Tenant, Timestamp, WebhookStatus},
+    vault::Vault,
+    webhook::{SigningKey, Tenant, Timestamp, WebhookStatus},
 };
 
 /// At most this many entries of each sort are kept; beyond, all are dropped and learned anew.
@@ -83,7 +84,7 @@ impl Store {
             .filter(webhook::Column::DeletedAtMs.is_null())
             .one(&self.0.read)
             .await?;
-        let target = row.map(target).transpose()?.map(Arc::new);
+        let target = row.map(|row| target(&self.vault()?, row)).transpose()?.map(Arc::new);
         let mut known = self.0.targets.lock();
         if known.generation == generation {
             if known.targets.len() >= MAX_ENTRIES {
@@ -157,15 +158,16 @@ impl Store {
     }
 }
 
-/// Prepares the keys of a webhook.
-fn target(row: webhook::Model) -> Result<Target, Error> {
-    let secret = |text: &str| Secret::parse(text).ok_or(Error::Corrupt("signing secret"));
-    let previous = match (&row.previous_secret, row.previous_secret_expires_at_ms) {
-        (Some(text), Some(expires_at)) => Some((SigningKey::new(&secret(text)?), Timestamp::from_millis(expires_at))),
+/// Opens the secrets of a webhook and prepares its keys.
+fn target(vault: &Vault, row: webhook::Model) -> Result<Target, Error> {
+    let opened = secrets::open(vault, &row)?;
+    let key = |plain: &[u8]| Ok::<_, Error>(SigningKey::new(&secrets::secret(plain)?));
+    let previous = match (&opened.previous, row.previous_secret_expires_at_ms) {
+        (Some(plain), Some(expires_at)) => Some((key(plain)?, Timestamp::from_millis(expires_at))),
         _ => None,
     };
     Ok(Target {
-        key: SigningKey::new(&secret(&row.secret)?),
+        key: key(&opened.secret)?,
         previous,
         status: WebhookStatus::parse(&row.status).ok_or(Error::Corrupt("webhook status"))?,
         webhook_id: row.id,

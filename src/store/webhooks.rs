@@ -4,11 +4,13 @@ use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait, IntoActiveModel,
     PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
 };
+use zeroize::Zeroizing;
 
 use super::{
     Error, Page, Store,
     entity::{subscription, webhook},
     revisions::Subject,
+    secrets::{self, OpenSecrets},
     sql::Sql,
 };
 use crate::{
@@ -30,7 +32,7 @@ pub struct Rotated {
 impl Store {
     /// Registers a webhook and makes its secret.
     pub async fn create_webhook(&self, tenant: &Tenant, new: NewWebhook) -> Result<(Webhook, Secret), Error> {
-        let secret = Secret::from_random(&clock::random());
+        let secret = new_secret();
         let webhook = Webhook {
             id: clock::new_id("whk"),
             url: new.url,
@@ -39,6 +41,8 @@ impl Store {
             status: WebhookStatus::Active,
             created_at: clock::now(),
         };
+        let whose = [tenant.organization(), tenant.environment().as_str(), webhook.id.as_str()];
+        let sealed = OpenSecrets { whose, secret: plain(&secret), previous: None }.seal(&self.vault()?);
         let row = webhook::ActiveModel {
             id: Set(webhook.id.clone()),
             organization: Set(tenant.organization().to_owned()),
@@ -47,11 +51,12 @@ impl Store {
             events: Set(events_column(&webhook.events)),
             description: Set(webhook.description.clone()),
             status: Set(webhook.status.as_str().to_owned()),
-            secret: Set(secret.expose().to_owned()),
-            previous_secret: Set(None),
+            secret: Set(sealed.secret),
+            previous_secret: Set(sealed.previous),
             previous_secret_expires_at_ms: Set(None),
             created_at_ms: Set(webhook.created_at.millis()),
             deleted_at_ms: Set(None),
+            master_key_id: Set(Some(sealed.master_key_id)),
         };
         let transaction = self.write().await?;
         webhook::Entity::insert(row).exec_without_returning(&transaction).await?;
@@ -130,14 +135,18 @@ impl Store {
 
     /// Makes a new secret. The previous one goes on signing for [`ROTATION_OVERLAP`]; one before that is dropped.
     pub async fn rotate_secret(&self, tenant: &Tenant, id: &str) -> Result<Option<Rotated>, Error> {
-        let secret = Secret::from_random(&clock::random());
+        let secret = new_secret();
+        let vault = self.vault()?;
         let previous_expires_at = clock::now().after(ROTATION_OVERLAP);
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
-        let previous = found.secret.clone();
+        let opened = secrets::open(&vault, &found)?;
+        let sealed =
+            OpenSecrets { whose: opened.whose, secret: plain(&secret), previous: Some(opened.secret) }.seal(&vault);
         let mut row = found.into_active_model();
-        row.secret = Set(secret.expose().to_owned());
-        row.previous_secret = Set(Some(previous));
+        row.secret = Set(sealed.secret);
+        row.previous_secret = Set(sealed.previous);
+        row.master_key_id = Set(Some(sealed.master_key_id));
         row.previous_secret_expires_at_ms = Set(Some(previous_expires_at.millis()));
         row.update(&transaction).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
@@ -157,6 +166,14 @@ impl Store {
         }
         Ok(find.one(transaction).await?)
     }
+}
+
+fn new_secret() -> Secret {
+    Secret::from_random(&Zeroizing::new(clock::random()))
+}
+
+fn plain(secret: &Secret) -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(secret.expose().as_bytes().to_vec())
 }
 
 fn of(tenant: &Tenant) -> Condition {

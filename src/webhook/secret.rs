@@ -3,24 +3,30 @@
 use std::fmt;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use zeroize::Zeroizing;
 
 /// Every secret starts with this.
 const PREFIX: &str = "whsec_";
 
 /// `whsec_` and the base64 form of 32 random bytes. Wiped on drop, and never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
+pub struct Secret(Zeroizing<String>);
 
 impl Secret {
     /// The secret made of these random bytes.
     pub fn from_random(bytes: &[u8; 32]) -> Self {
-        Self(format!("{PREFIX}{}", STANDARD.encode(bytes)))
+        // Long enough from the start: a text that grows leaves its beginning behind.
+        let mut text = Zeroizing::new(String::with_capacity(PREFIX.len() + 44));
+        text.push_str(PREFIX);
+        STANDARD.encode_string(bytes, &mut text);
+        Self(text)
     }
 
     /// A secret in text form, as a person or the database gives it; none when it is not one.
     pub fn parse(text: &str) -> Option<Self> {
         let encoded = text.strip_prefix(PREFIX)?;
-        (!encoded.is_empty() && STANDARD.decode(encoded).is_ok()).then(|| Self(text.to_owned()))
+        let decoded = Zeroizing::new(STANDARD.decode(encoded).ok()?);
+        (!decoded.is_empty()).then(|| Self(Zeroizing::new(text.to_owned())))
     }
 
     /// The whole text, for the one answer that shows it, for storing it, and for signing.
@@ -29,23 +35,14 @@ impl Secret {
     }
 
     /// The bytes that the text encodes.
-    pub(super) fn decoded(&self) -> Vec<u8> {
-        STANDARD.decode(&self.0[PREFIX.len()..]).unwrap_or_default()
+    pub(super) fn decoded(&self) -> Zeroizing<Vec<u8>> {
+        Zeroizing::new(STANDARD.decode(&self.0[PREFIX.len()..]).unwrap_or_default())
     }
 }
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(…)")
-    }
-}
-
-impl Drop for Secret {
-    fn drop(&mut self) {
-        // Safe code cannot overwrite a String in place except through its bytes.
-        let mut bytes = std::mem::take(&mut self.0).into_bytes();
-        bytes.fill(0);
-        std::hint::black_box(&bytes);
     }
 }
 

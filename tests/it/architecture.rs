@@ -3,21 +3,22 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Each module of the crate, and what of the crate it may use.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("webhook", &[]),
     ("clock", &["webhook"]),
     ("telemetry", &[]),
     ("rest", &[]),
     ("cors", &[]),
     ("egress", &[]),
-    ("config", &["webhook"]),
+    ("vault", &["clock"]),
+    ("config", &["vault", "webhook"]),
     ("feed", &["webhook"]),
-    ("store", &["feed", "webhook", "clock"]),
+    ("store", &["feed", "vault", "webhook", "clock"]),
     ("dispatch", &["store", "feed", "webhook", "egress", "clock"]),
     ("auth", &["grpc", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
-    ("server", &["auth", "clock", "config", "cors", "dispatch", "egress", "grpc", "rest", "store"]),
-    ("cli", &["clock", "config", "grpc", "server", "store", "telemetry", "webhook"]),
+    ("server", &["auth", "clock", "config", "cors", "dispatch", "egress", "grpc", "rest", "store", "vault"]),
+    ("cli", &["clock", "config", "grpc", "server", "store", "telemetry", "vault", "webhook"]),
 ];
 
 fn sources(path: &Path, found: &mut Vec<String>) {

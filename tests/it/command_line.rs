@@ -11,14 +11,15 @@ use crate::support::{Database, Receiver, TestServer, on_both_databases, soon};
 
 on_both_databases!(keys_from_making_to_revoking);
 
-fn binary(arguments: &[&str], directory: &Path) -> Command {
+/// The binary, about to run in `directory`.
+pub(crate) fn binary(arguments: &[&str], directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"));
     command.args(arguments).current_dir(directory).kill_on_drop(true);
     command
 }
 
 /// Exit code, standard output and standard error.
-async fn run(mut command: Command, input: &str) -> (i32, String, String) {
+pub(crate) async fn run(mut command: Command, input: &str) -> (i32, String, String) {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     // A command that does not read its input may be gone already.

@@ -14,6 +14,7 @@ mod interop;
 mod isolation;
 mod listing;
 mod rest_layer;
+mod sealed_secrets;
 mod several_nodes;
 mod tenants;
 mod transport;

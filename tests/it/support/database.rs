@@ -1,6 +1,6 @@
 //! A fresh database for each test.
 
-use sea_orm::{ConnectionTrait, Database as SeaOrm};
+use sea_orm::{ConnectionTrait, Database as SeaOrm, DatabaseConnection, DbBackend, QueryResult, Statement};
 use shortkit_webhooks::clock;
 use tempfile::TempDir;
 
@@ -14,7 +14,7 @@ pub(crate) enum Kind {
 /// An empty database; a file is gone when this is dropped, a PostgreSQL database with its server.
 pub(crate) struct Database {
     pub(crate) url: String,
-    _directory: Option<TempDir>,
+    directory: Option<TempDir>,
 }
 
 impl Database {
@@ -23,7 +23,7 @@ impl Database {
             Kind::Sqlite => {
                 let directory = tempfile::tempdir().unwrap();
                 let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
-                Self { url, _directory: Some(directory) }
+                Self { url, directory: Some(directory) }
             }
             Kind::Postgres => {
                 let server = std::env::var("SHORTKIT_TEST_POSTGRES")
@@ -32,8 +32,44 @@ impl Database {
                 let admin = SeaOrm::connect(format!("{server}/postgres")).await.unwrap();
                 admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.unwrap();
                 admin.close().await.unwrap();
-                Self { url: format!("{server}/{name}"), _directory: None }
+                Self { url: format!("{server}/{name}"), directory: None }
             }
         }
+    }
+
+    /// A connection beside those of the service, for whoever works on the database by other means.
+    pub(crate) async fn open(&self) -> DatabaseConnection {
+        SeaOrm::connect(&self.url).await.unwrap()
+    }
+
+    /// The rows that a statement finds.
+    pub(crate) async fn rows(&self, sql: &str) -> Vec<QueryResult> {
+        let connection = self.open().await;
+        let backend = connection.get_database_backend();
+        connection.query_all_raw(Statement::from_string(backend, sql)).await.unwrap()
+    }
+
+    /// How many rows a statement changed.
+    pub(crate) async fn execute(&self, sql: &str) -> u64 {
+        self.open().await.execute_unprepared(sql).await.unwrap().rows_affected()
+    }
+
+    /// All that a thief of the database gets: its files, or every row of every table.
+    pub(crate) async fn contents(&self) -> Vec<u8> {
+        if let Some(directory) = &self.directory {
+            let files = std::fs::read_dir(directory.path()).unwrap();
+            return files.flat_map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect();
+        }
+        let connection = self.open().await;
+        let all = async |sql: String| -> Vec<String> {
+            let rows = connection.query_all_raw(Statement::from_string(DbBackend::Postgres, sql)).await.unwrap();
+            rows.iter().map(|row| row.try_get_by_index(0).unwrap()).collect()
+        };
+        let tables = "SELECT table_name::text FROM information_schema.tables WHERE table_schema = 'public'";
+        let mut contents = Vec::new();
+        for table in all(tables.to_owned()).await {
+            contents.extend(all(format!("SELECT t::text FROM {table} t")).await);
+        }
+        contents.join("\n").into_bytes()
     }
 }

@@ -12,6 +12,7 @@ use shortkit_webhooks::{
     },
     server,
     store::{KeyKind, NewKey, Store},
+    vault::Vault,
     webhook::{Environment, RetrySchedule},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -23,6 +24,9 @@ use tonic::{
 };
 
 use super::{Database, Kind, soon};
+
+/// What encrypts the secrets of most tests; a second server on the same database needs the same.
+pub(crate) const MASTER_KEY: &str = "dGVzdHMgaGF2ZSBhIG1hc3RlciBrZXkgb2YgMzIgYnk=";
 
 /// A server on a port of its own, with a secret key for the organisation `acme`.
 pub(crate) struct TestServer {
@@ -72,10 +76,9 @@ impl Answer {
 pub(crate) fn config(database: &Database) -> Config {
     Config {
         database_url: database.url.clone(),
-        allow_http: true,
-        allow_loopback: true,
+        vault: Some(Vault::parse(MASTER_KEY).unwrap()),
         retry_schedule: RetrySchedule::parse("0s,0s,0s,0s,0s,0s").unwrap(),
-        ..ServeArgs::default().load().unwrap()
+        ..ServeArgs::development().load().unwrap()
     }
 }
 

@@ -1,0 +1,32 @@
+//! Why: signing secrets are encrypted. `secret` and `previous_secret` hold sealed values in base64 from now on, and
+//! `master_key_id` says which master key opens both. A row without one is from before: its secrets are plain text until
+//! the first start with a master key seals them.
+//!
+//! The index finds the rows that a replaced master key still seals, and which master keys are in use.
+
+use sea_orm_migration::prelude::*;
+
+const SCHEMA: &str = r#"
+ALTER TABLE webhooks ADD COLUMN master_key_id TEXT;
+CREATE INDEX webhooks_master_key ON webhooks (master_key_id);
+"#;
+
+pub(super) struct Migration;
+
+impl MigrationName for Migration {
+    fn name(&self) -> &str {
+        "m0003_sealed_secrets"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Migration {
+    fn use_transaction(&self) -> Option<bool> {
+        Some(true)
+    }
+
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager.get_connection().execute_unprepared(SCHEMA).await?;
+        Ok(())
+    }
+}
