@@ -56,8 +56,9 @@ use crate::{
 
 /// Connections for reading, and on PostgreSQL for everything.
 const MAX_CONNECTIONS: u32 = 16;
-/// A call waits this long for a connection, then ends with [`Error::Unavailable`].
-const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(5);
+/// A call waits this long for a connection, then ends with [`Error::Unavailable`]. A publish may wait behind another that
+/// waits, and is to be refused within five seconds.
+const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
 /// Identifies, among PostgreSQL's advisory locks, the one that orders changes.
 const ORDER_LOCK: i64 = 0x73_6b_77_68;
 
@@ -285,6 +286,12 @@ fn options(url: &str, connections: u32) -> ConnectOptions {
                 // What is acknowledged is on disk, also when the machine loses power.
                 .pragma("synchronous", "FULL")
                 .pragma("busy_timeout", "5000")
+        })
+        // When a disk is full, SQLite may end a transaction by itself. The pool does not notice, its next "transaction"
+        // would be a savepoint in one that never ends, and what is acknowledged would not be on disk.
+        .map_sqlx_sqlite_before_acquire(|connection, _| {
+            let clean = !sea_orm::sqlx::Connection::is_in_transaction(connection);
+            Box::pin(std::future::ready(Ok(clean)))
         });
     options
 }
