@@ -1,8 +1,14 @@
 //! The only source of now, randomness and ids.
+//!
+//! Nodes that share a database go by its clock, see [`follow`]: they must agree on when a lease ends and a delivery is
+//! due, whatever the clocks of their machines say.
 
 use std::{
-    sync::Mutex,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    sync::{
+        LazyLock, Mutex,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use ring::rand::{SecureRandom, SystemRandom};
@@ -13,9 +19,37 @@ use crate::webhook::Timestamp;
 /// The last id given out: ids made within one millisecond count up from it, so that a list keeps their order.
 static LAST_ID: Mutex<Ulid> = Mutex::new(Ulid::nil());
 
-/// The time of day.
-#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+/// A moment from which on time only runs forward.
+static START: LazyLock<Instant> = LazyLock::new(stopwatch);
+
+/// What the clock that is followed said at [`START`]; [`ITS_OWN`] while none is.
+static FOLLOWED_MS: AtomicI64 = AtomicI64::new(ITS_OWN);
+const ITS_OWN: i64 = i64::MIN;
+
+/// The time of day: by the clock that is followed, else by that of this machine.
 pub fn now() -> Timestamp {
+    match FOLLOWED_MS.load(Ordering::Relaxed) {
+        ITS_OWN => of_this_machine(),
+        start_ms => Timestamp::from_millis(start_ms + millis(START.elapsed())),
+    }
+}
+
+/// From now on this process goes by a clock that showed `theirs` at the moment `at`. Between two calls its own clock is
+/// not asked: it may be set to anything in the meantime.
+pub fn follow(theirs: Timestamp, at: Instant) {
+    let start_ms = match at.checked_duration_since(*START) {
+        Some(since) => theirs.millis() - millis(since),
+        None => theirs.millis() + millis(START.duration_since(at)),
+    };
+    FOLLOWED_MS.store(start_ms, Ordering::Relaxed);
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+fn of_this_machine() -> Timestamp {
     let millis = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
     Timestamp::from_millis(i64::try_from(millis).unwrap_or(i64::MAX))
 }
@@ -53,6 +87,17 @@ pub fn new_id(prefix: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// One test, since the clock is the process's: it leaves things as they were for the others.
+    #[test]
+    fn goes_by_the_clock_that_is_followed() {
+        let (real, at) = (of_this_machine(), stopwatch());
+        follow(Timestamp::from_millis(real.millis() + 2), at);
+        let (followed, own) = (now(), of_this_machine());
+        assert!((2..1_000).contains(&(followed.millis() - own.millis() + 1)), "{followed} {own}");
+        follow(real, at);
+        assert!(now().millis() - of_this_machine().millis() < 1_000);
+    }
 
     #[test]
     fn ids_sort_in_the_order_they_were_made() {

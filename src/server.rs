@@ -45,6 +45,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between looks at the file of the master keys.
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
+/// Between two looks at the database's clock.
+const KEEP_TIME: Duration = Duration::from_secs(2);
 /// Between rounds of tidying up.
 const TIDY: Duration = Duration::from_secs(10);
 
@@ -77,6 +79,7 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     store.take_exclusively(&config.database_url)?;
+    store.follow_clock().await?;
     store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
     let rescued = store.rescue_all_at_start(&config.retry_schedule).await?;
     if rescued > 0 {
@@ -111,6 +114,7 @@ pub async fn run(
     if let (Some(vault), Some(path)) = (config.vault.clone(), config.master_key_file.clone()) {
         background.spawn(follow_master_keys(store.clone(), vault, path));
     }
+    background.spawn(keep_time(store.clone()));
     let stopping = shutdown.clone();
 
     let served = serve(listener, &config, api, shutdown).await;
@@ -250,6 +254,16 @@ async fn follow_master_keys(store: Store, mut vault: Vault, path: PathBuf) {
             tracing::error!(fault, "the changed master keys are not used");
         }
         last_fault = fault;
+    }
+}
+
+/// Goes by the database's clock. While the database is away, time goes on from where it stood.
+async fn keep_time(store: Store) {
+    loop {
+        tokio::time::sleep(KEEP_TIME).await;
+        if let Err(error) = store.follow_clock().await {
+            tracing::debug!(%error, "the database's clock could not be read; trying again");
+        }
     }
 }
 

@@ -52,6 +52,7 @@ use crate::{
     clock,
     feed::Feed,
     vault::{self, Vault},
+    webhook::Timestamp,
 };
 
 /// Connections for reading, and on PostgreSQL for everything.
@@ -59,6 +60,8 @@ const MAX_CONNECTIONS: u32 = 16;
 /// A call waits this long for a connection, then ends with [`Error::Unavailable`]. A publish may wait behind another that
 /// waits, and is to be refused within five seconds.
 const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
+/// What the database's clock says is taken over when it was asked and answered within this time.
+const MAX_CLOCK_ROUND_TRIP: Duration = Duration::from_millis(250);
 /// Identifies, among PostgreSQL's advisory locks, the one that orders changes.
 const ORDER_LOCK: i64 = 0x73_6b_77_68;
 
@@ -174,6 +177,22 @@ impl Store {
     /// Brings the schema up to date.
     pub async fn migrate(&self) -> Result<(), Error> {
         Ok(migrations::Migrator::up(&self.0.write, None).await?)
+    }
+
+    /// Makes [`clock::now`] go by the clock of a database that several nodes share. To be called once in a while, since
+    /// no two clocks run equally fast; an answer that took long is of no use and left alone.
+    pub async fn follow_clock(&self) -> Result<(), Error> {
+        const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
+        if self.sqlite() {
+            return Ok(());
+        }
+        let asked = clock::stopwatch();
+        let row = self.0.read.query_one_raw(sql::Sql::new(NOW).build(DbBackend::Postgres)).await?;
+        let took = asked.elapsed();
+        if let Some(row) = row.filter(|_| took <= MAX_CLOCK_ROUND_TRIP) {
+            clock::follow(Timestamp::from_millis(row.try_get_by_index(0)?), asked + took / 2);
+        }
+        Ok(())
     }
 
     /// Makes sure, until the last clone is gone, that no other process serves the same SQLite database; several may share
