@@ -44,10 +44,13 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
 
 /// Claims what is due and there is room for; answers how long nothing more will be.
 async fn round(store: &Store, rescue: Option<&RetrySchedule>, lease: Duration) -> Result<Duration, Error> {
-    let rescued = match rescue {
-        Some(schedule) => store.rescue(false, schedule).await?,
-        None => 0,
-    };
+    let mut rescued = 0;
+    if let Some(schedule) = rescue {
+        // A node that is gone may have held thousands, and one step takes only so many.
+        while let more @ 1.. = store.rescue(false, schedule).await? {
+            rescued += more;
+        }
+    }
     if rescued > 0 {
         tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
     }

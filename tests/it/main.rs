@@ -13,6 +13,7 @@ mod hostile_receivers;
 mod interop;
 mod isolation;
 mod listing;
+mod many_nodes;
 mod rest_layer;
 mod sealed_secrets;
 mod several_nodes;
