@@ -25,6 +25,7 @@ pub mod config;
 mod cors;
 pub mod dispatch;
 pub mod egress;
+mod failpoint;
 mod feed;
 pub mod grpc;
 pub mod rest;

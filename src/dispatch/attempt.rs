@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::Engine;
 use crate::{
-    clock, egress,
+    clock, egress, failpoint,
     store::{Finished, Leased, Store, Target},
     webhook::{self, Answer, Attempt, Outcome, Timestamp, WebhookStatus},
 };
@@ -65,7 +65,9 @@ impl Engine {
             // Deleted, disabled, or queued for so long that the lease would not last.
             return self.give_back(leased).await;
         };
+        failpoint::reached("post", "before");
         let (attempt, outcome) = self.post(&leased, &target).await;
+        failpoint::reached("post", "after");
         let now = clock::now();
         let transition = webhook::decide(attempt.number, leased.plan, &outcome, &self.schedule, now);
         tracing::debug!(status = transition.status.as_str(), error = attempt.error, "attempted");

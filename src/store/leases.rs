@@ -23,7 +23,7 @@ use super::{
     writer::Write,
 };
 use crate::{
-    clock,
+    clock, failpoint,
     webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, RetrySchedule, Tenant, Timestamp, rescue},
 };
 
@@ -205,7 +205,13 @@ impl Store {
         let statement = sql.build(transaction.get_database_backend());
         let rows = delivery::Entity::find().from_raw_sql(statement).all(&transaction).await?;
         let leased = with_events(&transaction, rows, expires_at).await?;
+        if !leased.is_empty() {
+            failpoint::reached("claim", "before commit");
+        }
         transaction.commit().await?;
+        if !leased.is_empty() {
+            failpoint::reached("claim", "after commit");
+        }
         Ok(leased)
     }
 

@@ -15,6 +15,7 @@ use super::{
     publish::{self, Draft, Publish, Published},
     record::{self, Finished},
 };
+use crate::failpoint;
 
 /// One commit takes at most this many items; the rest is in the next.
 const MAX_BATCH: usize = 512;
@@ -148,7 +149,9 @@ impl Store {
             deltas.write(&transaction).await?;
             log.write(&transaction).await?;
         }
+        batch.reached("before commit");
         transaction.commit().await?;
+        batch.reached("after commit");
         Ok(true)
     }
 
@@ -182,6 +185,16 @@ impl Store {
 impl Batch {
     fn len(&self) -> usize {
         self.drafts.len() + self.finished.len() + self.releases.len()
+    }
+
+    /// A step of everything that is in it.
+    fn reached(&self, step: &str) {
+        if !self.drafts.is_empty() {
+            failpoint::reached("publish", step);
+        }
+        if !self.finished.is_empty() {
+            failpoint::reached("record", step);
+        }
     }
 
     /// Each item on its own.

@@ -3,8 +3,9 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Each module of the crate, and what of the crate it may use.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
     ("webhook", &[]),
+    ("failpoint", &[]),
     ("clock", &["webhook"]),
     ("telemetry", &[]),
     ("rest", &[]),
@@ -13,8 +14,8 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ("vault", &["clock"]),
     ("config", &["vault", "webhook"]),
     ("feed", &["webhook"]),
-    ("store", &["feed", "vault", "webhook", "clock"]),
-    ("dispatch", &["store", "feed", "webhook", "egress", "clock"]),
+    ("store", &["feed", "vault", "webhook", "clock", "failpoint"]),
+    ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint"]),
     ("auth", &["grpc", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
     ("server", &["auth", "clock", "config", "cors", "dispatch", "egress", "grpc", "rest", "store", "vault"]),

@@ -1,0 +1,210 @@
+//! The books: what was published and how it was answered, what arrived, and what does not add up.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use shortkit_webhooks::clock;
+use tokio::sync::Notify;
+
+/// How a publish ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It is not over.
+    Open,
+    /// A 2xx: from now on the event must not be lost.
+    Acknowledged,
+    /// An error, with its status: the event may or may not be stored.
+    Refused(u16),
+    /// No answer: the event may or may not be stored.
+    Unknown,
+}
+
+/// One publish.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Publish {
+    pub(crate) organization: &'static str,
+    pub(crate) began: Instant,
+    pub(crate) ended: Instant,
+    pub(crate) outcome: Outcome,
+}
+
+/// One request at the receiver.
+#[derive(Debug, Clone)]
+pub(crate) struct Arrival {
+    pub(crate) number: u64,
+    pub(crate) delivery_id: String,
+    pub(crate) attempt: u32,
+    pub(crate) at: Instant,
+    /// Whether it was answered with a 2xx.
+    pub(crate) accepted: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct Books {
+    pub(crate) published: HashMap<u64, Publish>,
+    pub(crate) arrivals: Vec<Arrival>,
+    /// Numbers with an accepted arrival.
+    arrived: HashSet<u64>,
+    /// When something went wrong on purpose.
+    pub(crate) faults: Vec<Instant>,
+    /// What must never be, as sentences.
+    violations: Vec<String>,
+}
+
+/// The books of one scenario, written by publishers and receiver.
+#[derive(Default)]
+pub(crate) struct Ledger {
+    books: Mutex<Books>,
+    /// Rung at every arrival.
+    pub(crate) arrived: Notify,
+}
+
+/// What the books say at the end.
+#[derive(Default)]
+pub(crate) struct Sums {
+    pub(crate) faults: usize,
+    pub(crate) published: usize,
+    pub(crate) acknowledged: usize,
+    /// Events of which at least one accepted request came.
+    pub(crate) received: usize,
+    /// Acknowledged and never received.
+    pub(crate) lost: usize,
+    /// Requests beyond the first for a delivery, less those that a refusal asked for.
+    pub(crate) repeated: usize,
+    /// Deliveries seen.
+    pub(crate) deliveries: usize,
+    /// The longest time from a fault until everything acknowledged before it had arrived.
+    pub(crate) recovered: Duration,
+    pub(crate) violations: Vec<String>,
+}
+
+impl Ledger {
+    pub(crate) fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().expect("no panic while it was held")
+    }
+
+    /// Begins a publish; its number is in the data of the event.
+    pub(crate) fn begin(&self, organization: &'static str) -> u64 {
+        let mut books = self.books();
+        let number = books.published.len() as u64;
+        let now = clock::stopwatch();
+        books.published.insert(number, Publish { organization, began: now, ended: now, outcome: Outcome::Open });
+        number
+    }
+
+    pub(crate) fn end(&self, number: u64, outcome: Outcome) {
+        // What was acknowledged once stays so.
+        if let Some(publish) = self.books().published.get_mut(&number)
+            && publish.outcome != Outcome::Acknowledged
+        {
+            (publish.outcome, publish.ended) = (outcome, clock::stopwatch());
+        }
+    }
+
+    /// Notes that something goes wrong now.
+    pub(crate) fn fault(&self) {
+        self.books().faults.push(clock::stopwatch());
+    }
+
+    pub(crate) fn violation(&self, sentence: String) {
+        let mut books = self.books();
+        // The first few say enough.
+        if books.violations.len() < 20 {
+            books.violations.push(sentence);
+        }
+    }
+
+    /// Notes a request at the receiver of `organization`.
+    pub(crate) fn arrival(&self, organization: &str, arrival: Arrival) {
+        let mut books = self.books();
+        let violation = match books.published.get(&arrival.number) {
+            None => Some(format!("event {} was received and never published", arrival.number)),
+            Some(publish) if publish.organization != organization => {
+                Some(format!("{organization} received event {} of {}", arrival.number, publish.organization))
+            }
+            Some(_) => None,
+        };
+        books.violations.extend(violation);
+        if arrival.accepted {
+            books.arrived.insert(arrival.number);
+        }
+        books.arrivals.push(arrival);
+        drop(books);
+        self.arrived.notify_waiters();
+    }
+
+    /// How many acknowledged events have not arrived.
+    pub(crate) fn missing(&self) -> usize {
+        self.books().missing().count()
+    }
+
+    /// How many requests came.
+    pub(crate) fn arrivals(&self) -> usize {
+        self.books().arrivals.len()
+    }
+
+    /// How long after `moment` the first publish that began after it was acknowledged; none when none was.
+    pub(crate) fn acknowledged_after(&self, moment: Instant) -> Option<Duration> {
+        let books = self.books();
+        let later = books.acknowledged().filter(|(_, publish)| publish.began >= moment);
+        later.map(|(_, publish)| publish.ended - moment).min()
+    }
+
+    pub(crate) fn sums(&self) -> Sums {
+        let books = self.books();
+        let mut first = HashMap::new();
+        let mut deliveries: HashMap<&str, (usize, usize)> = HashMap::new();
+        for arrival in &books.arrivals {
+            let (requests, refused) = deliveries.entry(&arrival.delivery_id).or_default();
+            *requests += 1;
+            *refused += usize::from(!arrival.accepted);
+            if arrival.accepted {
+                first.entry(arrival.number).or_insert(arrival.at);
+            }
+        }
+        let late = |fault: &Instant| {
+            let before = books.acknowledged().filter(|(_, publish)| publish.ended <= *fault);
+            let arrived = before.filter_map(|(number, _)| first.get(number)).filter(|at| *at > fault);
+            arrived.map(|at| *at - *fault).max().unwrap_or_default()
+        };
+        Sums {
+            faults: books.faults.len(),
+            published: books.published.len(),
+            acknowledged: books.acknowledged().count(),
+            received: books.arrived.len(),
+            lost: books.missing().count(),
+            repeated: deliveries.values().map(|(requests, refused)| requests.saturating_sub(1 + refused)).sum(),
+            deliveries: deliveries.len(),
+            recovered: books.faults.iter().map(late).max().unwrap_or_default(),
+            violations: books.violations.clone(),
+        }
+    }
+}
+
+impl Sums {
+    /// Adds what another part of the scenario came to; the longest time counts.
+    #[cfg(feature = "failpoints")]
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.faults += other.faults;
+        self.published += other.published;
+        self.acknowledged += other.acknowledged;
+        self.received += other.received;
+        self.lost += other.lost;
+        self.repeated += other.repeated;
+        self.deliveries += other.deliveries;
+        self.recovered = self.recovered.max(other.recovered);
+    }
+}
+
+impl Books {
+    fn acknowledged(&self) -> impl Iterator<Item = (&u64, &Publish)> {
+        self.published.iter().filter(|(_, publish)| publish.outcome == Outcome::Acknowledged)
+    }
+
+    fn missing(&self) -> impl Iterator<Item = &u64> {
+        self.acknowledged().map(|(number, _)| number).filter(|number| !self.arrived.contains(number))
+    }
+}

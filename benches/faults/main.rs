@@ -1,0 +1,89 @@
+//! What the service survives: `cargo bench --bench faults [-- short] [SCENARIO…]`; `-- list` names the scenarios.
+//!
+//! Real processes of the service on databases of their own, publishers, and a receiver that verifies and remembers
+//! everything, while something goes wrong on purpose. Whatever it is: what was acknowledged arrives, nothing that was
+//! not published or is another tenant's arrives, every signature verifies, a repeat carries the same delivery id.
+//! `short` plays a few faults of each kind, several scenarios at a time, as the test command does. Prints a table for
+//! people and one JSON line for machines; the exit code is 0 only when all passed.
+//!
+//! Needs PostgreSQL's programs in /usr/lib/postgresql, libfaketime, and root (or sudo) to mount a disk of 2 MB. The
+//! scenarios `crash-steps-…` need the feature `failpoints`: `cargo bench --features failpoints --bench faults`.
+
+mod ledger;
+mod node;
+mod postgres;
+mod receiver;
+mod report;
+mod scenarios;
+mod world;
+
+use std::{process::ExitCode, sync::Arc};
+
+use serde_json::{Value, json};
+use shortkit_webhooks::clock;
+use tokio::{sync::Semaphore, task::JoinSet};
+
+use self::{
+    report::Report,
+    scenarios::{Form, SCENARIOS, Scenario},
+};
+
+/// Scenarios of the short form that run at a time: most of each is waiting.
+const AT_A_TIME: usize = 4;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    // Cargo itself adds `--bench`.
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    let form = if words.iter().any(|word| word == "short") { Form::Short } else { Form::Long };
+    let names: Vec<&str> = words.iter().map(String::as_str).filter(|word| *word != "short").collect();
+    let unknown = names.iter().find(|name| SCENARIOS.iter().all(|scenario| scenario.name != **name));
+    if let Some(unknown) = unknown {
+        let known = SCENARIOS.iter().map(|scenario| format!("  {:22} {}", scenario.name, scenario.about));
+        eprintln!("{unknown} is no scenario; these are:\n{}", known.collect::<Vec<_>>().join("\n"));
+        return ExitCode::from(2);
+    }
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let chosen = SCENARIOS.iter().filter(|scenario| names.is_empty() || names.contains(&scenario.name)).collect();
+    tokio::select! {
+        passed = play(chosen, form) => if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE },
+        // Everything that was started ends with what holds it.
+        _ = tokio::signal::ctrl_c() => ExitCode::from(130),
+    }
+}
+
+/// Plays the scenarios and prints what they came to; true when all passed.
+async fn play(chosen: Vec<&'static Scenario>, form: Form) -> bool {
+    let places = Arc::new(Semaphore::new(if form == Form::Short { AT_A_TIME } else { 1 }));
+    let mut playing = JoinSet::new();
+    for scenario in chosen {
+        let places = Arc::clone(&places);
+        playing.spawn(async move {
+            let _place = places.acquire_owned().await;
+            let started = clock::stopwatch();
+            let report = (scenario.play)(form).await.unwrap_or_else(Report::failed);
+            (scenario.name, report, started.elapsed())
+        });
+    }
+    let mut reports = Vec::new();
+    while let Some(played) = playing.join_next().await {
+        let (name, report, took) = match played {
+            Ok(played) => played,
+            Err(error) => ("?", Report::failed(error.to_string()), std::time::Duration::ZERO),
+        };
+        println!("{name}: {} in {:.0} s", report.verdict(), took.as_secs_f64());
+        report.notes.iter().for_each(|note| println!("  {note}"));
+        report.failures.iter().for_each(|failure| println!("  FAILED: {failure}"));
+        reports.push((name, report));
+    }
+    let order = |name: &str| SCENARIOS.iter().position(|scenario| scenario.name == name);
+    reports.sort_by_key(|(name, _)| order(name));
+    println!("\n{}", Report::header());
+    reports.iter().for_each(|(name, report)| println!("{}", report.row(name)));
+    let results: Vec<Value> = reports.iter().map(|(name, report)| report.json(name)).collect();
+    println!(
+        "{}",
+        json!({ "bench": "faults", "form": if form == Form::Short { "short" } else { "long" }, "results": results })
+    );
+    reports.iter().all(|(_, report)| report.passed())
+}
