@@ -52,8 +52,11 @@ impl Writer {
             while waiting.recv_many(&mut writes, MAX_BATCH).await > 0 {
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
-                let batch = store.draft(writes.drain(..)).await;
-                store.settle(batch).await;
+                match store.draft(writes.drain(..)).await {
+                    (batch, None) => store.settle(batch).await,
+                    // Those who wait behind this batch are not to wait for the database a second time.
+                    (batch, Some(error)) => store.fail(batch, &error),
+                }
             }
         });
         Self(queue)
@@ -68,8 +71,8 @@ impl Writer {
 }
 
 impl Store {
-    /// Sorts `writes`, and finds out where new events go.
-    async fn draft(&self, writes: impl Iterator<Item = Write>) -> Batch {
+    /// Sorts `writes`, and finds out where new events go; with the error when the database does not say.
+    async fn draft(&self, writes: impl Iterator<Item = Write>) -> (Batch, Option<Error>) {
         let (mut batch, mut publishes) = (Batch::default(), Vec::new());
         for write in writes {
             match write {
@@ -85,10 +88,13 @@ impl Store {
                     (draft, answer)
                 });
                 batch.drafts.extend(drafts);
+                (batch, None)
             }
-            Err(error) => publishes.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone())))),
+            Err(error) => {
+                publishes.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
+                (batch, Some(error))
+            }
         }
-        batch
     }
 
     /// Commits a batch and answers it. When the database refuses it for good, every item stands for itself, so that one
