@@ -129,8 +129,16 @@ impl Service<Name> for Permitted {
 
 /// TLS that trusts the system's authorities and those of these PEM files.
 pub(super) fn tls(extra_roots: &[Vec<u8>]) -> Result<ClientConfig, StartError> {
-    let roots = extra_roots.iter().flat_map(|pem| CertificateDer::pem_slice_iter(pem));
-    let roots = roots.collect::<Result<Vec<_>, _>>().map_err(|error| StartError::Certificates(error.to_string()))?;
+    let mut roots = Vec::new();
+    for pem in extra_roots {
+        let before = roots.len();
+        for root in CertificateDer::pem_slice_iter(pem) {
+            roots.push(root.map_err(|error| StartError::Certificates(error.to_string()))?);
+        }
+        if roots.len() == before {
+            return Err(StartError::Certificates("a file holds none".to_owned()));
+        }
+    }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = Verifier::new_with_extra_roots(roots, Arc::clone(&provider))?;
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -177,6 +185,12 @@ mod tests {
             assert!(connector(development).connect(uri).await.is_ok(), "{host}");
             listener.accept().unwrap();
         }
+    }
+
+    #[test]
+    fn a_file_without_authorities_is_refused() {
+        assert!(tls(&[]).is_ok());
+        assert!(matches!(tls(&[b"no certificate".to_vec()]), Err(StartError::Certificates(_))));
     }
 
     /// Should a look-up ever let something through: the address at the other end is asked for, and told nothing.

@@ -17,6 +17,8 @@ use crate::support::soon;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_shortkit-webhooks");
 const ORGANIZATION: &str = "acme";
+/// Of 32 bytes.
+const MASTER_KEY: &str = "c2l4dGVlbiBieXRlcyBhbmQgc2l4dGVlbiBtb3JlLi4=";
 /// In either case, as programs read them.
 const PROXY_VARIABLES: [&str; 6] = ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"];
 
@@ -43,6 +45,7 @@ impl Service {
         let mut child = Command::new(BINARY)
             .args(["serve", "--listen", "127.0.0.1:0", "--log", "warn", "--allow-http", "--egress-allow", allow])
             .args(["--retry-schedule", "0s"])
+            .env("SHORTKIT_MASTER_KEY", MASTER_KEY)
             .envs(PROXY_VARIABLES.map(|name| (name, "http://10.1.2.3:9000")))
             .env_remove("no_proxy")
             .env_remove("NO_PROXY")
