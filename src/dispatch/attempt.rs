@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Duration};
 use http::{HeaderMap, HeaderName, HeaderValue, header::CONTENT_TYPE};
 use tokio::sync::mpsc;
 
-use super::Engine;
+use super::{Engine, pace::Ended};
 use crate::{
     clock, egress, failpoint,
-    store::{Finished, Leased, Store, Target},
+    store::{Finished, Leased, Target},
     webhook::{self, Answer, Attempt, Outcome, Timestamp, WebhookStatus},
 };
 
@@ -28,29 +28,42 @@ const RECORD_AGAIN: Duration = Duration::from_secs(1);
 
 /// A place on the wire, given back however the attempt ends.
 pub(super) struct Slot {
-    store: Store,
-    webhook_id: Arc<str>,
-    bytes: usize,
-    freed: mpsc::UnboundedSender<Arc<str>>,
+    freed: Freed,
+    to: mpsc::UnboundedSender<Freed>,
+}
+
+/// What the engine is told when a place on the wire is free again.
+#[derive(Clone, Copy)]
+pub(super) struct Freed {
+    /// Whose it was, as the queue knows it.
+    pub(super) line: usize,
+    /// Length of the data.
+    pub(super) bytes: usize,
+    /// How the attempt ended; none when it was not made.
+    pub(super) ended: Option<Ended>,
 }
 
 impl Slot {
-    pub(super) fn new(store: Store, leased: &Leased, freed: mpsc::UnboundedSender<Arc<str>>) -> Self {
-        Self { store, webhook_id: leased.webhook_id.clone(), bytes: leased.event.data.as_str().len(), freed }
+    pub(super) fn new(line: usize, leased: &Leased, to: mpsc::UnboundedSender<Freed>) -> Self {
+        Self { freed: Freed { line, bytes: leased.event.data.as_str().len(), ended: None }, to }
+    }
+
+    fn ended(&mut self, attempt: &Attempt) {
+        let took = Duration::from_millis(u64::try_from(attempt.duration_ms).unwrap_or(0));
+        self.freed.ended = Some(Ended { took, answered: attempt.answer.is_some() });
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.store.let_go(&self.webhook_id, self.bytes);
-        let _ = self.freed.send(Arc::clone(&self.webhook_id));
+        let _ = self.to.send(self.freed);
     }
 }
 
 impl Engine {
     /// Makes the attempt and records it; `slot` is free again when this ends.
     #[tracing::instrument(skip_all, fields(webhook = &*leased.webhook_id, delivery = leased.delivery_id, attempt = leased.attempt))]
-    pub(super) async fn attempt(self, mut leased: Leased, slot: Option<Slot>) {
+    pub(super) async fn attempt(self, mut leased: Leased, mut slot: Option<Slot>) {
         let target = match self.store.target(&leased.webhook_id).await {
             Ok(target) => target,
             Err(error) => {
@@ -67,6 +80,9 @@ impl Engine {
         };
         failpoint::reached("post", "before");
         let (attempt, outcome) = self.post(&leased, &target).await;
+        if let Some(slot) = &mut slot {
+            slot.ended(&attempt);
+        }
         failpoint::reached("post", "after");
         let now = clock::now();
         let transition = webhook::decide(attempt.number, leased.plan, &outcome, &self.schedule, now);

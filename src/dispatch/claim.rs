@@ -14,6 +14,10 @@ use crate::{
 /// How often the database is looked at for what other nodes left to do.
 const POLL: Duration = Duration::from_secs(1);
 
+/// After looking, nothing is looked for during this many times as long: looking costs more the more webhooks wait, and
+/// every attempt that ends may ring the bell.
+const REST: u32 = 8;
+
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let Engine { store, schedule, request_timeout, .. } = engine;
@@ -24,6 +28,7 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
         if rescue {
             rescued = Some(clock::stopwatch());
         }
+        let began = clock::stopwatch();
         let wait = match round(&store, rescue.then_some(&*schedule), lease_length(request_timeout)).await {
             Ok(wait) => wait.min(POLL),
             Err(error) => {
@@ -34,10 +39,14 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
         if wait.is_zero() {
             continue;
         }
+        let rest = (began.elapsed() * REST).min(POLL / 5);
         tokio::select! {
             () = shutdown.cancelled() => {}
-            () = store.due() => {}
-            () = tokio::time::sleep(wait) => {}
+            () = async {
+                tokio::time::sleep(rest).await;
+                store.due().await;
+            } => {}
+            () = tokio::time::sleep(wait.max(rest)) => {}
         }
     }
 }

@@ -2,7 +2,9 @@
 
 mod attempt;
 mod claim;
+mod pace;
 mod queue;
+mod shares;
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,15 +14,17 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{attempt::Slot, queue::Queue};
+use self::{
+    attempt::{Freed, Slot},
+    queue::Queue,
+    shares::Shares,
+};
 use crate::{
     egress,
     store::{Leased, Store},
     webhook::RetrySchedule,
 };
 
-/// Attempts under way on this node, whatever the number of webhooks; more wait in the queue.
-const MAX_IN_FLIGHT: usize = 2_048;
 /// A lease outlasts the request by this much: time to queue, and to record the result.
 const LEASE_MARGIN: Duration = Duration::from_secs(30);
 
@@ -50,22 +54,21 @@ impl Engine {
     pub async fn run(self, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
         let Some(mut ready) = self.store.ready() else { return };
         let claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
-        let mut queue = Queue::new(self.max_in_flight_per_webhook);
-        let (freed, mut free) = mpsc::unbounded_channel::<Arc<str>>();
+        let mut queue = Queue::new(Shares::new(self.max_in_flight_per_webhook));
+        let (freed, mut free) = mpsc::unbounded_channel();
         let mut running = JoinSet::new();
         while !stopping.is_cancelled() {
             tokio::select! {
                 () = stopping.cancelled() => break,
                 Some(leased) = ready.recv() => self.take(leased, &mut queue, &mut running),
-                Some(webhook_id) = free.recv() => queue.finished(&webhook_id),
+                Some(freed) = free.recv() => self.free(&freed, &mut queue),
                 Some(ended) = running.join_next() => if let Err(error) = ended {
                     tracing::error!(%error, "an attempt ended the hard way; its lease will run out");
                 },
             }
-            while running.len() < MAX_IN_FLIGHT
-                && let Some(leased) = queue.pop()
-            {
-                self.start(leased, &mut running, &freed);
+            while let Some((line, leased)) = queue.pop() {
+                let slot = Slot::new(line, &leased, freed.clone());
+                running.spawn(self.clone().attempt(leased, Some(slot)));
             }
         }
         let finish = self.finish(ready, claims, queue, &mut running, calls_ended);
@@ -78,7 +81,7 @@ impl Engine {
         &self,
         mut ready: mpsc::UnboundedReceiver<Leased>,
         claims: JoinHandle<()>,
-        mut queue: Queue,
+        mut queue: Queue<Leased>,
         running: &mut JoinSet<()>,
         calls_ended: CancellationToken,
     ) {
@@ -105,17 +108,19 @@ impl Engine {
         while running.join_next().await.is_some() {}
     }
 
-    fn take(&self, leased: Leased, queue: &mut Queue, running: &mut JoinSet<()>) {
+    fn take(&self, leased: Leased, queue: &mut Queue<Leased>, running: &mut JoinSet<()>) {
         // Somebody waits for a test: it goes ahead of all others, and over their limit.
         if leased.done.is_some() {
             running.spawn(self.clone().attempt(leased, None));
         } else {
-            queue.push(leased);
+            let (tenant, webhook_id) = (leased.tenant.clone(), Arc::clone(&leased.webhook_id));
+            queue.push(tenant.organization(), &webhook_id, leased);
         }
     }
 
-    fn start(&self, leased: Leased, running: &mut JoinSet<()>, freed: &mpsc::UnboundedSender<Arc<str>>) {
-        let slot = Slot::new(self.store.clone(), &leased, freed.clone());
-        running.spawn(self.clone().attempt(leased, Some(slot)));
+    /// A place on the wire is free, and one in memory.
+    fn free(&self, freed: &Freed, queue: &mut Queue<Leased>) {
+        let (webhook_id, worth_holding) = queue.finished(freed.line, freed.ended);
+        self.store.let_go(&webhook_id, freed.bytes, worth_holding);
     }
 }

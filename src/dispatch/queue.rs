@@ -1,155 +1,427 @@
-//! Whose turn it is: organisations take turns, within each its webhooks do, and no webhook has more than its share on
-//! the wire.
+//! Whose turn it is: among webhooks that may start another attempt, those with the fewest under way come first, of those
+//! organisations take turns, and within each its webhooks do. [`super::shares`] says who may.
+//!
+//! A turn costs a few steps in ordered sets, whatever waits: an organisation stands in the order of turns with the best
+//! place of its webhooks, so that the first in order that may not start ends the search; only organisations that have
+//! more than their share are passed over, and of those there cannot be many. Quick and slow webhooks have an order each
+//! and go by turns.
+//!
+//! Nobody starves: a webhook with something waiting either has an attempt under way, which ends, or stands among the
+//! first attempts, where every other gets at most one turn before it does.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    sync::Arc,
+};
 
-use crate::store::Leased;
+use slab::Slab;
 
-/// Leased deliveries that wait for their turn. Bounded by what the store lets this node hold.
-pub(super) struct Queue {
-    max_in_flight: usize,
-    /// Organisations with a webhook that may send, in the order of their turns.
-    turns: VecDeque<String>,
-    organizations: HashMap<String, VecDeque<String>>,
-    webhooks: HashMap<String, Line>,
+use super::{
+    pace::{BySpeed, Ended, Pace, Speed},
+    shares::{InFlight, Level, Shares},
+};
+
+/// Receivers that are slow are remembered while nothing is sent to them, up to this many; beyond, all are forgotten.
+const MAX_REMEMBERED: usize = 16_384;
+
+/// What waits for its turn. Bounded by what the store lets this node hold.
+pub(super) struct Queue<T> {
+    shares: Shares,
+    lines: Slab<Line<T>>,
+    webhooks: HashMap<Arc<str>, usize>,
+    organizations: Slab<Organization>,
+    names: HashMap<Arc<str>, usize>,
+    /// Organisations with a webhook that waits.
+    orders: BySpeed<BTreeSet<Turn>>,
+    /// Which of the two is looked at first.
+    next: Speed,
+    in_flight: InFlight,
+    last_ticket: u64,
+    remembered: HashMap<Arc<str>, Pace>,
+}
+
+/// A place in an order of turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Turn {
+    level: Level,
+    /// Drawn after the last turn.
+    ticket: u64,
+    who: usize,
 }
 
 /// The deliveries of one webhook.
-#[derive(Default)]
-struct Line {
-    organization: String,
-    waiting: VecDeque<Leased>,
+struct Line<T> {
+    webhook_id: Arc<str>,
+    organization: usize,
+    waiting: VecDeque<T>,
     in_flight: usize,
-    /// Whether it stands in its organisation's turns.
-    listed: bool,
+    pace: Pace,
+    /// As `in_flight` is counted.
+    speed: Speed,
+    ticket: u64,
+    turn: Option<(Speed, Turn)>,
 }
 
-impl Queue {
-    pub(super) fn new(max_in_flight: usize) -> Self {
-        Self { max_in_flight, turns: VecDeque::new(), organizations: HashMap::new(), webhooks: HashMap::new() }
+/// The webhooks of one organisation.
+struct Organization {
+    name: Arc<str>,
+    lines: usize,
+    in_flight: InFlight,
+    turns: BySpeed<Turns>,
+}
+
+/// Webhooks of one speed that wait, and the place of their organisation in its order.
+#[derive(Default)]
+struct Turns {
+    webhooks: BTreeSet<Turn>,
+    ticket: u64,
+    turn: Option<Turn>,
+}
+
+impl<T> Queue<T> {
+    pub(super) fn new(shares: Shares) -> Self {
+        Self {
+            shares,
+            lines: Slab::new(),
+            webhooks: HashMap::new(),
+            organizations: Slab::new(),
+            names: HashMap::new(),
+            orders: BySpeed::default(),
+            next: Speed::Quick,
+            in_flight: InFlight::default(),
+            last_ticket: 0,
+            remembered: HashMap::new(),
+        }
     }
 
-    /// Lets a delivery wait for its turn.
-    pub(super) fn push(&mut self, leased: Leased) {
-        let webhook_id = leased.webhook_id.to_string();
-        let line = self.webhooks.entry(webhook_id.clone()).or_default();
-        if line.organization.is_empty() {
-            leased.tenant.organization().clone_into(&mut line.organization);
-        }
-        line.waiting.push_back(leased);
-        self.list(&webhook_id);
+    /// Lets something wait for its turn.
+    pub(super) fn push(&mut self, organization: &str, webhook_id: &Arc<str>, item: T) {
+        let index = match self.webhooks.get(webhook_id) {
+            Some(index) => *index,
+            None => self.open(organization, webhook_id),
+        };
+        self.lines[index].waiting.push_back(item);
+        self.place(index);
     }
 
-    /// The next delivery to attempt; its webhook has one more on the wire until [`Queue::finished`].
-    pub(super) fn pop(&mut self) -> Option<Leased> {
-        let organization = self.turns.pop_front()?;
-        let webhooks = self.organizations.get_mut(&organization)?;
-        let webhook_id = webhooks.pop_front()?;
-        if webhooks.is_empty() {
-            self.organizations.remove(&organization);
-        } else {
-            self.turns.push_back(organization);
-        }
-        let line = self.webhooks.get_mut(&webhook_id)?;
-        line.listed = false;
-        let leased = line.waiting.pop_front()?;
+    /// What to attempt next, and the line that it counts for until [`Queue::finished`].
+    pub(super) fn pop(&mut self) -> Option<(usize, T)> {
+        let index = self.first(self.next).or_else(|| self.first(self.next.other()))?;
+        self.next = self.next.other();
+        let line = &mut self.lines[index];
+        let item = line.waiting.pop_front()?;
+        self.last_ticket += 1;
         line.in_flight += 1;
-        self.list(&webhook_id);
-        Some(leased)
+        line.ticket = self.last_ticket;
+        self.in_flight[line.speed] += 1;
+        let organization = &mut self.organizations[line.organization];
+        organization.in_flight[line.speed] += 1;
+        organization.turns[line.speed].ticket = self.last_ticket;
+        self.place(index);
+        Some((index, item))
     }
 
-    /// An attempt for the webhook has ended.
-    pub(super) fn finished(&mut self, webhook_id: &str) {
-        if let Some(line) = self.webhooks.get_mut(webhook_id) {
-            line.in_flight = line.in_flight.saturating_sub(1);
-            if line.in_flight == 0 && line.waiting.is_empty() {
-                self.webhooks.remove(webhook_id);
-            } else {
-                self.list(webhook_id);
+    /// An attempt of the line has ended, or was not made. Answers whose it was, and how many deliveries of that webhook
+    /// are worth holding.
+    pub(super) fn finished(&mut self, index: usize, ended: Option<Ended>) -> (Arc<str>, usize) {
+        let line = &mut self.lines[index];
+        if let Some(ended) = ended {
+            line.pace.learn(ended, self.shares.max_per_webhook);
+        }
+        let (before, speed) = (line.speed, line.pace.speed());
+        line.speed = speed;
+        let its = &mut self.organizations[line.organization].in_flight;
+        for counted in [&mut self.in_flight, its] {
+            counted[before] -= line.in_flight;
+            counted[speed] += line.in_flight - 1;
+        }
+        line.in_flight -= 1;
+        let its = &self.organizations[line.organization].in_flight;
+        let may = self.shares.of_webhook(speed, its, &self.in_flight).min(line.pace.window());
+        let answer = (Arc::clone(&line.webhook_id), line.pace.worth_holding(may));
+        if line.in_flight == 0 && line.waiting.is_empty() {
+            self.close(index);
+        } else {
+            self.place(index);
+        }
+        answer
+    }
+
+    /// Everything that still waits.
+    pub(super) fn drain(&mut self) -> Vec<T> {
+        let indices: Vec<usize> = self.lines.iter().map(|(index, _)| index).collect();
+        let mut drained = Vec::new();
+        for index in indices {
+            drained.extend(self.lines[index].waiting.drain(..));
+            self.place(index);
+            if self.lines[index].in_flight == 0 {
+                self.close(index);
+            }
+        }
+        drained
+    }
+
+    /// The first webhook of this speed that may start another attempt.
+    fn first(&self, speed: Speed) -> Option<usize> {
+        let may = self.orders[speed].iter().take_while(|turn| self.shares.allow(turn.level, speed, &self.in_flight));
+        let organization = may.map(|turn| (turn.level, &self.organizations[turn.who])).find(|(level, organization)| {
+            self.shares.allow_within(*level, speed, &organization.in_flight, &self.in_flight)
+        });
+        organization?.1.turns[speed].webhooks.first().map(|turn| turn.who)
+    }
+
+    /// Puts a webhook where it belongs in the turns, or takes it out.
+    fn place(&mut self, index: usize) {
+        let line = &mut self.lines[index];
+        let waits = !line.waiting.is_empty() && line.in_flight < line.pace.window();
+        let turn = Turn { level: Level::of(line.in_flight), ticket: line.ticket, who: index };
+        let wanted = waits.then_some((line.speed, turn));
+        if line.turn == wanted {
+            return;
+        }
+        let who = line.organization;
+        let organization = &mut self.organizations[who];
+        let before = std::mem::replace(&mut line.turn, wanted);
+        if let Some((speed, turn)) = before {
+            organization.turns[speed].webhooks.remove(&turn);
+        }
+        if let Some((speed, turn)) = wanted {
+            organization.turns[speed].webhooks.insert(turn);
+        }
+        for speed in [Speed::Quick, Speed::Slow] {
+            let turns = &mut organization.turns[speed];
+            let wanted = turns.webhooks.first().map(|first| Turn { level: first.level, ticket: turns.ticket, who });
+            let before = std::mem::replace(&mut turns.turn, wanted);
+            if before != wanted {
+                before.map(|turn| self.orders[speed].remove(&turn));
+                wanted.map(|turn| self.orders[speed].insert(turn));
             }
         }
     }
 
-    /// Everything that still waits.
-    pub(super) fn drain(&mut self) -> Vec<Leased> {
-        self.webhooks.values_mut().flat_map(|line| line.waiting.drain(..)).collect()
+    fn open(&mut self, name: &str, webhook_id: &Arc<str>) -> usize {
+        self.last_ticket += 1;
+        let organization = match self.names.get(name) {
+            Some(organization) => *organization,
+            None => {
+                let name: Arc<str> = name.into();
+                let organization = self.organizations.insert(Organization::new(Arc::clone(&name), self.last_ticket));
+                self.names.insert(name, organization);
+                organization
+            }
+        };
+        self.organizations[organization].lines += 1;
+        let remembered = self.remembered.remove(webhook_id);
+        let pace = remembered.unwrap_or_else(|| Pace::unknown(self.shares.max_per_webhook));
+        let index = self.lines.insert(Line {
+            webhook_id: Arc::clone(webhook_id),
+            organization,
+            waiting: VecDeque::new(),
+            in_flight: 0,
+            speed: pace.speed(),
+            pace,
+            ticket: self.last_ticket,
+            turn: None,
+        });
+        self.webhooks.insert(Arc::clone(webhook_id), index);
+        index
     }
 
-    /// Gives the webhook a turn, if it has something to send and may.
-    fn list(&mut self, webhook_id: &str) {
-        let Some(line) = self.webhooks.get_mut(webhook_id) else { return };
-        if line.listed || line.waiting.is_empty() || line.in_flight >= self.max_in_flight {
-            return;
+    /// Forgets a webhook with nothing waiting and nothing under way, except that it was slow.
+    fn close(&mut self, index: usize) {
+        let line = self.lines.remove(index);
+        self.webhooks.remove(&line.webhook_id);
+        let organization = &mut self.organizations[line.organization];
+        organization.lines -= 1;
+        if organization.lines == 0 {
+            self.names.remove(&organization.name);
+            self.organizations.remove(line.organization);
         }
-        line.listed = true;
-        let webhooks = self.organizations.entry(line.organization.clone()).or_default();
-        if webhooks.is_empty() {
-            self.turns.push_back(line.organization.clone());
+        if line.pace.is_remarkable(self.shares.max_per_webhook) {
+            if self.remembered.len() >= MAX_REMEMBERED {
+                self.remembered.clear();
+            }
+            self.remembered.insert(line.webhook_id, line.pace);
         }
-        webhooks.push_back(webhook_id.to_owned());
+    }
+}
+
+impl Organization {
+    fn new(name: Arc<str>, ticket: u64) -> Self {
+        let turns = || Turns { ticket, ..Turns::default() };
+        Self { name, lines: 0, in_flight: InFlight::default(), turns: BySpeed { quick: turns(), slow: turns() } }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
 
     use super::*;
-    use crate::webhook::{Environment, Event, EventData, Plan, Tenant, Timestamp};
 
-    fn leased(organization: &str, webhook_id: &str) -> Leased {
-        let at = Timestamp::from_millis(0);
-        Leased {
-            tenant: Tenant::new(organization, Environment::Live).unwrap(),
-            webhook_id: webhook_id.into(),
-            delivery_id: "del_1".to_owned(),
-            event: Arc::new(Event {
-                id: "evt_1".to_owned(),
-                event_type: "content.ready".to_owned(),
-                data: EventData::parse("{}").unwrap(),
-                created_at: at,
-            }),
-            attempt: 1,
-            plan: Plan::Schedule,
-            expires_at: at,
-            done: None,
-        }
+    const ORGANIZATIONS: usize = 4;
+    const QUICK: Ended = Ended { took: Duration::from_millis(5), answered: true };
+    const SLOW: Ended = Ended { took: Duration::from_secs(14), answered: true };
+    const HUNG: Ended = Ended { took: Duration::from_secs(30), answered: false };
+
+    /// So small that every limit is met.
+    fn small() -> Shares {
+        Shares { max_per_webhook: 3, places: 24, slow_places: 10, hard_cap: 32, min_per_organization: 4 }
     }
 
-    fn next(queue: &mut Queue) -> Option<String> {
-        queue.pop().map(|leased| leased.webhook_id.to_string())
+    fn organization(webhook: usize) -> String {
+        format!("org {}", webhook % ORGANIZATIONS)
+    }
+
+    fn number(queue: &Queue<usize>, line: usize) -> usize {
+        queue.lines[line].webhook_id.parse().unwrap()
+    }
+
+    fn is_empty<T>(queue: &Queue<T>) -> bool {
+        let Queue { lines, webhooks, organizations, names, orders, .. } = queue;
+        lines.is_empty()
+            && webhooks.is_empty()
+            && organizations.is_empty()
+            && names.is_empty()
+            && orders.quick.is_empty()
+            && orders.slow.is_empty()
     }
 
     #[test]
     fn organisations_take_turns_whatever_they_have_waiting() {
-        let mut queue = Queue::new(100);
+        let mut queue = Queue::new(Shares::new(32));
         for _ in 0..50 {
-            queue.push(leased("loud", "a"));
-            queue.push(leased("loud", "b"));
+            queue.push("loud", &"a".into(), "a");
+            queue.push("loud", &"b".into(), "b");
         }
-        queue.push(leased("quiet", "c"));
-        let first: Vec<_> = (0..4).filter_map(|_| next(&mut queue)).collect();
-        assert_eq!(first, ["a", "c", "b", "a"]);
+        queue.push("quiet", &"c".into(), "c");
+        queue.push("quiet", &"c".into(), "c");
+        let first: Vec<_> = (0..5).filter_map(|_| queue.pop()).map(|(_, item)| item).collect();
+        assert_eq!(first, ["a", "c", "b", "c", "a"]);
     }
 
     #[test]
-    fn a_webhook_sends_no_more_than_its_share() {
-        let mut queue = Queue::new(2);
-        (0..5).for_each(|_| queue.push(leased("acme", "slow")));
-        assert_eq!((next(&mut queue).is_some(), next(&mut queue).is_some(), next(&mut queue)), (true, true, None));
-        queue.push(leased("acme", "other"));
-        assert_eq!(next(&mut queue).as_deref(), Some("other"));
-        queue.finished("slow");
-        assert_eq!(next(&mut queue).as_deref(), Some("slow"));
-        assert_eq!(queue.drain().len(), 2);
+    fn a_quick_receiver_has_room_beside_thousands_that_hang() {
+        let mut queue = Queue::new(Shares::new(32));
+        for webhook in 0..5_000 {
+            (0..40).for_each(|_| queue.push(&format!("org {}", webhook % 100), &format!("dead {webhook}").into(), ()));
+        }
+        let mut under_way: VecDeque<usize> = VecDeque::new();
+        // Half a minute later those that had their turn are known.
+        for _ in 0..3 {
+            under_way.extend(std::iter::from_fn(|| queue.pop()).map(|(line, ())| line));
+            for _ in 0..under_way.len() {
+                queue.finished(under_way.pop_front().unwrap(), Some(HUNG));
+            }
+        }
+        under_way.extend(std::iter::from_fn(|| queue.pop()).map(|(line, ())| line));
+        (0..40).for_each(|_| queue.push("org 7", &"alive".into(), ()));
+        let alive = queue.webhooks["alive"];
+        assert_eq!(std::iter::from_fn(|| queue.pop()).filter(|(line, ())| *line == alive).count(), 32);
     }
 
     #[test]
-    fn nothing_is_remembered_of_webhooks_that_are_done() {
-        let mut queue = Queue::new(2);
-        queue.push(leased("acme", "a"));
-        assert!(queue.pop().is_some());
-        queue.finished("a");
-        assert!(queue.webhooks.is_empty() && queue.organizations.is_empty() && queue.turns.is_empty());
+    fn who_is_slow_is_remembered_and_nothing_else() {
+        let mut queue = Queue::new(Shares::new(32));
+        for (webhook_id, ended) in [("quick", QUICK), ("slow", SLOW)] {
+            queue.push("acme", &webhook_id.into(), ());
+            let (line, ()) = queue.pop().unwrap();
+            queue.finished(line, Some(ended));
+        }
+        assert!(is_empty(&queue));
+        assert_eq!(queue.remembered.keys().map(|id| &**id).collect::<Vec<_>>(), ["slow"]);
+        queue.push("acme", &"slow".into(), ());
+        assert!(queue.orders.quick.is_empty() && queue.orders.slow.len() == 1);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Push(usize),
+        Pop,
+        Finish(usize, Option<Ended>),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let ended = prop::sample::select(vec![None, Some(QUICK), Some(SLOW), Some(HUNG)]);
+        let step = prop_oneof![
+            4 => (0..20_usize).prop_map(Step::Push),
+            4 => Just(Step::Pop),
+            2 => (any::<usize>(), ended).prop_map(|(which, ended)| Step::Finish(which, ended)),
+        ];
+        prop::collection::vec(step, 0..600)
+    }
+
+    proptest! {
+        #[test]
+        fn no_limit_is_exceeded_nothing_is_lost_and_no_place_is_left_empty_for_nothing(steps in steps()) {
+            let mut queue = Queue::new(small());
+            let mut waiting: HashMap<usize, VecDeque<usize>> = HashMap::new();
+            let mut under_way: Vec<usize> = Vec::new();
+            for (item, step) in steps.into_iter().enumerate() {
+                match step {
+                    Step::Push(webhook) => {
+                        queue.push(&organization(webhook), &webhook.to_string().into(), item);
+                        waiting.entry(webhook).or_default().push_back(item);
+                    }
+                    Step::Pop => match queue.pop() {
+                        Some((line, popped)) => {
+                            prop_assert_eq!(waiting.get_mut(&number(&queue, line)).unwrap().pop_front(), Some(popped));
+                            under_way.push(line);
+                        }
+                        None => for (_, line) in &queue.lines {
+                            let its = &queue.organizations[line.organization].in_flight;
+                            let may = queue.shares.allow(Level::of(line.in_flight), line.speed, &queue.in_flight)
+                                && queue.shares.allow_within(Level::of(line.in_flight), line.speed, its, &queue.in_flight)
+                                && line.in_flight < line.pace.window();
+                            prop_assert!(line.waiting.is_empty() || !may);
+                        },
+                    },
+                    Step::Finish(_, _) if under_way.is_empty() => {}
+                    Step::Finish(which, ended) => {
+                        let line = under_way.swap_remove(which % under_way.len());
+                        let (webhook_id, worth) = queue.finished(line, ended);
+                        prop_assert!(worth > 0 && webhook_id.parse::<usize>().is_ok());
+                    }
+                }
+                prop_assert_eq!(queue.in_flight.total(), under_way.len());
+                prop_assert!(under_way.len() <= queue.shares.hard_cap);
+                let mut of_webhook = HashMap::<usize, usize>::new();
+                under_way.iter().for_each(|line| *of_webhook.entry(*line).or_default() += 1);
+                prop_assert!(of_webhook.values().all(|count| *count <= queue.shares.max_per_webhook));
+            }
+            let mut left: Vec<usize> = waiting.into_values().flatten().collect();
+            let mut drained = queue.drain();
+            left.sort_unstable();
+            drained.sort_unstable();
+            prop_assert_eq!(drained, left);
+            under_way.into_iter().for_each(|line| drop(queue.finished(line, None)));
+            prop_assert!(is_empty(&queue));
+        }
+
+        /// Everybody always has more to send, and attempts end in the order in which they began: then all that are under
+        /// way have ended after as many turns as there may be, and every webhook has had one after a multiple of that.
+        #[test]
+        fn nobody_starves(manners in prop::collection::vec(prop::sample::select(vec![QUICK, SLOW, HUNG]), 1..60)) {
+            let mut queue = Queue::new(small());
+            for webhook in 0..manners.len() {
+                (0..2).for_each(|_| queue.push(&organization(webhook), &webhook.to_string().into(), webhook));
+            }
+            let most = manners.len().div_ceil(ORGANIZATIONS);
+            let patience = most * (queue.shares.hard_cap + 2 * ORGANIZATIONS);
+            let mut last = vec![0; manners.len()];
+            let mut under_way = VecDeque::new();
+            for turn in 0..20 * patience {
+                while let Some((line, webhook)) = queue.pop() {
+                    last[webhook] = turn;
+                    queue.push(&organization(webhook), &webhook.to_string().into(), webhook);
+                    under_way.push_back((line, webhook));
+                }
+                let (line, webhook) = under_way.pop_front().unwrap();
+                queue.finished(line, Some(manners[webhook]));
+                prop_assert!(last.iter().all(|last| turn - last <= patience), "{turn}: {last:?}");
+            }
+        }
     }
 }

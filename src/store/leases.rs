@@ -27,10 +27,10 @@ use crate::{
     webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, RetrySchedule, Tenant, Timestamp, rescue},
 };
 
-/// One claim takes at most this many deliveries; the rest is in the next.
-const MAX_CLAIM: usize = 512;
+/// One claim takes at most this many deliveries; the rest is in the next, and what others write comes between.
+const MAX_CLAIM: usize = 128;
 /// One claim serves at most this many webhooks; the rest is in the next.
-const MAX_CLAIM_WEBHOOKS: usize = 64;
+const MAX_CLAIM_WEBHOOKS: usize = 32;
 /// One rescue takes at most this many deliveries; the rest is in the next.
 const MAX_RESCUE: u64 = 256;
 
@@ -170,7 +170,7 @@ impl Store {
                 more = true;
             }
         }
-        self.0.handoff.fetched(claimed.iter().map(|leased| leased.event.data.as_str().len()).sum());
+        claimed.iter().for_each(|leased| self.0.handoff.fetched(&leased.webhook_id, leased.event.data.as_str().len()));
         claimed.into_iter().for_each(|leased| drop(self.0.ready.send(leased)));
         Ok(more)
     }
@@ -215,8 +215,10 @@ impl Store {
         Ok(leased)
     }
 
-    /// Says that a delivery of so many bytes of data is no longer held in memory, because its attempt ended or is given up.
-    pub fn let_go(&self, webhook_id: &str, bytes: usize) {
+    /// Says that a delivery of so many bytes of data is no longer held in memory, because its attempt ended or is given
+    /// up, and how many of its webhook are worth holding.
+    pub fn let_go(&self, webhook_id: &str, bytes: usize, worth_holding: usize) {
+        self.0.handoff.learn(webhook_id, worth_holding);
         self.0.handoff.let_go(webhook_id, bytes);
     }
 

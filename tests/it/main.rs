@@ -9,6 +9,7 @@ mod delivering;
 mod documented_examples;
 mod egress_namespace;
 mod errors;
+mod fairness;
 mod hostile_receivers;
 mod interop;
 mod isolation;
