@@ -18,8 +18,11 @@ use crate::{
 /// A request may take at most this long; a longer setting is refused, since a lease lasts as long.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
+/// No setting of the backlog is larger than this.
+const MAX_BACKLOG: u64 = 1_000_000_000_000;
+
 /// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
-const SETTINGS: [(&str, &str); 15] = [
+const SETTINGS: [(&str, &str); 17] = [
     ("database-url", "sqlite://shortkit.db?mode=rwc"),
     ("log", "info"),
     ("master-key-file", ""),
@@ -32,6 +35,8 @@ const SETTINGS: [(&str, &str); 15] = [
     ("request-timeout", "30s"),
     ("environments", "live,test"),
     ("max-in-flight", "32"),
+    ("max-backlog", "10000000"),
+    ("max-backlog-per-organization", "1000000"),
     ("shutdown-grace", "35s"),
     ("reflection", "true"),
     ("health", "true"),
@@ -76,6 +81,10 @@ pub struct Config {
     pub environments: Vec<Environment>,
     /// Attempts under way to one webhook at a time.
     pub max_in_flight_per_webhook: usize,
+    /// Deliveries that may be pending before publishing is refused.
+    pub max_backlog: u64,
+    /// The same for one organisation.
+    pub max_backlog_per_organization: u64,
     /// How long shutting down may take before what is under way is cut off.
     pub shutdown_grace: Duration,
     /// Whether gRPC reflection is served, which needs no key.
@@ -152,6 +161,12 @@ pub struct ServeArgs {
     /// Attempts under way to one webhook at a time; 1 to 1024 [default: 32]
     #[arg(long, env = "SHORTKIT_MAX_IN_FLIGHT", value_name = "COUNT")]
     max_in_flight: Option<String>,
+    /// Deliveries that may be pending in all; while there are as many, publishing is answered 503 [default: 10000000]
+    #[arg(long, env = "SHORTKIT_MAX_BACKLOG", value_name = "COUNT")]
+    max_backlog: Option<String>,
+    /// Deliveries of one organization that may be pending; while there are as many, its publishing is answered 429 [default: 1000000]
+    #[arg(long, env = "SHORTKIT_MAX_BACKLOG_PER_ORGANIZATION", value_name = "COUNT")]
+    max_backlog_per_organization: Option<String>,
     /// How long shutting down may take before what is under way is cut off; at most 1h [default: 35s]
     #[arg(long, env = "SHORTKIT_SHUTDOWN_GRACE", value_name = "DURATION")]
     shutdown_grace: Option<String>,
@@ -244,6 +259,12 @@ impl ServeArgs {
                 let count = text.parse().ok().filter(|count| (1..=1024).contains(count));
                 count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to 1024"))
             }),
+            max_backlog: settings.read("max-backlog", self.max_backlog, backlog),
+            max_backlog_per_organization: settings.read(
+                "max-backlog-per-organization",
+                self.max_backlog_per_organization,
+                backlog,
+            ),
             shutdown_grace: settings.read("shutdown-grace", self.shutdown_grace, |text| {
                 duration(text, Duration::ZERO, Duration::from_secs(60 * 60))
             }),
@@ -356,6 +377,11 @@ fn environment(word: &str) -> Result<Environment, String> {
 
 fn boolean(text: &str) -> Result<bool, String> {
     text.parse().map_err(|_| format!("`{text}` is neither true nor false"))
+}
+
+fn backlog(text: &str) -> Result<u64, String> {
+    let count = text.parse().ok().filter(|count| (1..=MAX_BACKLOG).contains(count));
+    count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to {MAX_BACKLOG}"))
 }
 
 fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {

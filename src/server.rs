@@ -27,7 +27,7 @@ use crate::{
         proto::{delivery_service_server::DeliveryServiceServer, webhook_service_server::WebhookServiceServer},
     },
     rest,
-    store::{self, Lease, Store},
+    store::{self, BacklogLimits, Lease, Store},
     vault::Vault,
 };
 
@@ -85,6 +85,8 @@ pub async fn run(
     if rescued > 0 {
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
     }
+    store.limit_backlog(BacklogLimits { total: config.max_backlog, organization: config.max_backlog_per_organization });
+    store.look_at_backlog().await?;
     let client = client(&config)?;
     let engine = Engine {
         store: store.clone(),
@@ -115,6 +117,7 @@ pub async fn run(
         background.spawn(follow_master_keys(store.clone(), vault, path));
     }
     background.spawn(keep_time(store.clone()));
+    background.spawn(look(store.clone()));
     let stopping = shutdown.clone();
 
     let served = serve(listener, &config, api, shutdown).await;
@@ -276,6 +279,18 @@ async fn tidy(store: Store) {
                 tracing::warn!(%error, "tidying up failed; trying again");
                 tokio::time::sleep(TIDY).await;
             }
+        }
+    }
+}
+
+/// Keeps the counts of the backlog up to date.
+async fn look(store: Store) {
+    let mut wait = Duration::from_secs(1);
+    loop {
+        tokio::time::sleep(wait).await;
+        match store.look_at_backlog().await {
+            Ok(next) => wait = next,
+            Err(error) => tracing::warn!(%error, "the backlog could not be counted; trying again"),
         }
     }
 }

@@ -17,6 +17,9 @@ const DOMAIN: &str = "shortkit.dev";
 /// When to ask again after the database failed to answer.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// When to publish again after too much was pending: the counts are looked at more often, but what is pending takes time.
+const RETRY_AFTER_BACKLOG: Duration = Duration::from_secs(5);
+
 /// An error with a code of the documented table.
 fn coded(code: Code, reason: &str, message: impl Into<String>, mut details: ErrorDetails) -> Status {
     details.set_error_info(reason, DOMAIN, HashMap::new());
@@ -84,7 +87,11 @@ pub(super) fn internal(detail: &str) -> Status {
 }
 
 fn unavailable(message: &str) -> Status {
-    coded(Code::Unavailable, "SERVICE_UNAVAILABLE", message, ErrorDetails::with_retry_info(Some(RETRY_AFTER)))
+    unavailable_for(RETRY_AFTER, message)
+}
+
+fn unavailable_for(wait: Duration, message: &str) -> Status {
+    coded(Code::Unavailable, "SERVICE_UNAVAILABLE", message, ErrorDetails::with_retry_info(Some(wait)))
 }
 
 pub(crate) fn store(error: store::Error) -> Status {
@@ -94,6 +101,14 @@ pub(crate) fn store(error: store::Error) -> Status {
             unavailable("the service is not available for the moment; try again")
         }
         store::Error::Overloaded => unavailable("too many requests are waiting; try again"),
+        store::Error::OrganizationBacklog => {
+            let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER_BACKLOG));
+            let message = "too many deliveries of this organization are pending; publish again later";
+            coded(Code::ResourceExhausted, "RATE_LIMITED", message, details)
+        }
+        store::Error::Backlog => {
+            unavailable_for(RETRY_AFTER_BACKLOG, "too many deliveries are pending; publish again later")
+        }
         store::Error::Closed => shutting_down(),
         other => internal(&other.to_string()),
     }

@@ -4,6 +4,7 @@
 //! [`ordered`], then counts and changes. That keeps the order of `changes` the order of commits on both databases, and
 //! no two transactions wait for each other in a circle.
 
+mod backlog;
 mod changes;
 mod counts;
 mod deliveries;
@@ -35,7 +36,9 @@ use sea_orm::{
 use sea_orm_migration::MigratorTrait;
 use tokio::sync::mpsc;
 
+use self::{backlog::Backlog, handoff::Handoff, targets::Targets, writer::Writer};
 pub use self::{
+    backlog::BacklogLimits,
     changes::{ChangeFilter, Watch, WatchError},
     counts::Stats,
     deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
@@ -47,7 +50,6 @@ pub use self::{
     targets::Target,
     webhooks::Rotated,
 };
-use self::{handoff::Handoff, targets::Targets, writer::Writer};
 use crate::{
     clock,
     feed::Feed,
@@ -77,6 +79,7 @@ struct Inner {
     node: String,
     feed: Feed,
     handoff: Handoff,
+    backlog: Backlog,
     targets: Targets,
     writer: std::sync::OnceLock<Writer>,
     known_keys: known_keys::KnownKeys,
@@ -124,6 +127,12 @@ pub enum Error {
     /// More writes wait than may.
     #[error("too many writes are waiting for the database")]
     Overloaded,
+    /// As many deliveries of the organisation are pending as may be.
+    #[error("too many deliveries of the organization are pending")]
+    OrganizationBacklog,
+    /// As many deliveries are pending as may be.
+    #[error("too many deliveries are pending")]
+    Backlog,
     /// The store is shutting down.
     #[error("the store is closed")]
     Closed,
@@ -159,6 +168,7 @@ impl Store {
             node: clock::new_id("node"),
             feed: Feed::default(),
             handoff: Handoff::default(),
+            backlog: Backlog::default(),
             targets: Targets::default(),
             writer: std::sync::OnceLock::new(),
             known_keys: known_keys::KnownKeys::default(),

@@ -102,6 +102,8 @@ impl Store {
         data: EventData,
         lease: Lease,
     ) -> Result<Published, Error> {
+        // Judged again in its turn; here, so that what is refused does not even queue.
+        self.0.backlog.admit(tenant.organization(), 0)?;
         let bytes = u32::try_from(data.as_str().len()).unwrap_or(u32::MAX).clamp(MIN_BYTES, MAX_WAITING_BYTES);
         let _room = self.0.publishing.try_acquire_many(bytes).map_err(|_| Error::Overloaded)?;
         self.submit(Publish { tenant, event_type, data, lease, test: None }).await
@@ -128,8 +130,13 @@ impl Store {
         self.writer()?.submit(|answer| Write::Publish(Box::new(publish), answer)).await
     }
 
-    /// The rows of an event, with as many deliveries leased to this node as it has room for.
-    pub(super) fn draft_of(&self, publish: Publish, subscribers: &HashMap<Subscription, Subscribers>) -> Draft {
+    /// The rows of an event, with as many deliveries leased to this node as it has room for; refused when too much is
+    /// pending.
+    pub(super) fn draft_of(
+        &self,
+        publish: Publish,
+        subscribers: &HashMap<Subscription, Subscribers>,
+    ) -> Result<Draft, Error> {
         let subscription = publish.subscription();
         let Publish { tenant, event_type, data, lease, test } = publish;
         let created_at = clock::now();
@@ -141,6 +148,7 @@ impl Store {
             }
             None => {
                 let webhooks = subscribers.get(&subscription).cloned().unwrap_or_default();
+                self.0.backlog.admit(tenant.organization(), webhooks.len())?;
                 let new = webhooks.iter().map(|webhook_id| NewDelivery {
                     id: clock::new_id("del"),
                     webhook_id: Arc::clone(webhook_id),
@@ -149,7 +157,7 @@ impl Store {
                 (new.collect(), None)
             }
         };
-        Draft {
+        Ok(Draft {
             tenant,
             event,
             first_attempt_at: created_at.after(lease.first_wait),
@@ -157,7 +165,7 @@ impl Store {
             plan: if done.is_some() { Plan::Once } else { Plan::Schedule },
             deliveries,
             done,
-        }
+        })
     }
 }
 

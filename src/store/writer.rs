@@ -83,11 +83,12 @@ impl Store {
         }
         match self.subscribers(publishes.iter().map(|(publish, _)| publish.subscription())).await {
             Ok(subscribers) => {
-                let drafts = publishes.into_iter().map(|(publish, answer)| {
-                    let draft = self.draft_of(*publish, &subscribers);
-                    (draft, answer)
-                });
-                batch.drafts.extend(drafts);
+                for (publish, answer) in publishes {
+                    match self.draft_of(*publish, &subscribers) {
+                        Ok(draft) => batch.drafts.push((draft, answer)),
+                        Err(refused) => drop(answer.send(Err(refused))),
+                    }
+                }
                 (batch, None)
             }
             Err(error) => {

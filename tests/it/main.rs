@@ -3,6 +3,7 @@
 mod support;
 
 mod architecture;
+mod backlog;
 mod command_line;
 mod crashing;
 mod delivering;
