@@ -1,0 +1,372 @@
+//! Whether anybody's receivers or events slow the others down: `cargo bench --bench fairness [-- short] [SCENARIO…]`,
+//! with the scenarios `dead`, `slow`, `flood` and `recovery`; on PostgreSQL with
+//! `SHORTKIT_BENCH_POSTGRES=postgres://…`, which must name an empty database.
+//!
+//! The service runs in a process of its own. Organisation `others` publishes at a steady pace to a receiver that answers
+//! at once; what its deliveries take, from before the publish to the arrival, is measured first alone and then while the
+//! disturbance lasts, in the same run of the service. `short` takes about three minutes instead of twenty: it measures
+//! for a shorter time, scales the slow receivers to a fifth of their time and five times their traffic, and takes fewer
+//! events for flood and recovery.
+//!
+//! Prints a line for each bar, PASS or FAIL, and one JSON line. Ends with 1 when a bar is missed.
+
+mod receiver;
+mod service;
+
+use std::{
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use self::{
+    receiver::{Manners, nanoseconds, never_accepts, now, serve},
+    service::{Caller, Service},
+};
+
+/// Events a second of those who are not to be disturbed, each for four webhooks …
+const PACE: u32 = 100;
+/// … and of the quiet one in a flood.
+const QUIET_PACE: u32 = 20;
+/// Not measured: connections are made, caches filled.
+const WARM_UP: Duration = Duration::from_secs(2);
+/// What has not arrived this long after its run counts as lost.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Webhooks that never answer; each has more waiting than it may have under way.
+const DEAD: usize = 64;
+const DEAD_EVENTS: usize = 48;
+/// Webhooks of the slow scenario, in as many groups as there are event types for them.
+const SLOW: usize = 1_000;
+const GROUPS: usize = 50;
+/// Webhooks whose receiver recovers.
+const RECOVERING: usize = 10;
+/// Calls under way of the loud organisation.
+const LOUD: usize = 256;
+/// The per-webhook limit of the service.
+const MAX_IN_FLIGHT: usize = 32;
+
+/// How large everything is.
+struct Size {
+    measure: Duration,
+    /// How long the slow receivers take, and the pace of events for their groups.
+    slow: Duration,
+    slow_pace: u32,
+    flood_events: usize,
+    recovering_events: usize,
+    /// From the first refusal to the recovery.
+    down: Duration,
+}
+
+const LONG: Size = Size {
+    measure: Duration::from_secs(60),
+    slow: Duration::from_millis(14_900),
+    slow_pace: 5,
+    flood_events: 1_000_000,
+    recovering_events: 100_000,
+    down: Duration::from_secs(180),
+};
+const SHORT: Size = Size {
+    measure: Duration::from_secs(20),
+    slow: Duration::from_millis(2_980),
+    slow_pace: 25,
+    flood_events: 50_000,
+    recovering_events: 10_000,
+    down: Duration::from_secs(20),
+};
+
+/// What somebody's deliveries took.
+#[derive(Clone, Copy)]
+struct Latency {
+    p50_ms: f64,
+    p99_ms: f64,
+    count: usize,
+    lost: usize,
+}
+
+/// Everything a scenario needs.
+struct Stage {
+    service: Arc<Service>,
+    manners: Arc<Manners>,
+    base: String,
+    others: Caller,
+    runs: u64,
+    report: Report,
+}
+
+/// What was found.
+#[derive(Default)]
+struct Report {
+    lines: Vec<Value>,
+    missed: usize,
+}
+
+impl Report {
+    fn bar(&mut self, scenario: &str, what: &str, without: f64, with: f64, bar: f64) {
+        let ratio = with / without.max(f64::MIN_POSITIVE);
+        let passed = ratio <= bar;
+        self.missed += usize::from(!passed);
+        let verdict = if passed { "PASS" } else { "FAIL" };
+        println!("{scenario:9} {what:12} {without:10.2} {with:10.2} {ratio:7.2} {bar:5.2}  {verdict}");
+        self.lines.push(json!({
+            "scenario": scenario, "what": what, "without": without, "with": with, "ratio": ratio, "bar": bar, "passed": passed,
+        }));
+    }
+
+    /// Something that must not be more than it may.
+    fn at_most(&mut self, scenario: &str, what: &str, found: usize, most: usize) {
+        let passed = found <= most;
+        self.missed += usize::from(!passed);
+        let verdict = if passed { "PASS" } else { "FAIL" };
+        println!("{scenario:9} {what:12} {:10} {found:10} {:7} {most:5}  {verdict}", "", "");
+        self.lines.push(json!({ "scenario": scenario, "what": what, "with": found, "bar": most, "passed": passed }));
+    }
+
+    fn note(&mut self, scenario: &str, what: &str, without: f64, with: f64) {
+        println!("{scenario:9} {what:12} {without:10.2} {with:10.2} {:7.2}", with / without.max(f64::MIN_POSITIVE));
+        self.lines.push(json!({ "scenario": scenario, "what": what, "without": without, "with": with }));
+    }
+
+    fn latencies(&mut self, scenario: &str, without: Latency, with: Latency, bar: f64) {
+        self.note(scenario, "p50 ms", without.p50_ms, with.p50_ms);
+        self.bar(scenario, "p99 ms", without.p99_ms, with.p99_ms, bar);
+        self.at_most(scenario, "lost", without.lost + with.lost, 0);
+        println!("{scenario:9} {:12} {:10} {:10}", "events", without.count, with.count);
+    }
+}
+
+impl Stage {
+    async fn new(size: &Size, arguments: &[&str]) -> Self {
+        let manners = Manners::new(now(), size.slow);
+        let base = serve(&manners).await;
+        let database = std::env::var("SHORTKIT_BENCH_POSTGRES").ok();
+        let groups: Vec<String> = (0..GROUPS).map(group).collect();
+        let types = format!("content.ready,content.errored,export.ready,{}", groups.join(","));
+        let arguments = [&["--event-types", &types], arguments].concat();
+        let service = Arc::new(Service::start(database.as_deref(), &arguments).await);
+        let others = service.caller("others").await;
+        for _ in 0..4 {
+            others.webhook(format!("{base}/counted"), "content.ready").await;
+        }
+        let mut stage = Self { service, manners, base, others, runs: 0, report: Report::default() };
+        stage.measure(WARM_UP, PACE).await;
+        stage
+    }
+
+    /// Publishes for `time` and measures what arrives.
+    async fn measure(&mut self, time: Duration, pace: u32) -> Latency {
+        self.runs += 1;
+        let (run, start) = (self.runs, self.manners.start);
+        self.manners.arrived.expect(run);
+        let published = Arc::new(AtomicUsize::new(0));
+        let mut calls = JoinSet::new();
+        let mut ticks = tokio::time::interval(Duration::from_secs(1) / pace);
+        let began = now();
+        let mut number = 0;
+        while began.elapsed() < time {
+            ticks.tick().await;
+            number += 1;
+            // Each in a task of its own: one that takes long does not hold up the next, and is measured with its wait.
+            let (others, published) = (self.others.clone(), Arc::clone(&published));
+            calls.spawn(async move {
+                let data =
+                    format!("{{\"run\":{run},\"at\":{},\"filler\":\"{}\"}}", nanoseconds(start), "x".repeat(450));
+                if others.publish(number, "content.ready", data).await.is_ok() {
+                    published.fetch_add(4, Ordering::Relaxed);
+                }
+            });
+        }
+        while calls.join_next().await.is_some() {}
+        let published = published.load(Ordering::Relaxed);
+        let waiting = now();
+        let mut latencies = self.manners.arrived.latencies();
+        while latencies.len() < published && waiting.elapsed() < PATIENCE {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            latencies = self.manners.arrived.latencies();
+        }
+        latencies.sort_unstable();
+        let percentile = |percent: usize| {
+            latencies.get(latencies.len().saturating_sub(1) * percent / 100).map_or(0.0, |ns| *ns as f64 / 1e6)
+        };
+        let lost = published.saturating_sub(latencies.len());
+        Latency { p50_ms: percentile(50), p99_ms: percentile(99), count: latencies.len(), lost }
+    }
+}
+
+fn group(number: usize) -> String {
+    format!("slow.g{number}")
+}
+
+/// Publishes at a pace until told to stop.
+fn keep_publishing(caller: Caller, pace: u32, event: impl Fn(usize) -> String + Send + 'static) -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(Duration::from_secs(1) / pace);
+        let mut number = 0;
+        while !stopped.load(Ordering::Relaxed) {
+            ticks.tick().await;
+            number += 1;
+            let (caller, event) = (caller.clone(), event(number));
+            tokio::spawn(async move { caller.publish(number, &event, "{}".to_owned()).await });
+        }
+    });
+    stop
+}
+
+/// Publishes `count` events, many at a time.
+async fn publish_all(caller: &Caller, count: usize, event: &'static str, until: Arc<AtomicBool>) -> usize {
+    let next = Arc::new(AtomicUsize::new(0));
+    let mut loops = JoinSet::new();
+    for number in 0..LOUD {
+        let (caller, next, until) = (caller.clone(), Arc::clone(&next), Arc::clone(&until));
+        loops.spawn(async move {
+            while !until.load(Ordering::Relaxed) && next.fetch_add(1, Ordering::Relaxed) < count {
+                caller.publish_surely(number, event, format!("{{\"filler\":\"{}\"}}", "x".repeat(450))).await;
+            }
+        });
+    }
+    while loops.join_next().await.is_some() {}
+    next.load(Ordering::Relaxed).min(count)
+}
+
+/// A fifth of the traffic goes to receivers that take connections, or not even those, and never answer.
+async fn dead(size: &Size) -> Report {
+    let mut stage = Stage::new(size, &[]).await;
+    let without = stage.measure(size.measure, PACE).await;
+    let caller = stage.service.caller("dead").await;
+    let (deaf, _listener) = never_accepts();
+    for number in 0..DEAD {
+        let url = if number % 2 == 0 { format!("{}/hang", stage.base) } else { deaf.clone() };
+        caller.webhook(url, &group(number % GROUPS)).await;
+    }
+    // All places that they can get are taken from the first moment.
+    for number in 0..DEAD_EVENTS * GROUPS {
+        caller.publish_surely(number, &group(number % GROUPS), "{}".to_owned()).await;
+    }
+    // The others make four deliveries an event.
+    let stop = keep_publishing(caller, PACE, |number| group(number % GROUPS));
+    let with = stage.measure(size.measure, PACE).await;
+    stop.store(true, Ordering::Relaxed);
+    stage.report.latencies("dead", without, with, 1.2);
+    stage.report
+}
+
+/// A thousand receivers that answer, but late.
+async fn slow(size: &Size) -> Report {
+    let mut stage = Stage::new(size, &[]).await;
+    let caller = stage.service.caller("slow").await;
+    for number in 0..SLOW {
+        caller.webhook(format!("{}/slow", stage.base), &group(number % GROUPS)).await;
+    }
+    let without = stage.measure(size.measure, PACE).await;
+    let memory = stage.service.resident_mib();
+    let stop = keep_publishing(caller, size.slow_pace, |number| group(number % GROUPS));
+    tokio::time::sleep(size.slow * 2).await;
+    let with = stage.measure(size.measure, PACE).await;
+    let memory_with = stage.service.resident_mib();
+    stop.store(true, Ordering::Relaxed);
+    stage.report.latencies("slow", without, with, 1.5);
+    stage.report.bar("slow", "memory MiB", memory, memory_with, 1.3);
+    stage.report
+}
+
+/// One organisation publishes as fast as it can.
+async fn flood(size: &Size) -> Report {
+    let mut stage = Stage::new(size, &[]).await;
+    let without = stage.measure(size.measure, QUIET_PACE).await;
+    let memory = stage.service.resident_mib();
+    let loud = stage.service.caller("loud").await;
+    loud.webhook(format!("{}/loud", stage.base), "content.ready").await;
+    let until = Arc::new(AtomicBool::new(false));
+    let events = size.flood_events;
+    let flooding = tokio::spawn({
+        let until = Arc::clone(&until);
+        async move {
+            let began = now();
+            let count = publish_all(&loud, events, "content.ready", until).await;
+            count as f64 / began.elapsed().as_secs_f64()
+        }
+    });
+    tokio::time::sleep(WARM_UP).await;
+    let with = stage.measure(size.measure, QUIET_PACE).await;
+    let memory_with = stage.service.resident_mib();
+    until.store(true, Ordering::Relaxed);
+    let rate = flooding.await.unwrap_or(0.0);
+    stage.report.latencies("flood", without, with, 2.0);
+    stage.report.note("flood", "memory MiB", memory, memory_with);
+    stage.report.note("flood", "events/s", 0.0, rate);
+    stage.report
+}
+
+/// A receiver that was down comes back when everything for it falls due at the same moment.
+async fn recovery(size: &Size) -> Report {
+    let mut stage = Stage::new(size, &["--retry-schedule", "0s,1s,1s"]).await;
+    let without = stage.measure(size.measure, PACE).await;
+    let recovering = &stage.manners.recovering;
+    let back_at = now() + size.down;
+    *recovering.back_at.lock().expect("no panic") = back_at;
+    let caller = stage.service.caller("recovering").await;
+    for _ in 0..RECOVERING {
+        caller.webhook(format!("{}/down", stage.base), "export.ready").await;
+    }
+    let events = size.recovering_events / RECOVERING;
+    publish_all(&caller, events, "export.ready", Arc::default()).await;
+    while recovering.refused.load(Ordering::Relaxed) < size.recovering_events && now() < back_at {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let waiting = recovering.refused.load(Ordering::Relaxed);
+    recovering.up.store(true, Ordering::Relaxed);
+    tokio::time::sleep_until((back_at - Duration::from_secs(1)).into()).await;
+    let began = now();
+    let with = stage.measure(size.measure, PACE).await;
+    let recovering = &stage.manners.recovering;
+    while recovering.accepted.load(Ordering::Relaxed) < size.recovering_events && began.elapsed() < 10 * size.measure {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (took, accepted) = (began.elapsed().as_secs_f64(), recovering.accepted.load(Ordering::Relaxed));
+    let most = recovering.most_under_way();
+    stage.report.note("recovery", "due", 0.0, waiting as f64);
+    stage.report.at_most("recovery", "in flight", most, MAX_IN_FLIGHT);
+    stage.report.at_most("recovery", "missing", size.recovering_events.saturating_sub(accepted), 0);
+    stage.report.note("recovery", "seconds", 0.0, took);
+    stage.report.latencies("recovery", without, with, 2.0);
+    stage.report
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let given = |name: &str| arguments.iter().any(|argument| argument == name);
+    let size = if given("short") { SHORT } else { LONG };
+    let all = !["dead", "slow", "flood", "recovery"].into_iter().any(given);
+    println!("{:9} {:12} {:>10} {:>10} {:>7} {:>5}", "scenario", "figure", "without", "with", "ratio", "bar");
+    let began: Instant = now();
+    let mut reports = Vec::new();
+    if all || given("dead") {
+        reports.push(dead(&size).await);
+    }
+    if all || given("slow") {
+        reports.push(slow(&size).await);
+    }
+    if all || given("flood") {
+        reports.push(flood(&size).await);
+    }
+    if all || given("recovery") {
+        reports.push(recovery(&size).await);
+    }
+    let missed: usize = reports.iter().map(|report| report.missed).sum();
+    let lines: Vec<Value> = reports.into_iter().flat_map(|report| report.lines).collect();
+    let seconds = began.elapsed().as_secs();
+    println!(
+        "{}",
+        json!({ "bench": "fairness", "short": given("short"), "seconds": seconds, "missed": missed, "lines": lines })
+    );
+    if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
