@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::{Engine, pace::Ended};
 use crate::{
     clock, egress, failpoint,
-    store::{Finished, Leased, Target},
+    store::{Finished, Leased, Store, Target},
     webhook::{self, Answer, Attempt, Outcome, Timestamp, WebhookStatus},
 };
 
@@ -26,10 +26,18 @@ const TO_RECORD: Duration = Duration::from_secs(5);
 /// Between tries to record a result while the database cannot be reached.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
 
-/// A place on the wire, given back however the attempt ends.
+/// A place on the wire, given back as soon as the request has ended, and not only when its result is recorded: the next
+/// attempt for the webhook need not wait for a commit.
 pub(super) struct Slot {
     freed: Freed,
     to: mpsc::UnboundedSender<Freed>,
+}
+
+/// A place in memory, given back however the attempt ends.
+pub(super) struct Place {
+    store: Store,
+    webhook_id: Arc<str>,
+    bytes: usize,
 }
 
 /// What the engine is told when a place on the wire is free again.
@@ -37,15 +45,13 @@ pub(super) struct Slot {
 pub(super) struct Freed {
     /// Whose it was, as the queue knows it.
     pub(super) line: usize,
-    /// Length of the data.
-    pub(super) bytes: usize,
     /// How the attempt ended; none when it was not made.
     pub(super) ended: Option<Ended>,
 }
 
 impl Slot {
-    pub(super) fn new(line: usize, leased: &Leased, to: mpsc::UnboundedSender<Freed>) -> Self {
-        Self { freed: Freed { line, bytes: leased.event.data.as_str().len(), ended: None }, to }
+    pub(super) fn new(line: usize, to: mpsc::UnboundedSender<Freed>) -> Self {
+        Self { freed: Freed { line, ended: None }, to }
     }
 
     fn ended(&mut self, attempt: &Attempt) {
@@ -60,10 +66,23 @@ impl Drop for Slot {
     }
 }
 
+impl Place {
+    pub(super) fn new(store: Store, leased: &Leased) -> Self {
+        Self { store, webhook_id: Arc::clone(&leased.webhook_id), bytes: leased.event.data.as_str().len() }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.store.let_go(&self.webhook_id, self.bytes);
+    }
+}
+
 impl Engine {
-    /// Makes the attempt and records it; `slot` is free again when this ends.
+    /// Makes the attempt and records it.
     #[tracing::instrument(skip_all, fields(webhook = &*leased.webhook_id, delivery = leased.delivery_id, attempt = leased.attempt))]
-    pub(super) async fn attempt(self, mut leased: Leased, mut slot: Option<Slot>) {
+    pub(super) async fn attempt(self, mut leased: Leased, place: Option<(Slot, Place)>) {
+        let (mut slot, _place) = place.unzip();
         let target = match self.store.target(&leased.webhook_id).await {
             Ok(target) => target,
             Err(error) => {
@@ -80,7 +99,7 @@ impl Engine {
         };
         failpoint::reached("post", "before");
         let (attempt, outcome) = self.post(&leased, &target).await;
-        if let Some(slot) = &mut slot {
+        if let Some(mut slot) = slot.take() {
             slot.ended(&attempt);
         }
         failpoint::reached("post", "after");
@@ -103,7 +122,6 @@ impl Engine {
         if let Some((done, attempt)) = told {
             let _ = done.send(attempt);
         }
-        drop(slot);
     }
 
     async fn give_back(&self, leased: Leased) {

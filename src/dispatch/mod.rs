@@ -15,7 +15,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    attempt::{Freed, Slot},
+    attempt::{Freed, Place, Slot},
     queue::Queue,
     shares::Shares,
 };
@@ -67,8 +67,8 @@ impl Engine {
                 },
             }
             while let Some((line, leased)) = queue.pop() {
-                let slot = Slot::new(line, &leased, freed.clone());
-                running.spawn(self.clone().attempt(leased, Some(slot)));
+                let place = (Slot::new(line, freed.clone()), Place::new(self.store.clone(), &leased));
+                running.spawn(self.clone().attempt(leased, Some(place)));
             }
         }
         let finish = self.finish(ready, claims, queue, &mut running, calls_ended);
@@ -118,9 +118,9 @@ impl Engine {
         }
     }
 
-    /// A place on the wire is free, and one in memory.
+    /// A place on the wire is free.
     fn free(&self, freed: &Freed, queue: &mut Queue<Leased>) {
         let (webhook_id, worth_holding) = queue.finished(freed.line, freed.ended);
-        self.store.let_go(&webhook_id, freed.bytes, worth_holding);
+        self.store.worth_holding(&webhook_id, worth_holding);
     }
 }

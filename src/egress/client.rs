@@ -29,8 +29,8 @@ const MAX_CONNECT: Duration = Duration::from_secs(5);
 const TO_NAME: Duration = Duration::from_millis(100);
 /// Registering a webhook waits this long for its name to be looked up, and then leaves the judgement to each attempt.
 const MAX_LOOKUP: Duration = Duration::from_secs(2);
-/// Idle connections kept for each host.
-const MAX_IDLE_PER_HOST: usize = 8;
+/// Idle connections kept for each host: as many as a webhook uses at a time, lest they be made anew all the time.
+const MAX_IDLE_PER_HOST: usize = 32;
 /// Idle connections are closed after this time.
 const MAX_IDLE: Duration = Duration::from_secs(30);
 /// An HTTP/2 connection under use that is silent for so long is asked whether it lives …

@@ -22,10 +22,14 @@ pub(super) const MAX_HELD: usize = 8_192;
 const FEW: usize = 8;
 /// … up to this many in all.
 const MAX_HELD_WITH_FEW: usize = 2 * MAX_HELD;
-/// Of one webhook it holds at most this many …
-pub(super) const MAX_HELD_PER_WEBHOOK: usize = 256;
-/// … and fewer than the free ones divided by this, which lets a few webhooks have as many as they may.
-const FREE_PER_HELD: usize = MAX_HELD / MAX_HELD_PER_WEBHOOK;
+/// Of one webhook it holds at most this many, when its receiver is known to take them quickly …
+pub(super) const MAX_HELD_PER_WEBHOOK: usize = 1_024;
+/// … and this many, when it is not …
+const MAX_HELD_UNPROVEN: usize = 256;
+/// … and fewer than the free ones divided by how many webhooks could have as many as they may.
+const fn free_per_held(worth: usize) -> usize {
+    MAX_HELD / if worth > MAX_HELD_UNPROVEN { MAX_HELD_PER_WEBHOOK } else { MAX_HELD_UNPROVEN }
+}
 /// Data of so many bytes is in one place.
 const PLACE_BYTES: usize = 8 * 1024;
 
@@ -140,15 +144,15 @@ impl Held {
     /// How many more places the webhook may take.
     fn room(&self, webhook_id: &str) -> usize {
         let (held, worth) =
-            self.webhooks.get(webhook_id).map_or((0, MAX_HELD_PER_WEBHOOK), |webhook| (webhook.held, webhook.worth));
+            self.webhooks.get(webhook_id).map_or((0, MAX_HELD_UNPROVEN), |webhook| (webhook.held, webhook.worth));
         let free = MAX_HELD.saturating_sub(self.total);
         let few = if self.total < MAX_HELD_WITH_FEW { FEW } else { 0 };
-        (free / FREE_PER_HELD).max(few).min(worth).saturating_sub(held)
+        (free / free_per_held(worth)).max(few).min(worth).saturating_sub(held)
     }
 
     fn of(&mut self, webhook_id: &str) -> &mut OfWebhook {
         if !self.webhooks.contains_key(webhook_id) {
-            let new = OfWebhook { held: 0, worth: MAX_HELD_PER_WEBHOOK, waiting: false };
+            let new = OfWebhook { held: 0, worth: MAX_HELD_UNPROVEN, waiting: false };
             self.webhooks.insert(webhook_id.to_owned(), new);
         }
         self.webhooks.get_mut(webhook_id).expect("it was just put there")
@@ -169,8 +173,16 @@ mod tests {
     fn one_webhook_cannot_fill_the_memory() {
         let handoff = Handoff::default();
         let slow = fill(&handoff, "slow");
-        assert!((200..=MAX_HELD_PER_WEBHOOK).contains(&slow), "{slow}");
+        assert!((200..=MAX_HELD_UNPROVEN).contains(&slow), "{slow}");
         assert!(handoff.try_take("other", 1));
+    }
+
+    #[test]
+    fn a_quick_receiver_may_have_more() {
+        let handoff = Handoff::default();
+        assert!(handoff.try_take("quick", 1));
+        handoff.learn("quick", 10_000);
+        assert!((800..MAX_HELD_PER_WEBHOOK).contains(&fill(&handoff, "quick")));
     }
 
     #[test]

@@ -215,11 +215,15 @@ impl Store {
         Ok(leased)
     }
 
-    /// Says that a delivery of so many bytes of data is no longer held in memory, because its attempt ended or is given
-    /// up, and how many of its webhook are worth holding.
-    pub fn let_go(&self, webhook_id: &str, bytes: usize, worth_holding: usize) {
-        self.0.handoff.learn(webhook_id, worth_holding);
+    /// Says that a delivery of so many bytes of data is no longer held in memory, because its result is recorded or its
+    /// attempt is given up.
+    pub fn let_go(&self, webhook_id: &str, bytes: usize) {
         self.0.handoff.let_go(webhook_id, bytes);
+    }
+
+    /// Says how many deliveries of a webhook are worth holding in memory.
+    pub fn worth_holding(&self, webhook_id: &str, count: usize) {
+        self.0.handoff.learn(webhook_id, count);
     }
 
     /// Gives leases back unused: the deliveries are due again at once, and the attempts stay granted.
