@@ -4,11 +4,10 @@
 mod service;
 mod world;
 
-use std::{net::IpAddr, process::Command, time::Duration};
+use std::{net::IpAddr, process::Command};
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use shortkit_webhooks::clock;
 
 use self::{
     service::Service,
@@ -249,17 +248,17 @@ async fn a_silent_name_server_delays_nobody_else(world: &World, service: &Servic
     world.turn(true);
     let threads = service.status("Threads");
     let mut watch = service.watch("export.ready").await;
-    let started = clock::stopwatch();
     assert_eq!(service.publish("export.ready").await, SILENT);
     world.queries_for("silent", SILENT).await;
-    let before = clock::stopwatch();
+    // It would not be, had its look-up to wait for one of these.
     assert_eq!(service.test(&other).await["status"], "success");
-    assert!(before.elapsed() < Duration::from_secs(2), "{:?}", before.elapsed());
     assert!(service.status("Threads") < threads + 20, "{threads}, then {}", service.status("Threads"));
-    let errors = watch.ended(SILENT).await;
-    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
-    let known = |error: &String| error == "DNS lookup failed" || error == "Connection timeout";
-    assert!(errors.iter().all(known), "{errors:?}");
+    for change in watch.ended(SILENT).await {
+        let error = change.last_error();
+        assert!(error == "DNS lookup failed" || error == "Connection timeout", "{error}");
+        // Milliseconds: what connecting may take, and something for a machine that is busy.
+        assert!(change.response_time() < 10_000, "{change:?}");
+    }
     service.delete(&other).await;
 }
 

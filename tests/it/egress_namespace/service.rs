@@ -148,20 +148,15 @@ impl Service {
 }
 
 impl Watch {
-    /// Waits until so many deliveries have ended; the errors of those that failed.
-    pub(super) async fn ended(&mut self, count: usize) -> Vec<String> {
-        let (mut ended, mut errors) = (0, Vec::new());
-        while ended < count {
+    /// Waits until so many deliveries have ended: the change that ended each.
+    pub(super) async fn ended(&mut self, count: usize) -> Vec<WatchDeliveriesResponse> {
+        let mut ended = Vec::new();
+        while ended.len() < count {
             let change = soon("a change", self.0.message()).await.unwrap().expect("the stream goes on");
-            match change.status() {
-                DeliveryStatus::Success => ended += 1,
-                DeliveryStatus::Failed => {
-                    ended += 1;
-                    errors.extend(change.last_error);
-                }
-                _ => {}
+            if matches!(change.status(), DeliveryStatus::Success | DeliveryStatus::Failed) {
+                ended.push(change);
             }
         }
-        errors
+        ended
     }
 }
