@@ -5,8 +5,11 @@ use std::{env, fs, path::PathBuf};
 use protox::prost::Message;
 
 const ROOT: &str = "proto";
-const FILES: [&str; 2] =
-    ["proto/shortkit/webhooks/v1/webhook_service.proto", "proto/shortkit/webhooks/v1/delivery_service.proto"];
+const FILES: [&str; 3] = [
+    "proto/shortkit/webhooks/v1/webhook_service.proto",
+    "proto/shortkit/webhooks/v1/delivery_service.proto",
+    "proto/shortkit/webhooks/v1/audit_service.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed={ROOT}");

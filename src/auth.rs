@@ -14,12 +14,14 @@ use tower::{Layer, Service};
 use crate::{
     clock,
     grpc::{self, key_refused},
-    store::{KeyHash, KeyInfo, KeyKind, Store},
+    store::{Actor, KeyHash, KeyInfo, KeyKind, Store},
     webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant},
 };
 
 /// Names the organisation that a service key acts for.
 const ORGANIZATION: &str = "x-shortkit-organization";
+/// Names the request; the server has put it there, since ids are ours.
+const REQUEST_ID: &str = "x-request-id";
 /// A longer key is none.
 const MAX_KEY_BYTES: usize = 256;
 /// The key of an open stream is looked at this often, beside each time that keys have changed: it may expire, and
@@ -33,6 +35,8 @@ const OPEN: [&str; 2] = ["/grpc.health.v1.", "/grpc.reflection."];
 pub struct Principal {
     /// On whose behalf it acts.
     pub tenant: Tenant,
+    /// Who answers for what it changes.
+    pub actor: Actor,
     keys: Arc<Keys>,
     key: KeyHash,
 }
@@ -129,7 +133,8 @@ impl Keys {
         let info = self.check(key).await?;
         let tenant = tenant(&info, headers)?;
         self.store.key_used(&info.id);
-        Ok(Principal { tenant, keys: self, key })
+        let request_id = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
+        Ok(Principal { tenant, actor: Actor::key(&info.id, request_id), keys: self, key })
     }
 
     /// What is known of a key that opens the door now.

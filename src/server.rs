@@ -24,7 +24,10 @@ use crate::{
     egress,
     grpc::{
         Api, DESCRIPTORS, MAX_TESTS, Parts, Tokens,
-        proto::{delivery_service_server::DeliveryServiceServer, webhook_service_server::WebhookServiceServer},
+        proto::{
+            audit_service_server::AuditServiceServer, delivery_service_server::DeliveryServiceServer,
+            webhook_service_server::WebhookServiceServer,
+        },
     },
     rest,
     store::{self, BacklogLimits, Lease, Store},
@@ -136,11 +139,13 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
     let auth = Auth::new(api.0.store.clone(), config.environments.clone());
     let mut routes = Routes::builder();
     routes.add_service(WebhookServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES));
+    routes.add_service(AuditServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES));
     routes.add_service(DeliveryServiceServer::new(api).max_decoding_message_size(MAX_MESSAGE_BYTES));
     if config.health {
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<WebhookServiceServer<Api>>().await;
         reporter.set_serving::<DeliveryServiceServer<Api>>().await;
+        reporter.set_serving::<AuditServiceServer<Api>>().await;
         routes.add_service(health);
         tokio::spawn(not_ready(reporter, shutdown.clone()));
     }
@@ -202,6 +207,7 @@ async fn not_ready(reporter: HealthReporter, shutdown: CancellationToken) {
     reporter.set_service_status("", ServingStatus::NotServing).await;
     reporter.set_not_serving::<WebhookServiceServer<Api>>().await;
     reporter.set_not_serving::<DeliveryServiceServer<Api>>().await;
+    reporter.set_not_serving::<AuditServiceServer<Api>>().await;
 }
 
 fn client(config: &Config) -> Result<egress::Client, egress::StartError> {

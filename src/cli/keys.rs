@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use super::{Error, open, print};
+use super::{Error, open, print, print_table};
 use crate::{
     clock,
     config::{DatabaseArgs, MasterKeyArgs, MasterKeyConfig},
@@ -145,10 +145,10 @@ async fn create(args: CreateArgs) -> Result<(), Error> {
     let created = store.create_key(NewKey { organization: args.organization, environment, kind, expires_at }).await?;
     if args.json {
         let mut object = describe(&created.info);
-        object["key"] = json!(created.key);
+        object["key"] = json!(&*created.key);
         print(object)?;
     } else {
-        print(&created.key)?;
+        print(&*created.key)?;
         eprintln!("This is the only time the key is shown. Its id is {}.", created.info.id);
     }
     Ok(())
@@ -170,16 +170,8 @@ async fn list(args: ListArgs) -> Result<(), Error> {
         );
         return Ok(());
     }
-    let header =
-        ["ID", "PREFIX", "KIND", "ORGANIZATION", "CREATED", "LAST USED", "EXPIRES", "STATE"].map(str::to_owned);
-    let rows: Vec<[String; 8]> = std::iter::once(header).chain(keys.iter().map(row)).collect();
-    let widths: [usize; 8] =
-        std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
-    for row in &rows {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        print(cells.join("  ").trim_end())?;
-    }
-    Ok(())
+    let header = ["ID", "PREFIX", "KIND", "ORGANIZATION", "CREATED", "LAST USED", "EXPIRES", "STATE"];
+    Ok(print_table(header, keys.iter().map(row))?)
 }
 
 async fn revoke(args: RevokeArgs) -> Result<(), Error> {

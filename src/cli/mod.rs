@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand.
 
+mod audit;
 mod client;
 mod keys;
 mod listen;
@@ -38,6 +39,8 @@ enum Command {
     Serve(Box<ServeArgs>),
     /// Create, list and revoke API keys
     Keys(keys::KeysArgs),
+    /// Show who did what to keys, webhooks, secrets and deliveries
+    Audit(audit::AuditArgs),
     /// Bring the database's schema up to date, for deployments that do so before `serve`
     Migrate(DatabaseArgs),
     /// Receive webhooks here: verify, print and answer them
@@ -106,6 +109,7 @@ impl Command {
         match self {
             Self::Serve(args) => serve::serve(*args, stop).await,
             Self::Keys(args) => args.run().await,
+            Self::Audit(args) => args.run().await,
             Self::Migrate(args) => migrate(args).await,
             Self::Listen(args) => args.run(stop).await,
             Self::Publish(args) => args.run(stop).await,
@@ -129,6 +133,18 @@ fn print(line: impl std::fmt::Display) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}")?;
     out.flush()
+}
+
+/// Prints rows in columns as wide as they need to be.
+fn print_table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> std::io::Result<()> {
+    let rows: Vec<[String; N]> = std::iter::once(header.map(str::to_owned)).chain(rows).collect();
+    let widths: [usize; N] =
+        std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
+    for row in &rows {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        print(cells.join("  ").trim_end())?;
+    }
+    Ok(())
 }
 
 /// Ends when the operator or the system asks this process to stop.

@@ -92,7 +92,7 @@ async fn dev_keys(store: &Store, path: &Path) -> Result<DevKeys, Error> {
         if !works {
             let organization = (kind == KeyKind::Secret).then(|| ORGANIZATION.to_owned());
             let new = NewKey { organization, environment: Environment::Test, kind, expires_at: None };
-            *key = store.create_key(new).await?.key;
+            *key = store.create_key(new).await?.key.to_owned();
             fresh = true;
         }
     }

@@ -2,7 +2,7 @@
 
 use super::proto;
 use crate::{
-    store::{DeliveryDetail, ListedDelivery, Stats},
+    store::{AuditAction, AuditEntry, DeliveryDetail, ListedDelivery, Stats},
     webhook::{Attempt, Change, ChangeKind, DeliveryStatus, Secret, Timestamp, Webhook, WebhookStatus},
 };
 
@@ -80,6 +80,32 @@ fn attempt(attempt: Attempt) -> proto::Attempt {
         response_time: attempt.duration_ms,
         response,
         error: attempt.error,
+    }
+}
+
+pub(super) fn audit_action(action: AuditAction) -> proto::AuditAction {
+    match action {
+        AuditAction::KeyCreated => proto::AuditAction::KeyCreated,
+        AuditAction::KeyRevoked => proto::AuditAction::KeyRevoked,
+        AuditAction::WebhookCreated => proto::AuditAction::WebhookCreated,
+        AuditAction::WebhookUpdated => proto::AuditAction::WebhookUpdated,
+        AuditAction::WebhookDeleted => proto::AuditAction::WebhookDeleted,
+        AuditAction::SecretRotated => proto::AuditAction::SecretRotated,
+        AuditAction::MasterKeyRotated => proto::AuditAction::MasterKeyRotated,
+        AuditAction::DeliveryRetried => proto::AuditAction::DeliveryRetried,
+    }
+}
+
+pub(super) fn audit_entry(entry: AuditEntry) -> proto::AuditEntry {
+    proto::AuditEntry {
+        id: entry.id,
+        action: audit_action(entry.action).into(),
+        actor: entry.actor,
+        resource_id: entry.resource_id,
+        webhook_id: entry.webhook_id,
+        changed_fields: entry.changed_fields,
+        request_id: entry.request_id,
+        occurred_at: Some(timestamp(entry.occurred_at)),
     }
 }
 

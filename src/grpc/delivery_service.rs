@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{Api, convert, principal, proto, status, tenant, token::Purpose, validate, watch};
+use super::{Api, actor, convert, principal, proto, status, tenant, token::Purpose, validate, watch};
 use crate::{
     store::{ChangeFilter, DeliveryFilter},
     webhook::{DeliveryStatus, EventData, Tenant, Webhook},
@@ -89,10 +89,11 @@ impl proto::delivery_service_server::DeliveryService for Api {
         request: Request<proto::RetryDeliveryRequest>,
     ) -> Result<Response<proto::RetryDeliveryResponse>, Status> {
         let tenant = tenant(&request)?;
+        let by = actor(&request)?;
         let request = request.into_inner();
         let webhook = self.webhook(&tenant, &request.webhook_id).await?;
         validate::id("delivery", &request.delivery_id)?;
-        let retried = self.store.retry_delivery(&webhook.id, &request.delivery_id).await;
+        let retried = self.store.retry_delivery(&webhook.id, &request.delivery_id, &by).await;
         let delivery = retried.map_err(status::retry)?;
         Ok(Response::new(proto::RetryDeliveryResponse {
             id: delivery.id,

@@ -1,5 +1,6 @@
 //! The only place with generated types: requests become domain types here, and domain types answers.
 
+mod audit_service;
 mod convert;
 mod delivery_service;
 mod status;
@@ -18,7 +19,7 @@ pub use self::token::Tokens;
 use crate::{
     auth::Principal,
     egress,
-    store::{Lease, Store},
+    store::{Actor, Lease, Store},
     webhook::{EventTypes, Tenant},
 };
 
@@ -34,7 +35,7 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 /// Test events under way at a time on this node; one more is refused as unavailable.
 pub const MAX_TESTS: usize = 128;
 
-/// Both services.
+/// All services.
 #[derive(Clone)]
 pub struct Api(pub Arc<Parts>);
 
@@ -67,6 +68,11 @@ impl std::ops::Deref for Api {
 /// Who calls.
 fn principal<T>(request: &Request<T>) -> Result<&Principal, Status> {
     request.extensions().get::<Principal>().ok_or_else(|| status::internal("no principal"))
+}
+
+/// Who answers for what the call changes.
+fn actor<T>(request: &Request<T>) -> Result<Actor, Status> {
+    Ok(principal(request)?.actor.clone())
 }
 
 /// Whose call it is: the tenant of the key, or the organisation that a service key names.

@@ -2,9 +2,10 @@
 
 use tonic::Status;
 
-use super::{Api, proto, status};
-use crate::webhook::{
-    self, DeliveryStatus, NewWebhook, WebhookStatus, WebhookUpdate, validate_description, validate_events,
+use super::{Api, convert, proto, status};
+use crate::{
+    store::AuditAction,
+    webhook::{self, DeliveryStatus, NewWebhook, WebhookStatus, WebhookUpdate, validate_description, validate_events},
 };
 
 /// No id is longer.
@@ -42,6 +43,23 @@ pub(super) fn delivery_status(field: Option<i32>) -> Result<Option<DeliveryStatu
             }
         })
         .transpose()
+}
+
+/// An id to filter by.
+pub(super) fn id_filter(field: &str, value: &str) -> Result<(), Status> {
+    let invalid = |_| status::invalid_parameter(field, "invalid", format!("{field} is not an id"));
+    id(field, value).map_err(invalid)
+}
+
+/// Action to filter by.
+pub(super) fn audit_action(field: Option<i32>) -> Result<Option<AuditAction>, Status> {
+    let Some(number) = field else { return Ok(None) };
+    let known = AuditAction::ALL.into_iter().find(|action| i32::from(convert::audit_action(*action)) == number);
+    let unknown = || {
+        let words = AuditAction::ALL.map(AuditAction::as_str).join(", ");
+        status::invalid_parameter("action", "unknown", format!("action must be one of {words}"))
+    };
+    known.map(Some).ok_or_else(unknown)
 }
 
 impl Api {

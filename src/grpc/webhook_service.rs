@@ -3,7 +3,7 @@
 use tonic::{Request, Response, Status};
 
 use super::{
-    Api, convert, proto, status, tenant,
+    Api, actor, convert, proto, status, tenant,
     token::Purpose,
     validate::{self, sample},
 };
@@ -34,8 +34,9 @@ impl proto::webhook_service_server::WebhookService for Api {
         request: Request<proto::CreateWebhookRequest>,
     ) -> Result<Response<proto::CreateWebhookResponse>, Status> {
         let tenant = tenant(&request)?;
+        let by = actor(&request)?;
         let new = self.new_webhook(request.into_inner()).await?;
-        let (webhook, secret) = self.store.create_webhook(&tenant, new).await.map_err(status::store)?;
+        let (webhook, secret) = self.store.create_webhook(&tenant, new, &by).await.map_err(status::store)?;
         let webhook = Some(convert::webhook(webhook, Some(&secret), None));
         Ok(Response::new(proto::CreateWebhookResponse { webhook }))
     }
@@ -56,11 +57,12 @@ impl proto::webhook_service_server::WebhookService for Api {
         request: Request<proto::UpdateWebhookRequest>,
     ) -> Result<Response<proto::UpdateWebhookResponse>, Status> {
         let tenant = tenant(&request)?;
+        let by = actor(&request)?;
         let request = request.into_inner();
         // Before the look at the fields: of a webhook that is not there, nothing else matters.
         let id = self.webhook(&tenant, &request.id).await?.id;
         let update = self.update(request).await?;
-        let updated = self.store.update_webhook(&tenant, &id, update).await.map_err(status::store)?;
+        let updated = self.store.update_webhook(&tenant, &id, update, &by).await.map_err(status::store)?;
         let webhook = updated.ok_or_else(|| status::not_found("webhook"))?;
         let webhook = Some(convert::webhook(webhook, None, None));
         Ok(Response::new(proto::UpdateWebhookResponse { webhook }))
@@ -71,9 +73,10 @@ impl proto::webhook_service_server::WebhookService for Api {
         request: Request<proto::DeleteWebhookRequest>,
     ) -> Result<Response<proto::DeleteWebhookResponse>, Status> {
         let tenant = tenant(&request)?;
+        let by = actor(&request)?;
         let id = request.into_inner().id;
         validate::id("webhook", &id)?;
-        if !self.store.delete_webhook(&tenant, &id).await.map_err(status::store)? {
+        if !self.store.delete_webhook(&tenant, &id, &by).await.map_err(status::store)? {
             return Err(status::not_found("webhook"));
         }
         Ok(Response::new(proto::DeleteWebhookResponse { id, deleted: true }))
@@ -84,9 +87,10 @@ impl proto::webhook_service_server::WebhookService for Api {
         request: Request<proto::RotateSecretRequest>,
     ) -> Result<Response<proto::RotateSecretResponse>, Status> {
         let tenant = tenant(&request)?;
+        let by = actor(&request)?;
         let id = request.into_inner().id;
         validate::id("webhook", &id)?;
-        let rotated = self.store.rotate_secret(&tenant, &id).await.map_err(status::store)?;
+        let rotated = self.store.rotate_secret(&tenant, &id, &by).await.map_err(status::store)?;
         let rotated = rotated.ok_or_else(|| status::not_found("webhook"))?;
         Ok(Response::new(proto::RotateSecretResponse {
             id,

@@ -6,6 +6,7 @@ use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder
 
 use super::{
     Error, Store,
+    audit::{Actor, AuditAction, Record},
     counts::Deltas,
     entity::{attempt, delivery, event},
     keys::tenant,
@@ -146,7 +147,7 @@ impl Store {
     }
 
     /// Grants a failed delivery one more attempt, due now.
-    pub async fn retry_delivery(&self, webhook_id: &str, id: &str) -> Result<Delivery, RetryError> {
+    pub async fn retry_delivery(&self, webhook_id: &str, id: &str, by: &Actor) -> Result<Delivery, RetryError> {
         let now = clock::now();
         let mut sql = Sql::new(
             "UPDATE deliveries SET status = 'pending', attempts = attempts + 1, granted = TRUE, once = TRUE, \
@@ -165,13 +166,16 @@ impl Store {
                 None => Err(RetryError::NotFound),
             };
         };
+        let tenant = tenant(&row.organization, &row.environment)?;
+        let record = Record::of_webhook(AuditAction::DeliveryRetried, &tenant, webhook_id);
+        Record { resource_id: id, ..record }.write(&transaction, by).await?;
         ordered(&transaction).await?;
         let mut deltas = Deltas::default();
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Failed, -1);
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Pending, 1);
         deltas.write(&transaction).await?;
         let mut log = Log::default();
-        log.push(&tenant(&row.organization, &row.environment)?, &Entry::of(&row, ChangeKind::Retried, now));
+        log.push(&tenant, &Entry::of(&row, ChangeKind::Retried, now));
         log.write(&transaction).await?;
         transaction.commit().await.map_err(Error::from)?;
         self.0.feed.announce();

@@ -76,6 +76,30 @@ pub(super) mod webhook {
     impl ActiveModelBehavior for ActiveModel {}
 }
 
+pub(super) mod audit {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "audit")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: String,
+        pub action: String,
+        pub actor: String,
+        pub organization: Option<String>,
+        pub environment: Option<String>,
+        pub resource_id: String,
+        pub webhook_id: Option<String>,
+        pub changed_fields: String,
+        pub request_id: Option<String>,
+        pub occurred_at_ms: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
 pub(super) mod subscription {
     use sea_orm::entity::prelude::*;
 

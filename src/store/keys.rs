@@ -3,18 +3,18 @@
 use std::{
     collections::HashMap,
     fmt,
+    ops::Deref,
     sync::{Mutex, PoisonError},
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use ring::digest::{SHA256, digest};
-use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set,
-    sea_query::{Expr, Func},
-};
+use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::Expr};
+use zeroize::Zeroizing;
 
 use super::{
     Error, Store,
+    audit::{Actor, AuditAction, Record},
     entity::api_key::{ActiveModel, Column, Entity, Model},
     revisions::Subject,
 };
@@ -53,10 +53,13 @@ pub struct NewKey {
 /// The only sight of a key.
 pub struct CreatedKey {
     /// The key itself.
-    pub key: String,
+    pub key: ApiKey,
     /// What is stored of it.
     pub info: KeyInfo,
 }
+
+/// The text of a key. Wiped on drop, and never shown by `Debug`.
+pub struct ApiKey(Zeroizing<String>);
 
 /// What is known of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,6 +116,21 @@ impl KeyKind {
     }
 }
 
+/// For the one answer that shows it, and for its hash.
+impl Deref for ApiKey {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ApiKey(…)")
+    }
+}
+
 impl KeyHash {
     /// The hash of a key in its full text. Keys are 256 random bits: a plain hash cannot be turned back, and no salt is
     /// needed.
@@ -131,10 +149,11 @@ impl fmt::Display for KeyHash {
 }
 
 impl Store {
-    /// Makes a key of 256 random bits.
+    /// Makes a key of 256 random bits. Only the command line does.
     pub async fn create_key(&self, new: NewKey) -> Result<CreatedKey, Error> {
-        let random = URL_SAFE_NO_PAD.encode(clock::random::<32>());
-        let key = format!("{}_{}_{random}", new.kind.prefix(), new.environment.as_str());
+        let random = Zeroizing::new(URL_SAFE_NO_PAD.encode(*Zeroizing::new(clock::random::<32>())));
+        let text = format!("{}_{}_{}", new.kind.prefix(), new.environment.as_str(), *random);
+        let key = ApiKey(Zeroizing::new(text));
         let row = ActiveModel {
             id: Set(clock::new_id("key")),
             hash: Set(KeyHash::of(&key).to_string()),
@@ -149,6 +168,7 @@ impl Store {
         };
         let transaction = self.write().await?;
         let row = row.insert(&transaction).await?;
+        record(AuditAction::KeyCreated, &row).write(&transaction, &Actor::command_line()).await?;
         self.commit_change(transaction, Subject::Keys).await?;
         Ok(CreatedKey { key, info: info(row)? })
     }
@@ -159,13 +179,19 @@ impl Store {
     }
 
     /// Ends a key for good; false when there is none of that id. A revoked key keeps the time of its first revocation.
+    /// Only the command line does.
     pub async fn revoke_key(&self, id: &str) -> Result<bool, Error> {
-        let first = Func::coalesce([Expr::col(Column::RevokedAtMs), Expr::value(clock::now().millis())]);
-        let revoke = Entity::update_many().col_expr(Column::RevokedAtMs, first.into()).filter(Column::Id.eq(id));
+        let revoke = Entity::update_many()
+            .col_expr(Column::RevokedAtMs, Expr::value(clock::now().millis()))
+            .filter(Column::Id.eq(id))
+            .filter(Column::RevokedAtMs.is_null());
         let transaction = self.write().await?;
-        if revoke.exec(&transaction).await?.rows_affected == 0 {
-            return Ok(false);
+        let revoked = revoke.exec(&transaction).await?.rows_affected > 0;
+        let Some(row) = Entity::find_by_id(id).one(&transaction).await? else { return Ok(false) };
+        if !revoked {
+            return Ok(true);
         }
+        record(AuditAction::KeyRevoked, &row).write(&transaction, &Actor::command_line()).await?;
         self.commit_change(transaction, Subject::Keys).await?;
         Ok(true)
     }
@@ -184,6 +210,17 @@ impl Store {
             update.filter(Column::Id.eq(id)).exec(&self.0.write).await?;
         }
         Ok(())
+    }
+}
+
+fn record(action: AuditAction, row: &Model) -> Record<'_> {
+    Record {
+        action,
+        organization: row.organization.as_deref(),
+        environment: Some(&row.environment),
+        resource_id: &row.id,
+        webhook_id: None,
+        changed_fields: &[],
     }
 }
 

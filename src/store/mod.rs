@@ -4,6 +4,7 @@
 //! [`ordered`], then counts and changes. That keeps the order of `changes` the order of commits on both databases, and
 //! no two transactions wait for each other in a circle.
 
+mod audit;
 mod backlog;
 mod changes;
 mod counts;
@@ -36,13 +37,13 @@ use sea_orm::{
 use sea_orm_migration::MigratorTrait;
 use tokio::sync::mpsc;
 
-use self::{backlog::Backlog, handoff::Handoff, targets::Targets, writer::Writer};
 pub use self::{
+    audit::{Actor, AuditAction, AuditEntry, AuditFilter},
     backlog::BacklogLimits,
     changes::{ChangeFilter, Watch, WatchError},
     counts::Stats,
     deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
-    keys::{CreatedKey, KeyHash, KeyInfo, KeyKind, NewKey},
+    keys::{ApiKey, CreatedKey, KeyHash, KeyInfo, KeyKind, NewKey},
     leases::{Lease, Leased, Waiting},
     publish::Published,
     record::Finished,
@@ -50,6 +51,7 @@ pub use self::{
     targets::Target,
     webhooks::Rotated,
 };
+use self::{backlog::Backlog, handoff::Handoff, targets::Targets, writer::Writer};
 use crate::{
     clock,
     feed::Feed,

@@ -13,7 +13,12 @@ use sea_orm::{
 };
 use zeroize::Zeroizing;
 
-use super::{Error, Store, entity::webhook, sql::Sql};
+use super::{
+    Error, Store,
+    audit::{Actor, AuditAction, Record},
+    entity::webhook,
+    sql::Sql,
+};
 use crate::{
     clock,
     vault::{OpenError, Purpose, Vault},
@@ -104,7 +109,7 @@ impl Store {
     }
 
     /// Seals every secret again that is not under the current master key, in small steps, while others read and write.
-    /// May be ended at any time and begun again.
+    /// May be ended at any time and begun again. Only the command line does.
     pub async fn reseal_secrets(&self, mut progress: impl FnMut(&Resealed)) -> Result<Resealed, Error> {
         let vault = self.vault()?;
         let stale = webhook::Entity::find().filter(webhook::Column::MasterKeyId.ne(vault.current()));
@@ -162,12 +167,25 @@ impl Store {
             let rows = find.all(&transaction).await?;
             let Some(last) = rows.last() else { return Ok(()) };
             after = last.id.clone();
+            let before = resealed.done;
             for row in &rows {
                 match reseal_row(&transaction, vault, row).await {
                     Ok(()) => resealed.done += 1,
                     Err(Error::Sealed(_)) => resealed.damaged.push(row.id.clone()),
                     Err(error) => return Err(error),
                 }
+            }
+            // One entry for each run, in the transaction of its first change.
+            if stale.is_some() && before == 0 && resealed.done > 0 {
+                let record = Record {
+                    action: AuditAction::MasterKeyRotated,
+                    organization: None,
+                    environment: None,
+                    resource_id: vault.current(),
+                    webhook_id: None,
+                    changed_fields: &[],
+                };
+                record.write(&transaction, &Actor::command_line()).await?;
             }
             transaction.commit().await?;
             progress(resealed);

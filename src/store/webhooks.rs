@@ -8,6 +8,7 @@ use zeroize::Zeroizing;
 
 use super::{
     Error, Page, Store,
+    audit::{Actor, AuditAction, Record},
     entity::{subscription, webhook},
     revisions::Subject,
     secrets::{self, OpenSecrets},
@@ -31,7 +32,12 @@ pub struct Rotated {
 
 impl Store {
     /// Registers a webhook and makes its secret.
-    pub async fn create_webhook(&self, tenant: &Tenant, new: NewWebhook) -> Result<(Webhook, Secret), Error> {
+    pub async fn create_webhook(
+        &self,
+        tenant: &Tenant,
+        new: NewWebhook,
+        by: &Actor,
+    ) -> Result<(Webhook, Secret), Error> {
         let secret = new_secret();
         let webhook = Webhook {
             id: clock::new_id("whk"),
@@ -61,6 +67,7 @@ impl Store {
         let transaction = self.write().await?;
         webhook::Entity::insert(row).exec_without_returning(&transaction).await?;
         subscribe(&transaction, tenant, &webhook.id, &webhook.events).await?;
+        Record::of_webhook(AuditAction::WebhookCreated, tenant, &webhook.id).write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
         Ok((webhook, secret))
     }
@@ -96,9 +103,11 @@ impl Store {
         tenant: &Tenant,
         id: &str,
         update: WebhookUpdate,
+        by: &Actor,
     ) -> Result<Option<Webhook>, Error> {
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
+        let changed_fields = changed_fields(&update);
         let mut row = found.into_active_model();
         if let Some(events) = &update.events {
             row.events = Set(events_column(events));
@@ -115,6 +124,8 @@ impl Store {
             row.status = Set(status.as_str().to_owned());
         }
         let changed = row.update(&transaction).await?;
+        let record = Record::of_webhook(AuditAction::WebhookUpdated, tenant, id);
+        Record { changed_fields: &changed_fields, ..record }.write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
         // Held deliveries of a webhook that is active again are due.
         self.0.handoff.due.notify_one();
@@ -122,19 +133,20 @@ impl Store {
     }
 
     /// Removes a webhook from sight at once; its deliveries are removed in small steps by [`Store::purge`].
-    pub async fn delete_webhook(&self, tenant: &Tenant, id: &str) -> Result<bool, Error> {
+    pub async fn delete_webhook(&self, tenant: &Tenant, id: &str, by: &Actor) -> Result<bool, Error> {
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(false) };
         let mut row = found.into_active_model();
         row.deleted_at_ms = Set(Some(clock::now().millis()));
         row.update(&transaction).await?;
         unsubscribe(&transaction, id).await?;
+        Record::of_webhook(AuditAction::WebhookDeleted, tenant, id).write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
         Ok(true)
     }
 
     /// Makes a new secret. The previous one goes on signing for [`ROTATION_OVERLAP`]; one before that is dropped.
-    pub async fn rotate_secret(&self, tenant: &Tenant, id: &str) -> Result<Option<Rotated>, Error> {
+    pub async fn rotate_secret(&self, tenant: &Tenant, id: &str, by: &Actor) -> Result<Option<Rotated>, Error> {
         let secret = new_secret();
         let vault = self.vault()?;
         let previous_expires_at = clock::now().after(ROTATION_OVERLAP);
@@ -149,6 +161,7 @@ impl Store {
         row.master_key_id = Set(Some(sealed.master_key_id));
         row.previous_secret_expires_at_ms = Set(Some(previous_expires_at.millis()));
         row.update(&transaction).await?;
+        Record::of_webhook(AuditAction::SecretRotated, tenant, id).write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
         Ok(Some(Rotated { secret, previous_expires_at }))
     }
@@ -174,6 +187,17 @@ fn new_secret() -> Secret {
 
 fn plain(secret: &Secret) -> Zeroizing<Vec<u8>> {
     Zeroizing::new(secret.expose().as_bytes().to_vec())
+}
+
+/// Names of what an update sets, in the order of the webhook's own fields.
+fn changed_fields(update: &WebhookUpdate) -> Vec<&'static str> {
+    let fields = [
+        ("url", update.url.is_some()),
+        ("events", update.events.is_some()),
+        ("description", update.description.is_some()),
+        ("status", update.status.is_some()),
+    ];
+    fields.into_iter().filter(|(_, set)| *set).map(|(name, _)| name).collect()
 }
 
 fn of(tenant: &Tenant) -> Condition {

@@ -3,7 +3,9 @@
 mod support;
 
 mod architecture;
+mod auditing;
 mod backlog;
+mod canaries;
 mod command_line;
 mod crashing;
 mod delivering;

@@ -71,6 +71,9 @@ pub(super) const CALLS: &[Call] = &[
     ),
     row("shortkit.webhooks.v1.DeliveryService.WatchDeliveries", Named, |ids| json!({ "webhook_id": ids.webhook })),
     row("shortkit.webhooks.v1.DeliveryService.WatchDeliveries", Tenant, |_| json!({})),
+    row("shortkit.webhooks.v1.AuditService.ListAuditEntries", Tenant, |_| json!({})),
+    // A filter, not a name: of another's webhook there is nothing, which auditing.rs looks at.
+    row("shortkit.webhooks.v1.AuditService.ListAuditEntries", Tenant, |ids| json!({ "webhook_id": ids.webhook })),
 ];
 
 const fn row(method: &'static str, reach: Reach, request: fn(&Ids) -> Value) -> Call {
@@ -99,6 +102,15 @@ pub(super) const PAGED: &[Paged] = &[
         gives: "next_cursor",
         first: |_| json!({ "limit": 1 }),
         other_filters: |_| vec![],
+    },
+    Paged {
+        method: "shortkit.webhooks.v1.AuditService.ListAuditEntries",
+        takes: "cursor",
+        gives: "next_cursor",
+        first: |_| json!({ "limit": 1 }),
+        other_filters: |ids| {
+            vec![json!({ "webhook_id": ids.webhook }), json!({ "action": "AUDIT_ACTION_WEBHOOK_CREATED" })]
+        },
     },
     Paged {
         method: "shortkit.webhooks.v1.DeliveryService.ListDeliveries",

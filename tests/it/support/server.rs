@@ -113,7 +113,7 @@ impl TestServer {
     pub(crate) async fn new_key(&self, organization: Option<&str>, kind: KeyKind, environment: Environment) -> String {
         let organization = organization.map(str::to_owned);
         let new = NewKey { organization, environment, kind, expires_at: None };
-        self.store.create_key(new).await.unwrap().key
+        self.store.create_key(new).await.unwrap().key.to_owned()
     }
 
     /// Stops as a signal would, and waits until everything has ended.
