@@ -2,6 +2,7 @@
 
 mod convert;
 mod delivery_service;
+mod services;
 mod status;
 mod token;
 mod validate;
@@ -13,8 +14,8 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
-pub(crate) use self::status::{invalid_parameter, key_refused, store as store_failed};
-pub use self::token::Tokens;
+pub(crate) use self::status::{invalid_parameter, key_refused, panicked, store as store_failed};
+pub use self::{services::Services, token::Tokens};
 use crate::{
     auth::Principal,
     egress,
