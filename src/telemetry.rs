@@ -6,8 +6,8 @@ use tracing_subscriber::{EnvFilter, fmt};
 
 /// Starts logging what `filter` lets through, once for the process.
 pub(crate) fn start(filter: &str) {
-    // What the migrations say is for those who look for it.
-    let filter = format!("sea_orm_migration=warn,{filter}");
+    // What the migrations and PostgreSQL say by the way is for those who look for it.
+    let filter = format!("sea_orm_migration=warn,sqlx::postgres::notice=warn,{filter}");
     let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(stderr);
     // Fails when a log is running already; that one goes on.
     let _ = if stderr().is_terminal() {
