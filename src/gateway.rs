@@ -100,7 +100,10 @@ fn is_grpc(request: &Request<Body>) -> bool {
 }
 
 fn request_id() -> HeaderValue {
-    HeaderValue::try_from(clock::new_id("req")).unwrap_or_else(|_| unreachable!("an id is plain text"))
+    let mut id = HeaderValue::try_from(clock::new_id("req")).unwrap_or_else(|_| unreachable!("an id is plain text"));
+    // HTTP/2 keeps such values out of its table of headers, where one that never comes back would displace others.
+    id.set_sensitive(true);
+    id
 }
 
 /// What a panic outside of the handlers answers: nothing of the inside.

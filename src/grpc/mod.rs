@@ -1,5 +1,6 @@
 //! The only place with generated types: requests become domain types here, and domain types answers.
 
+mod codec;
 mod convert;
 mod delivery_service;
 mod services;
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 pub(crate) use self::status::{invalid_parameter, key_refused, panicked, store as store_failed};
-pub use self::{services::Services, token::Tokens};
+pub use self::{codec::Protobuf, services::Services, token::Tokens};
 use crate::{
     auth::Principal,
     egress,

@@ -4,6 +4,7 @@ use std::{
     any::Any,
     convert::Infallible,
     panic::AssertUnwindSafe,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -24,9 +25,11 @@ use super::{
 /// A request message is at most this long; a longer one is refused.
 pub(super) const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
 
-/// Everything that gRPC can call here. Cheap to clone.
+/// Everything that gRPC can call here. Cheap to clone, since every call gets one.
 #[derive(Clone)]
-pub struct Services {
+pub struct Services(Arc<Parts>);
+
+struct Parts {
     webhooks: WebhookServiceServer<Api>,
     deliveries: DeliveryServiceServer<Api>,
     others: Routes,
@@ -38,11 +41,11 @@ type Caught = Result<Answered, Box<dyn Any + Send>>;
 impl Services {
     /// Our services, and `others` for every path that is not theirs.
     pub fn new(api: Api, others: Routes) -> Self {
-        Self {
+        Self(Arc::new(Parts {
             webhooks: WebhookServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
             deliveries: DeliveryServiceServer::new(api).max_decoding_message_size(MAX_MESSAGE_BYTES),
             others: others.prepare(),
-        }
+        }))
     }
 }
 
@@ -60,9 +63,9 @@ impl Service<Request<Body>> for Services {
         // Not all of it through one router: that costs as much as reading and writing the messages.
         let answered = match service {
             _ if !is_protobuf(request.headers()) => std::future::ready(Ok(status::not_protobuf().into_http())).boxed(),
-            Some(DeliveryServiceServer::<Api>::NAME) => self.deliveries.call(request),
-            Some(WebhookServiceServer::<Api>::NAME) => self.webhooks.call(request),
-            _ => self.others.call(request).boxed(),
+            Some(DeliveryServiceServer::<Api>::NAME) => self.0.deliveries.clone().call(request),
+            Some(WebhookServiceServer::<Api>::NAME) => self.0.webhooks.clone().call(request),
+            _ => self.0.others.clone().call(request).boxed(),
         };
         AssertUnwindSafe(answered).catch_unwind().map(completed)
     }

@@ -104,16 +104,15 @@ where
                 Ok(response) => response,
                 Err(error) => return Ok(Err(error)),
             };
+            let (parts, body) = response.into_parts();
             if route.streaming {
-                if let Some(status) = call::refusal(response.headers()) {
+                if let Some(status) = call::refusal(&parts.headers) {
                     return Err(Failure::from_status(&status, route));
                 }
-                let (parts, body) = response.into_parts();
                 return sse::response(route, self.plan, request_id, parts.headers, body).map(Ok);
             }
-            let headers = response.headers().clone();
-            let reply = call::unary(response).await.map_err(|error| Failure::from_inner(error, route))?;
-            answer::response(route, headers, &reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
+            let reply = call::unary(&parts.headers, body).await.map_err(|error| Failure::from_inner(error, route))?;
+            answer::response(route, parts.headers, &reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
         };
         // Dropping the call when the time is over also drops the handler inside.
         tokio::time::timeout(deadline, whole).await.unwrap_or_else(|_| Err(Failure::deadline()))
