@@ -20,8 +20,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
     fs::write(&descriptors, compiler.encode_file_descriptor_set())?;
 
-    tonic_prost_build::configure().compile_fds(protox::prost_reflect::prost_types::FileDescriptorSet::decode(
-        compiler.encode_file_descriptor_set().as_slice(),
-    )?)?;
+    tonic_prost_build::configure().codec_path("crate::grpc::Protobuf").compile_fds(
+        protox::prost_reflect::prost_types::FileDescriptorSet::decode(
+            compiler.encode_file_descriptor_set().as_slice(),
+        )?,
+    )?;
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use ring::rand::{SecureRandom, SystemRandom};
-use ulid::Ulid;
+use ulid::{ULID_LEN, Ulid};
 
 use crate::webhook::Timestamp;
 
@@ -81,7 +81,10 @@ pub fn new_id(prefix: &str) -> String {
     };
     *last = fresh;
     drop(last);
-    format!("{prefix}_{}", fresh.to_string().to_ascii_lowercase())
+    let mut letters = [0; ULID_LEN];
+    let letters = fresh.array_to_str(&mut letters);
+    letters.make_ascii_lowercase();
+    [prefix, "_", letters].concat()
 }
 
 #[cfg(test)]

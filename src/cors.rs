@@ -1,77 +1,49 @@
 //! Lets pages in browsers call the API with a key that their user gave them: any origin, no cookies.
 
-use std::{
-    task::{Context, Poll},
-    time::Duration,
-};
-
 use http::{
-    HeaderName, Method, Request, Response,
-    header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, RETRY_AFTER},
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
+    header::{
+        ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+        ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+        ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
+    },
 };
-use tower::{Layer, Service};
-use tower_http::cors::{AllowHeaders, Any, Cors as Answering, CorsLayer};
 
-/// How long a browser may remember what it asked.
-const MAX_AGE: Duration = Duration::from_secs(60 * 60);
+const METHODS: HeaderValue = HeaderValue::from_static("GET, POST, PATCH, DELETE");
 /// Headers that pages may read beside the ordinary ones: those of REST, and those of gRPC-Web.
-const EXPOSED: [HeaderName; 6] = [
-    ALLOW,
-    RETRY_AFTER,
-    HeaderName::from_static("x-request-id"),
-    HeaderName::from_static("grpc-status"),
-    HeaderName::from_static("grpc-message"),
-    HeaderName::from_static("grpc-status-details-bin"),
-];
+const EXPOSED: HeaderValue =
+    HeaderValue::from_static("allow, retry-after, x-request-id, grpc-status, grpc-message, grpc-status-details-bin");
+/// How many seconds a browser may remember what it asked.
+const MAX_AGE: HeaderValue = HeaderValue::from_static("3600");
+const ANY: HeaderValue = HeaderValue::from_static("*");
 
-/// The layer.
-#[derive(Clone, Copy)]
-pub(crate) struct Cors;
-
-/// The layer around a service. An OPTIONS that is no preflight belongs to the service, and not to CORS.
-#[derive(Clone)]
-pub(crate) struct WithCors<S> {
-    answering: Answering<S>,
-    service: S,
+/// Whether a page sent the request.
+pub(crate) fn is_from_page(headers: &HeaderMap) -> bool {
+    headers.contains_key(ORIGIN)
 }
 
-impl<S: Clone> Layer<S> for Cors {
-    type Service = WithCors<S>;
-
-    fn layer(&self, service: S) -> WithCors<S> {
-        let cors = CorsLayer::new()
-            .allow_origin(Any)
-            .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
-            // Mirrored, since a wildcard would not include `Authorization`.
-            .allow_headers(AllowHeaders::mirror_request())
-            .expose_headers(EXPOSED)
-            .max_age(MAX_AGE);
-        WithCors { answering: cors.layer(service.clone()), service }
+/// The answer to a browser that asks whether a page may make a request; none for any other request. An OPTIONS that does
+/// not ask that is about the path, and not about pages.
+pub(crate) fn preflight<T, B: Default>(request: &Request<T>) -> Option<Response<B>> {
+    if request.method() != Method::OPTIONS || !request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
+        return None;
     }
+    let mut response = Response::new(B::default());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
+    headers.insert(ACCESS_CONTROL_MAX_AGE, MAX_AGE);
+    // Mirrored, since a wildcard would not include `Authorization`.
+    if let Some(asked) = request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS) {
+        headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
+        headers.insert(VARY, ACCESS_CONTROL_REQUEST_HEADERS.into());
+    }
+    Some(response)
 }
 
-impl<S, I, O> Service<Request<I>> for WithCors<S>
-where
-    S: Service<Request<I>, Response = Response<O>>,
-    S::Future: Send + 'static,
-    O: Default + 'static,
-    S::Error: 'static,
-    S::Response: 'static,
-{
-    type Response = Response<O>;
-    type Error = S::Error;
-    type Future = futures_util::future::Either<<Answering<S> as Service<Request<I>>>::Future, S::Future>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        std::task::ready!(self.answering.poll_ready(context))?;
-        self.service.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<I>) -> Self::Future {
-        let preflight = request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
-        if request.method() == Method::OPTIONS && !preflight {
-            return futures_util::future::Either::Right(self.service.call(request));
-        }
-        futures_util::future::Either::Left(self.answering.call(request))
-    }
+/// Lets a page read an answer.
+pub(crate) fn allow(headers: &mut HeaderMap) {
+    headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, ANY);
+    headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED);
+    headers.append(VARY, HeaderValue::from(ORIGIN));
 }

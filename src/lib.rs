@@ -2,7 +2,8 @@
 //!
 //! In reading order: [`webhook`] is the domain, pure. [`store`] keeps it, on SQLite and PostgreSQL; its secrets are
 //! sealed by [`vault`]. [`dispatch`] makes attempts and sends them through [`egress`]. [`grpc`] is the way in, [`rest`]
-//! the same as JSON, [`auth`] the lock on both. [`server`] puts them together, [`cli`] starts it.
+//! the same as JSON, [`auth`] the lock on both, `gateway` the way to them. [`server`] puts them together, [`cli`] starts
+//! it.
 //!
 //! # Invariants
 //!
@@ -27,6 +28,7 @@ pub mod dispatch;
 pub mod egress;
 mod failpoint;
 mod feed;
+mod gateway;
 pub mod grpc;
 pub mod rest;
 pub mod server;

@@ -2,28 +2,20 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use http::header::CONTENT_TYPE;
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
+use tonic::{service::Routes, transport::server::TcpIncoming};
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tower::{ServiceBuilder, util::MapRequestLayer};
-use tower_http::{
-    catch_panic::CatchPanicLayer,
-    compression::CompressionLayer,
-    map_response_body::MapResponseBodyLayer,
-    request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
-};
+use tower::ServiceBuilder;
 
 use crate::{
     auth::Auth,
-    clock,
     config::{Config, read_master_keys},
-    cors::Cors,
     dispatch::{self, Engine},
     egress,
+    gateway::Gateway,
     grpc::{
-        Api, DESCRIPTORS, MAX_TESTS, Parts, Tokens,
+        Api, DESCRIPTORS, MAX_TESTS, Parts, Services, Tokens,
         proto::{
             audit_service_server::AuditServiceServer, delivery_service_server::DeliveryServiceServer,
             webhook_service_server::WebhookServiceServer,
@@ -40,8 +32,6 @@ const MAX_STREAMS: u32 = 100;
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Streams a client may reset before the server has looked at them; more end the connection (rapid reset).
 const MAX_PENDING_RESETS: usize = 20;
-/// A request message is at most this long; a longer one is refused.
-const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
 /// An HTTP/2 connection is asked whether it is alive after this time of silence …
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// … and closed when it does not answer within this.
@@ -137,44 +127,13 @@ pub async fn run(
 
 async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: CancellationToken) -> Result<(), Error> {
     let auth = Auth::new(api.0.store.clone(), config.environments.clone());
-    let mut routes = Routes::builder();
-    routes.add_service(WebhookServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES));
-    routes.add_service(AuditServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES));
-    routes.add_service(DeliveryServiceServer::new(api).max_decoding_message_size(MAX_MESSAGE_BYTES));
-    if config.health {
-        let (reporter, health) = tonic_health::server::health_reporter();
-        reporter.set_serving::<WebhookServiceServer<Api>>().await;
-        reporter.set_serving::<DeliveryServiceServer<Api>>().await;
-        reporter.set_serving::<AuditServiceServer<Api>>().await;
-        routes.add_service(health);
-        tokio::spawn(not_ready(reporter, shutdown.clone()));
-    }
-    if config.reflection {
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(DESCRIPTORS)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        };
-        routes.add_service(reflection().build_v1()?);
-        routes.add_service(reflection().build_v1alpha()?);
-    }
+    let services = Services::new(api, open_services(config, &shutdown).await?);
     // An attempt made for a test may take its whole time, and looking up its name comes on top.
     let deadline = config.request_timeout + Duration::from_secs(10);
     let limits = rest::Limits { deadline, shutdown: shutdown.clone(), ..rest::Limits::default() };
-    let layers = ServiceBuilder::new()
-        .layer(MapRequestLayer::new(without_request_id))
-        .layer(SetRequestIdLayer::x_request_id(MakeId))
-        .layer(PropagateRequestIdLayer::x_request_id())
-        .layer(Cors)
-        .layer(MapResponseBodyLayer::new(Body::new))
-        .layer(CompressionLayer::new())
-        .layer(MapResponseBodyLayer::new(Body::new))
-        .layer(CatchPanicLayer::custom(panicked_outside))
-        .layer(rest::Transcode::new(DESCRIPTORS, limits)?)
-        .layer(tonic_web::GrpcWebLayer::new())
-        .layer(auth)
-        .layer(MapResponseBodyLayer::new(Body::new))
-        .layer(CatchPanicLayer::custom(panicked));
+    // Once for every protocol.
+    let services = ServiceBuilder::new().layer(auth).service(services);
+    let gateway = Gateway::new(services, rest::Transcode::new(DESCRIPTORS, limits)?);
     let drained = shutdown.clone();
     let serving = tonic::transport::Server::builder()
         .accept_http1(true)
@@ -183,9 +142,7 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .layer(layers)
-        .add_routes(routes.routes())
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+        .serve_with_incoming_shutdown(gateway, TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
             drained.cancelled().await
         });
     let overdue = async {
@@ -199,6 +156,31 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
             Ok(())
         }
     }
+}
+
+/// Health and reflection, which need no key, as far as they are wanted.
+async fn open_services(config: &Config, shutdown: &CancellationToken) -> Result<Routes, Error> {
+    let mut routes = Routes::builder();
+    if config.health {
+        let (reporter, health) = tonic_health::server::health_reporter();
+        reporter.set_serving::<WebhookServiceServer<Api>>().await;
+        reporter.set_serving::<DeliveryServiceServer<Api>>().await;
+        reporter.set_serving::<AuditServiceServer<Api>>().await;
+        routes.add_service(health);
+        tokio::spawn(not_ready(reporter, shutdown.clone()));
+    }
+    if config.reflection {
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                // What errors carry, so that clients who know us by reflection only can read it.
+                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+        };
+        routes.add_service(reflection().build_v1()?);
+        routes.add_service(reflection().build_v1alpha()?);
+    }
+    Ok(routes.routes())
 }
 
 /// Tells those who ask that no more work should come here.
@@ -298,38 +280,5 @@ async fn look(store: Store) {
             Ok(next) => wait = next,
             Err(error) => tracing::warn!(%error, "the backlog could not be counted; trying again"),
         }
-    }
-}
-
-/// What a handler that panics answers: nothing of the inside.
-fn panicked(panic: Box<dyn std::any::Any + Send>) -> http::Response<Body> {
-    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    tracing::error!(message, "a handler panicked");
-    Status::internal("internal error").into_http()
-}
-
-/// What a panic outside of the handlers answers, whatever the protocol.
-fn panicked_outside(panic: Box<dyn std::any::Any + Send>) -> http::Response<Body> {
-    let _ = panicked(panic);
-    const ENVELOPE: &str = r#"{"error":{"code":"INTERNAL_ERROR","message":"internal error"}}"#;
-    let mut response = http::Response::new(Body::new(ENVELOPE.to_owned()));
-    *response.status_mut() = http::StatusCode::INTERNAL_SERVER_ERROR;
-    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
-    response
-}
-
-/// Forgets the id that a caller chose: ids are ours, so that one in a log is one request.
-fn without_request_id(mut request: http::Request<Body>) -> http::Request<Body> {
-    request.headers_mut().remove("x-request-id");
-    request
-}
-
-/// Names every request.
-#[derive(Clone, Copy)]
-struct MakeId;
-
-impl MakeRequestId for MakeId {
-    fn make_request_id<B>(&mut self, _request: &http::Request<B>) -> Option<RequestId> {
-        http::HeaderValue::try_from(clock::new_id("req")).ok().map(RequestId::new)
     }
 }

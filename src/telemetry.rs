@@ -6,9 +6,9 @@ use tracing_subscriber::{EnvFilter, fmt};
 
 /// Starts logging what `filter` lets through, once for the process.
 pub(crate) fn start(filter: &str) {
-    // A span of sea-orm shows the database's URL, with its password in it. What the migrations say, which this covers too,
-    // is for those who ask for sea_orm_migration by name.
-    let filter = format!("{filter},sea_orm=warn");
+    // What the migrations and PostgreSQL say by the way is for those who look for it. A span of sea-orm shows the
+    // database's URL, with its password in it, whoever asks for it.
+    let filter = format!("sea_orm_migration=warn,sqlx::postgres::notice=warn,{filter},sea_orm=warn");
     let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(stderr);
     // Fails when a log is running already; that one goes on.
     let _ = if stderr().is_terminal() {

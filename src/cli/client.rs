@@ -12,6 +12,9 @@ use tonic::{
 use super::Error;
 use crate::grpc::proto::delivery_service_client::DeliveryServiceClient;
 
+/// Names, to the server, the organisation that a service key acts for.
+const ORGANIZATION: &str = "x-shortkit-organization";
+
 /// Where the server is and who asks.
 #[derive(Args)]
 pub(super) struct ClientArgs {
@@ -39,7 +42,7 @@ impl Interceptor for Credentials {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         request.metadata_mut().insert("authorization", self.authorization.clone());
         if let Some(organization) = &self.organization {
-            request.metadata_mut().insert("x-shortkit-organization", organization.clone());
+            request.metadata_mut().insert(ORGANIZATION, organization.clone());
         }
         Ok(request)
     }
@@ -71,6 +74,9 @@ impl ClientArgs {
         match status.code() {
             tonic::Code::Unavailable => {
                 format!("{} does not answer ({}); is the server running there?", self.server, status.message())
+            }
+            tonic::Code::InvalidArgument if self.organization.is_none() && status.message().contains(ORGANIZATION) => {
+                format!("{}; --organization NAME does that", status.message())
             }
             tonic::Code::Unauthenticated => format!("{}; `shortkit-webhooks keys create` makes one", status.message()),
             _ => status.message().to_owned(),

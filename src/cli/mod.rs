@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{DatabaseArgs, Invalid, ServeArgs},
     server,
-    store::{self, Store},
+    store::{self, Store, sqlite_path},
     telemetry,
 };
 
@@ -58,6 +58,8 @@ enum Error {
     Configuration(#[from] Invalid),
     #[error("{0}\n  Is the database running, and is --database-url right?")]
     Unavailable(store::Error),
+    #[error("{0}\n  Does the folder that --database-url names exist, and may files be written there?")]
+    NotOpened(store::Error),
     #[error(transparent)]
     Store(store::Error),
     #[error(transparent)]
@@ -168,5 +170,13 @@ async fn migrate(args: DatabaseArgs) -> Result<(), Error> {
 async fn open(args: DatabaseArgs) -> Result<Store, Error> {
     let config = args.load()?;
     telemetry::start(&config.log);
-    Ok(Store::connect(&config.database_url).await?)
+    connect(&config.database_url).await
+}
+
+async fn connect(database_url: &str) -> Result<Store, Error> {
+    let opened = Store::connect(database_url).await;
+    opened.map_err(|error| match error {
+        store::Error::Failed(_) if sqlite_path(database_url).is_some() => Error::NotOpened(error),
+        error => error.into(),
+    })
 }

@@ -64,6 +64,9 @@ impl PublishArgs {
     }
 
     async fn lines(&self, client: Client, stop: CancellationToken) -> Result<(), Error> {
+        if std::io::stdin().is_terminal() {
+            eprintln!("One JSON object a line, until Ctrl-D; each becomes an event.");
+        }
         // Bytes, so that a line that is not UTF-8 is one faulty line and not the end of all.
         let numbered = stream::unfold(Some((BufReader::new(stdin()).split(b'\n'), 0_u64)), async |state| {
             let (mut lines, number) = state?;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{Error, print};
+use super::{Error, connect, print};
 use crate::{
     config::{Invalid, ServeArgs, read_master_keys},
     server,
@@ -38,7 +38,7 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
         tracing::warn!(%error, "the limit of open files could not be raised");
     }
-    let store = Store::connect(&config.database_url).await?;
+    let store = connect(&config.database_url).await?;
     // Before anything is changed or promised.
     store.take_exclusively(&config.database_url)?;
     store.migrate().await?;

@@ -1,8 +1,10 @@
 //! The only place with generated types: requests become domain types here, and domain types answers.
 
 mod audit_service;
+mod codec;
 mod convert;
 mod delivery_service;
+mod services;
 mod status;
 mod token;
 mod validate;
@@ -14,8 +16,8 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
-pub(crate) use self::status::{invalid_parameter, key_refused, store as store_failed};
-pub use self::token::Tokens;
+pub(crate) use self::status::{invalid_parameter, key_refused, panicked, store as store_failed};
+pub use self::{codec::Protobuf, services::Services, token::Tokens};
 use crate::{
     auth::Principal,
     egress,

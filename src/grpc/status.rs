@@ -1,11 +1,12 @@
 //! The only place that turns errors into a `Status`. Every one carries `google.rpc.ErrorInfo`, whose reason is the code
 //! of the documented error table; one about a field carries `BadRequest` too.
 
-use std::{collections::HashMap, time::Duration};
+use std::{any::Any, collections::HashMap, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
+use super::services::MAX_MESSAGE_BYTES;
 use crate::{
     egress::UrlError,
     store::{self, RetryError, WatchError},
@@ -36,14 +37,7 @@ pub(crate) fn key_refused(reason: &'static str, message: &'static str) -> Status
 }
 
 pub(crate) fn fault(fault: Fault) -> Status {
-    let violation = FieldViolation {
-        field: fault.field,
-        description: fault.message.clone(),
-        reason: fault.reason.to_owned(),
-        localized_message: None,
-    };
-    let details = ErrorDetails::with_bad_request(vec![violation]);
-    coded(Code::InvalidArgument, "VALIDATION_ERROR", fault.message, details)
+    about("VALIDATION_ERROR", fault)
 }
 
 /// A field that holds what it must not.
@@ -51,15 +45,15 @@ pub(crate) fn invalid(field: &str, reason: &'static str, message: impl Into<Stri
     fault(Fault { field: field.to_owned(), reason, message: message.into() })
 }
 
-/// A header, which REST and gRPC have in common, that holds what it must not.
+/// A header, a filter or a cursor, which is no part of a body over REST, that holds what it must not.
 pub(crate) fn invalid_parameter(name: &str, reason: &'static str, message: String) -> Status {
-    let violation = FieldViolation {
-        field: name.to_owned(),
-        description: message.clone(),
-        reason: reason.to_owned(),
-        localized_message: None,
-    };
-    coded(Code::InvalidArgument, "INVALID_PARAMETER", message, ErrorDetails::with_bad_request(vec![violation]))
+    about("INVALID_PARAMETER", Fault { field: name.to_owned(), reason, message })
+}
+
+fn about(code: &str, Fault { field, reason, message }: Fault) -> Status {
+    let violation =
+        FieldViolation { field, description: message.clone(), reason: reason.to_owned(), localized_message: None };
+    coded(Code::InvalidArgument, code, message, ErrorDetails::with_bad_request(vec![violation]))
 }
 
 pub(super) fn not_found(what: &str) -> Status {
@@ -84,6 +78,57 @@ pub(super) fn too_many_tests() -> Status {
 pub(super) fn internal(detail: &str) -> Status {
     tracing::error!(detail, "internal error");
     coded(Code::Internal, "INTERNAL_ERROR", "internal error", ErrorDetails::new())
+}
+
+/// A handler that panicked; nothing of the inside leaks.
+pub(crate) fn panicked(panic: &(dyn Any + Send)) -> Status {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    internal(&format!("a handler panicked: {}", text.unwrap_or("without a message")))
+}
+
+/// Messages in another format than protobuf.
+pub(super) fn not_protobuf() -> Status {
+    let message = "messages must be protobuf: application/grpc or application/grpc+proto";
+    coded(Code::Unimplemented, "UNSUPPORTED_MEDIA_TYPE", message, ErrorDetails::new())
+}
+
+/// What tonic or a service that is not ours refuses, with the details that it lacks.
+pub(super) fn explained(bare: &Status) -> Status {
+    let message = bare.message();
+    let (code, reason) = match bare.code() {
+        Code::Unimplemented if message.is_empty() => {
+            return coded(Code::Unimplemented, "NOT_FOUND", "no such method", ErrorDetails::new());
+        }
+        Code::Unimplemented => (Code::Unimplemented, "UNSUPPORTED_MEDIA_TYPE"),
+        Code::OutOfRange => {
+            let message = format!("the message must be at most {MAX_MESSAGE_BYTES} bytes");
+            return coded(Code::ResourceExhausted, "PAYLOAD_TOO_LARGE", message, ErrorDetails::new());
+        }
+        // tonic calls a message that cannot be read an internal error; our own of that code have details.
+        Code::Internal => return unreadable(message),
+        Code::NotFound => (Code::NotFound, "NOT_FOUND"),
+        Code::DeadlineExceeded => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        Code::InvalidArgument => (Code::InvalidArgument, "INVALID_REQUEST"),
+        Code::Unavailable => (Code::Unavailable, "SERVICE_UNAVAILABLE"),
+        code => (code, "INTERNAL_ERROR"),
+    };
+    coded(code, reason, message, ErrorDetails::new())
+}
+
+/// A message that is not protobuf, or not of its type.
+fn unreadable(message: &str) -> Status {
+    match unreadable_field(message) {
+        Some(field) => about("INVALID_REQUEST", Fault { field, reason: "unreadable", message: message.to_owned() }),
+        None => coded(Code::InvalidArgument, "INVALID_REQUEST", message, ErrorDetails::new()),
+    }
+}
+
+/// The field of which prost says, from the inside out, `WebhookUpdate.url: UpdateWebhookRequest.webhook: …`.
+fn unreadable_field(message: &str) -> Option<String> {
+    let places = message.strip_prefix("failed to decode Protobuf message: ")?.split(": ");
+    let fields = places.map_while(|place| place.split_once('.').filter(|(message, _)| !message.contains(' ')));
+    let path = fields.map(|(_, field)| field).collect::<Vec<_>>();
+    (!path.is_empty()).then(|| path.into_iter().rev().collect::<Vec<_>>().join("."))
 }
 
 fn unavailable(message: &str) -> Status {
@@ -138,7 +183,7 @@ pub(super) fn retry(error: RetryError) -> Status {
 
 pub(super) fn watch(error: WatchError) -> Status {
     match error {
-        WatchError::TooOld => invalid("resume_token", "too_old", error.to_string()),
+        WatchError::TooOld => invalid_parameter("resume_token", "too_old", error.to_string()),
         WatchError::TooSlow => coded(Code::Aborted, "SLOW_READER", error.to_string(), ErrorDetails::new()),
         WatchError::Store(error) => store(error),
     }

@@ -70,7 +70,7 @@ impl Api {
 
     /// An event type to filter by, which must be known.
     pub(super) fn event_filter(&self, name: &str) -> Result<(), Status> {
-        let known = self.event_types.validate("event", name);
+        let known = self.event_types.validate_known("event", name);
         known.map_err(|fault| status::invalid_parameter(&fault.field, fault.reason, fault.message))
     }
 

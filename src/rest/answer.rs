@@ -1,12 +1,12 @@
 //! A reply as the JSON of its success.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
 use tonic::body::Body;
 
 use super::{
-    call::{InnerError, remove_grpc},
+    call::{self, InnerError},
     encode,
     routes::Route,
 };
@@ -26,8 +26,7 @@ pub(super) fn response(route: &Route, headers: HeaderMap, reply: &[u8]) -> Resul
 
 /// The headers of a reply that are not gRPC's own.
 pub(super) fn passed_on(mut headers: HeaderMap) -> HeaderMap {
-    remove_grpc(&mut headers);
-    headers.remove(header::CONTENT_TYPE);
-    headers.remove(header::CONTENT_LENGTH);
+    let of_body = |name: &HeaderName| *name == header::CONTENT_TYPE || *name == header::CONTENT_LENGTH;
+    call::remove(&mut headers, |name| of_body(name) || call::is_grpc(name));
     headers
 }

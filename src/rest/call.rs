@@ -1,9 +1,9 @@
 //! The call of the service inside, as one gRPC frame.
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
 use http_body_util::{BodyExt, Full};
-use tonic::{Code, Status, body::Body};
+use tonic::{Status, body::Body};
 
 use super::routes::Route;
 
@@ -20,7 +20,7 @@ pub(super) enum InnerError {
 }
 
 /// Headers that are about this connection or this encoding, and not about the call.
-const LEFT_OUT: [header::HeaderName; 13] = [
+const LEFT_OUT: [HeaderName; 13] = [
     header::ACCEPT_ENCODING,
     header::CONNECTION,
     header::CONTENT_ENCODING,
@@ -50,24 +50,24 @@ pub(super) fn request(route: &Route, parts: http::request::Parts, mut frame: Vec
     *request.extensions_mut() = parts.extensions;
     *request.headers_mut() = parts.headers;
     let headers = request.headers_mut();
-    LEFT_OUT.iter().for_each(|name| drop(headers.remove(name)));
-    remove_grpc(headers);
+    remove(headers, |name| LEFT_OUT.contains(name) || is_grpc(name));
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(header::TE, HeaderValue::from_static("trailers"));
     request
 }
 
-/// The status that a response's headers carry, when it has nothing else.
+/// The status that headers or trailers carry when the call failed.
 pub(super) fn refusal(headers: &HeaderMap) -> Option<Box<Status>> {
-    Status::from_header_map(headers).filter(|status| status.code() != Code::Ok).map(Box::new)
+    let failed = headers.get(Status::GRPC_STATUS).is_some_and(|code| code != "0");
+    failed.then(|| Status::from_header_map(headers)).flatten().map(Box::new)
 }
 
 /// The one message of an answer.
-pub(super) async fn unary(response: Response<Body>) -> Result<Bytes, InnerError> {
-    if let Some(status) = refusal(response.headers()) {
+pub(super) async fn unary(headers: &HeaderMap, body: Body) -> Result<Bytes, InnerError> {
+    if let Some(status) = refusal(headers) {
         return Err(InnerError::Status(status));
     }
-    let collected = response.into_body().collect().await.map_err(|status| InnerError::Status(Box::new(status)))?;
+    let collected = body.collect().await.map_err(|status| InnerError::Status(Box::new(status)))?;
     if let Some(status) = collected.trailers().and_then(refusal) {
         return Err(InnerError::Status(status));
     }
@@ -88,8 +88,13 @@ pub(super) fn take_frame(bytes: &mut (impl Buf + AsRef<[u8]>)) -> Result<Option<
     Ok(Some(bytes.copy_to_bytes(length)))
 }
 
-/// Removes the headers that are gRPC's own.
-pub(super) fn remove_grpc(headers: &mut HeaderMap) {
-    let own: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("grpc-")).cloned().collect();
-    own.iter().for_each(|name| drop(headers.remove(name)));
+/// Whether a header is gRPC's own.
+pub(super) fn is_grpc(name: &HeaderName) -> bool {
+    name.as_str().starts_with("grpc-")
+}
+
+/// Removes the headers of these names.
+pub(super) fn remove(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
+    let names: Vec<_> = headers.keys().filter(|name| unwanted(name)).cloned().collect();
+    names.iter().for_each(|name| drop(headers.remove(name)));
 }

@@ -89,6 +89,10 @@ impl Failure {
         failure
     }
 
+    pub(super) fn internal() -> Self {
+        Self::new("INTERNAL_ERROR", "internal error")
+    }
+
     pub(super) fn deadline() -> Self {
         let mut failure = Self::new("DEADLINE_EXCEEDED", "the call took too long and was given up");
         failure.status = 504;
@@ -99,7 +103,7 @@ impl Failure {
     pub(super) fn from_inner(error: InnerError, route: &Route) -> Self {
         match error {
             InnerError::Status(status) => Self::from_status(&status, route),
-            InnerError::Broken => Self::new("INTERNAL_ERROR", "internal error"),
+            InnerError::Broken => Self::internal(),
         }
     }
 

@@ -30,10 +30,12 @@ mod wire;
 
 use std::{sync::Arc, time::Duration};
 
+use http::Response;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
 use tower::Layer;
 
-use self::routes::Routes;
+use self::{error::Failure, routes::Routes};
 pub use self::{routes::StartError, service::Transcoded};
 
 /// A body is at most this long, also after it was unpacked; a longer one is a 413.
@@ -54,8 +56,11 @@ pub struct Limits {
 
 /// The layer.
 #[derive(Clone)]
-pub struct Transcode {
-    routes: Arc<Routes>,
+pub struct Transcode(Arc<Plan>);
+
+/// What every request goes by.
+struct Plan {
+    routes: Routes,
     limits: Limits,
 }
 
@@ -72,7 +77,7 @@ impl Default for Limits {
 impl Transcode {
     /// Reads the annotations; a route that is wrong or stands twice is an error that names its method.
     pub fn new(descriptor_set: &[u8], limits: Limits) -> Result<Self, StartError> {
-        Ok(Self { routes: Arc::new(Routes::read(descriptor_set)?), limits })
+        Ok(Self(Arc::new(Plan { routes: Routes::read(descriptor_set)?, limits })))
     }
 }
 
@@ -80,6 +85,11 @@ impl<S> Layer<S> for Transcode {
     type Service = Transcoded<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Transcoded::new(Arc::clone(&self.routes), self.limits.clone(), inner)
+        Transcoded::new(Arc::clone(&self.0), inner)
     }
+}
+
+/// The answer to a request that a fault of the server's own ended, for those who find one outside of this layer.
+pub fn internal_error(request_id: Option<&str>) -> Response<Body> {
+    Failure::internal().response(request_id)
 }

@@ -67,7 +67,8 @@ fn append_body(out: &mut Vec<u8>, route: &Route, headers: &HeaderMap, body: &Byt
         Failure::request(format!("the body is not UTF-8 at byte {offset}")).with("offset", offset)
     })?;
     let raw: &RawValue = serde_json::from_str(text).map_err(|error| {
-        let offset = offset(text, error.line(), error.column());
+        // What ends too early is wrong at its end; serde_json names the last byte.
+        let offset = if error.is_eof() { text.len() } else { offset(text, error.line(), error.column()) };
         Failure::request(format!("the body is not valid JSON at byte {offset}")).with("offset", offset)
     })?;
     let (tables, input) = (&route.tables, route.tables.message(route.input));

@@ -6,30 +6,32 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use tonic::body::Body;
 use tower::{Service, ServiceExt};
 
 use super::{
-    Limits, answer, call,
+    Plan, answer, call,
     error::Failure,
     request,
-    routes::{Found, Route, Routes},
+    routes::{Found, Route},
     sse,
     template::Bound,
 };
 
+const GRPC: &[u8] = b"application/grpc";
+const GRPC_WEB: &[u8] = b"application/grpc-web";
+
 /// The layer around a service.
 #[derive(Clone)]
 pub struct Transcoded<S> {
-    routes: Arc<Routes>,
-    limits: Limits,
+    plan: Arc<Plan>,
     inner: S,
 }
 
 impl<S> Transcoded<S> {
-    pub(super) fn new(routes: Arc<Routes>, limits: Limits, inner: S) -> Self {
-        Self { routes, limits, inner }
+    pub(super) fn new(plan: Arc<Plan>, inner: S) -> Self {
+        Self { plan, inner }
     }
 }
 
@@ -48,7 +50,7 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if is_grpc(&request) {
+        if passes(&request) {
             return Box::pin(self.inner.call(request));
         }
         let this = self.clone();
@@ -74,12 +76,13 @@ where
         request: Request<Body>,
         request_id: Option<String>,
     ) -> Result<Result<Response<Body>, S::Error>, Failure> {
-        let routes = Arc::clone(&self.routes);
-        match routes.find(request.method(), request.uri().path()) {
+        let plan = Arc::clone(&self.plan);
+        match plan.routes.find(request.method(), request.uri().path()) {
             Found::Route(route, bound) => self.call_inner(route, bound, request, request_id).await,
             Found::OtherMethods(methods) if request.method() == Method::OPTIONS => Ok(Ok(options(&methods))),
             Found::OtherMethods(methods) => Err(Failure::method_not_allowed(&methods.join(", "))),
             Found::BadPath => Err(Failure::new("INVALID_PARAMETER", "the path has a broken escape")),
+            Found::Unknown if is_grpc(&request) => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "gRPC needs HTTP/2")),
             Found::Unknown => Err(Failure::new("NOT_FOUND", "no such path")),
         }
     }
@@ -92,7 +95,7 @@ where
         request_id: Option<String>,
     ) -> Result<Result<Response<Body>, S::Error>, Failure> {
         let (parts, body) = request.into_parts();
-        let deadline = self.limits.deadline;
+        let deadline = self.plan.limits.deadline;
         let whole = async {
             let query = parts.uri.query().unwrap_or_default();
             let frame = request::message(route, bound, query, &parts.headers, body).await?;
@@ -101,25 +104,32 @@ where
                 Ok(response) => response,
                 Err(error) => return Ok(Err(error)),
             };
+            let (parts, body) = response.into_parts();
             if route.streaming {
-                if let Some(status) = call::refusal(response.headers()) {
+                if let Some(status) = call::refusal(&parts.headers) {
                     return Err(Failure::from_status(&status, route));
                 }
-                let (parts, body) = response.into_parts();
-                return sse::response(route, self.limits, request_id, parts.headers, body).map(Ok);
+                return sse::response(route, self.plan, request_id, parts.headers, body).map(Ok);
             }
-            let headers = response.headers().clone();
-            let reply = call::unary(response).await.map_err(|error| Failure::from_inner(error, route))?;
-            answer::response(route, headers, &reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
+            let reply = call::unary(&parts.headers, body).await.map_err(|error| Failure::from_inner(error, route))?;
+            answer::response(route, parts.headers, &reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
         };
         // Dropping the call when the time is over also drops the handler inside.
         tokio::time::timeout(deadline, whole).await.unwrap_or_else(|_| Err(Failure::deadline()))
     }
 }
 
+/// Whether the request is for the service inside as it is: gRPC, and gRPC-Web, which alone can go over HTTP/1.1.
+fn passes(request: &Request<Body>) -> bool {
+    is_grpc(request) && (request.version() == Version::HTTP_2 || content_type(request).starts_with(GRPC_WEB))
+}
+
 fn is_grpc(request: &Request<Body>) -> bool {
-    let content_type = request.headers().get(header::CONTENT_TYPE);
-    content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+    content_type(request).starts_with(GRPC)
+}
+
+fn content_type(request: &Request<Body>) -> &[u8] {
+    request.headers().get(header::CONTENT_TYPE).map_or(b"", HeaderValue::as_bytes)
 }
 
 fn options(methods: &[&str]) -> Response<Body> {

@@ -13,7 +13,7 @@ use http_body_util::{BodyExt, StreamBody};
 use tonic::{Status, body::Body};
 
 use super::{
-    Limits,
+    Plan,
     answer::passed_on,
     call::{refusal, take_frame},
     encode,
@@ -29,7 +29,7 @@ struct Events {
     first: Option<Option<Result<Frame<Bytes>, Status>>>,
     buffer: BytesMut,
     route: Arc<Route>,
-    limits: Limits,
+    plan: Arc<Plan>,
     request_id: Option<String>,
     ended: bool,
 }
@@ -38,7 +38,7 @@ struct Events {
 /// other call's.
 pub(super) fn response(
     route: &Arc<Route>,
-    limits: Limits,
+    plan: Arc<Plan>,
     request_id: Option<String>,
     headers: HeaderMap,
     mut body: Body,
@@ -54,7 +54,7 @@ pub(super) fn response(
         Some(None) | None => {}
     }
     let route = Arc::clone(route);
-    let events = Events { body, first, buffer: BytesMut::new(), route, limits, request_id, ended: false };
+    let events = Events { body, first, buffer: BytesMut::new(), route, plan, request_id, ended: false };
     let mut response = Response::new(Body::new(StreamBody::new(frames(events))));
     *response.headers_mut() = passed_on(headers);
     let headers = response.headers_mut();
@@ -88,11 +88,11 @@ impl Events {
                 Some(first) => first,
                 None => tokio::select! {
                     biased;
-                    () = self.limits.shutdown.cancelled() => {
+                    () = self.plan.limits.shutdown.cancelled() => {
                         return Some(self.fail(&Status::unavailable("the server is shutting down")));
                     }
                     frame = self.body.frame() => frame,
-                    () = tokio::time::sleep(self.limits.heartbeat) => return Some(b": keep-alive\n\n".to_vec()),
+                    () = tokio::time::sleep(self.plan.limits.heartbeat) => return Some(b": keep-alive\n\n".to_vec()),
                 },
             };
             match frame {

@@ -198,8 +198,11 @@ impl Store {
 
     /// Remembers that a key was accepted, for the next [`Store::write_used_keys`].
     pub fn key_used(&self, id: &str) {
-        let mut used = self.0.used_keys.0.lock().unwrap_or_else(PoisonError::into_inner);
-        used.insert(id.to_owned(), clock::now());
+        let (now, mut used) = (clock::now(), self.0.used_keys.0.lock().unwrap_or_else(PoisonError::into_inner));
+        match used.get_mut(id) {
+            Some(at) => *at = now,
+            None => drop(used.insert(id.to_owned(), now)),
+        }
     }
 
     /// Writes down which keys were used since the last time.

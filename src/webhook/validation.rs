@@ -74,6 +74,11 @@ impl EventTypes {
         if name.is_empty() {
             return Err(fault(field, "required", format!("{field} is required")));
         }
+        self.validate_known(field, name)
+    }
+
+    /// Finds fault with one event type where none need be given.
+    pub fn validate_known(&self, field: &str, name: &str) -> Result<(), Fault> {
         if !self.contains(name) {
             return Err(fault(field, "unknown", format!("{field} must be one of {}", self.0.join(", "))));
         }

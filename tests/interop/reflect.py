@@ -16,6 +16,9 @@ services = set(database.get_services())
 expected = {"shortkit.webhooks.v1.WebhookService", "shortkit.webhooks.v1.DeliveryService", "grpc.health.v1.Health"}
 assert expected <= services, services
 pool = descriptor_pool.DescriptorPool(database)
+# What errors carry can be read by those who know nothing beforehand.
+for name in ["google.rpc.ErrorInfo", "google.rpc.BadRequest", "google.rpc.RetryInfo"]:
+    assert pool.FindMessageTypeByName(name).fields
 METADATA = [("authorization", f"Bearer {key}")]
 
 

@@ -18,7 +18,8 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint"]),
     ("auth", &["grpc", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
-    ("server", &["auth", "clock", "config", "cors", "dispatch", "egress", "grpc", "rest", "store", "vault"]),
+    ("gateway", &["clock", "cors", "grpc", "rest"]),
+    ("server", &["auth", "config", "dispatch", "egress", "gateway", "grpc", "rest", "store", "vault"]),
     ("cli", &["clock", "config", "grpc", "server", "store", "telemetry", "vault", "webhook"]),
 ];
 

@@ -74,6 +74,8 @@ async fn exit_codes_say_what_was_wrong() {
     assert!(error.contains("listen:") && error.contains("retry-schedule:"), "all faults: {error}");
     let (exit, _, error) = code(&["migrate", "--database-url", "postgres://nobody@127.0.0.1:1/none"]).await;
     assert!(exit == 1 && error.contains("--database-url"), "says what to do: {error}");
+    let (exit, _, error) = code(&["migrate", "--database-url", "sqlite://none/here.db?mode=rwc"]).await;
+    assert!(exit == 1 && error.contains("--database-url"), "says what to do: {error}");
     let (exit, out, _) = code(&["serve", "--help"]).await;
     assert!(exit == 0 && out.contains("SHORTKIT_RETRY_SCHEDULE"));
     assert_eq!(code(&["migrate", "--log", "error"]).await.0, 0);

@@ -10,6 +10,9 @@ use crate::support::{Database, TestServer, on_both_databases};
 
 on_both_databases!(bodies, parameters, protocol, same_over_grpc);
 
+/// `ListWebhooks` in words of the wire.
+const LIST: &str = "/shortkit.webhooks.v1.WebhookService/ListWebhooks";
+
 /// What an error looks like: HTTP status, code, field and reason (empty when there is none).
 type Expected = (u16, &'static str, &'static str, &'static str);
 
@@ -56,6 +59,7 @@ async fn bodies(database: Database) {
         (r#"{"url":"https://example.com/","color":1}"#, (400, INVALID, "color", "unknown")),
         (r#"{"url":"a","url":"b"}"#, (400, "INVALID_REQUEST", "url", "duplicate")),
         (r#"{"url":"#, (400, "INVALID_REQUEST", "", "")),
+        ("null", (400, "INVALID_REQUEST", "", "")),
         ("[]", (400, "INVALID_REQUEST", "", "")),
         ("{} {}", (400, "INVALID_REQUEST", "", "")),
     ] {
@@ -113,6 +117,7 @@ async fn parameters(database: Database) {
         ("status=done", (400, INVALID, "status", "unknown")),
         ("status=DELIVERY_STATUS_FAILED", (400, INVALID, "status", "unknown")),
         ("event=nope", (400, INVALID, "event", "unknown")),
+        ("event=", (400, INVALID, "event", "unknown")),
         ("color=red", (400, INVALID, "color", "unknown")),
         ("webhookId=x", (400, INVALID, "webhookId", "unknown")),
     ] {
@@ -147,8 +152,9 @@ async fn protocol(database: Database) {
     assert_error(&server, Method::GET, &path, "", none).await;
     assert_error(&server, Method::POST, &format!("{path}/retry"), "", none).await;
 
-    let refused = server.call(Method::PUT, &format!("/v1/webhooks/{id}"), "{}").await;
-    assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (405, Some("METHOD_NOT_ALLOWED")));
+    let webhook = format!("/v1/webhooks/{id}");
+    assert_error(&server, Method::PUT, &webhook, "{}", (405, "METHOD_NOT_ALLOWED", "", "")).await;
+    let refused = server.call(Method::PUT, &webhook, "{}").await;
     assert_eq!(refused.headers["allow"], "DELETE, GET, HEAD, OPTIONS, PATCH");
     let options = server.send(server.request(Method::OPTIONS, "/v1/webhooks")).await;
     assert_eq!((options.status, options.headers["allow"].to_str().unwrap()), (204, "GET, HEAD, OPTIONS, POST"));
@@ -170,10 +176,10 @@ async fn protocol(database: Database) {
     }
     let untyped = server.send(server.request(Method::POST, "/v1/webhooks").body("{}")).await;
     assert_eq!((untyped.status, untyped.json()["error"]["code"].as_str()), (415, Some("UNSUPPORTED_MEDIA_TYPE")));
+    assert_eq!(untyped.json()["meta"]["requestId"], untyped.headers["x-request-id"].to_str().unwrap());
 
     let large = format!(r#"{{"event":"content.ready","data":{{"a":"{}"}}}}"#, "x".repeat(1024 * 1024));
-    let refused = server.post("/v1/events", &large).await;
-    assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (413, Some("PAYLOAD_TOO_LARGE")));
+    assert_error(&server, Method::POST, "/v1/events", &large, (413, "PAYLOAD_TOO_LARGE", "", "")).await;
     let request = server.request(Method::POST, "/v1/events").header("content-type", "application/json");
     let request = request.header("content-encoding", "gzip").body(gzip(large.as_bytes()));
     assert_eq!(server.send(request).await.status, 413, "also after gunzip");
@@ -241,5 +247,66 @@ async fn same_over_grpc(database: Database) {
     assert!(nobody.get_delivery(request.clone()).await.is_ok());
     let status = { unauthenticated }.get_delivery(request).await.unwrap_err();
     assert_eq!(facts(&status), fact(Code::Unauthenticated, "UNAUTHORIZED", ""));
+    server.stop().await;
+}
+
+fn call_grpc(server: &TestServer, path: &str, content_type: &str) -> reqwest::RequestBuilder {
+    let client = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
+    let request = client.post(format!("http://{}{path}", server.address)).bearer_auth(&server.key);
+    request.header("content-type", content_type)
+}
+
+/// What a call of these bytes is refused with.
+async fn refusal(server: &TestServer, path: &str, content_type: &str, body: Vec<u8>) -> tonic::Status {
+    let response = call_grpc(server, path, content_type).body(body).send().await.unwrap();
+    assert_eq!(response.status(), 200, "{path}");
+    assert!(response.headers()["x-request-id"].to_str().unwrap().starts_with("req_"));
+    tonic::Status::from_header_map(response.headers()).unwrap_or_else(|| panic!("{path} was answered"))
+}
+
+/// A message in a frame whose flag says whether it is compressed.
+fn frame(flag: u8, message: &[u8]) -> Vec<u8> {
+    [&[flag], u32::try_from(message.len()).unwrap().to_be_bytes().as_slice(), message].concat()
+}
+
+/// Errors that come before any code of ours is called.
+#[tokio::test]
+async fn what_the_grpc_library_refuses_is_explained_too() {
+    let server = TestServer::on_sqlite().await;
+    let create = "/shortkit.webhooks.v1.WebhookService/CreateWebhook";
+    let update = "/shortkit.webhooks.v1.WebhookService/UpdateWebhook";
+    let health = "/grpc.health.v1.Health/Check";
+    let unreadable = |field| (Code::InvalidArgument, "INVALID_REQUEST".to_owned(), str::to_owned(field));
+    let other = |code, reason: &str| (code, reason.to_owned(), String::new());
+    const GRPC: &str = "application/grpc";
+    for (path, content_type, body, expected) in [
+        ("/nope.v1.Service/Do", GRPC, frame(0, b""), other(Code::Unimplemented, "NOT_FOUND")),
+        ("/shortkit.webhooks.v1.WebhookService/Nope", GRPC, frame(0, b""), other(Code::Unimplemented, "NOT_FOUND")),
+        (create, GRPC, frame(0, b"\xff\xff"), unreadable("")),
+        (create, GRPC, frame(0, b"\x0a\x02\xff\xfe"), unreadable("url")),
+        (update, GRPC, frame(0, b"\x12\x03\x0a\x01\xff"), unreadable("webhook.url")),
+        (create, GRPC, frame(0, b"\x08\x01"), unreadable("url")),
+        (create, GRPC, Vec::new(), unreadable("")),
+        (create, GRPC, frame(0, b"\x0a\x09http")[..8].to_vec(), unreadable("")),
+        (create, GRPC, frame(1, b"x"), unreadable("")),
+        (create, GRPC, frame(7, b"x"), unreadable("")),
+        (create, GRPC, frame(0, &vec![0; 1024 * 1024 + 1]), other(Code::ResourceExhausted, "PAYLOAD_TOO_LARGE")),
+        (LIST, "application/grpc+json", frame(0, b"{}"), other(Code::Unimplemented, "UNSUPPORTED_MEDIA_TYPE")),
+        (LIST, "application/grpcx", frame(0, b""), other(Code::Unimplemented, "UNSUPPORTED_MEDIA_TYPE")),
+        (health, GRPC, frame(0, b"\x0a\x01x"), other(Code::NotFound, "NOT_FOUND")),
+    ] {
+        let status = refusal(&server, path, content_type, body.clone()).await;
+        assert_eq!(facts(&status), expected, "{path} {body:?} {}", status.message());
+        assert!(!status.message().is_empty());
+    }
+    for content_type in ["application/grpc+proto", "application/grpc;charset=utf-8"] {
+        let answer = call_grpc(&server, LIST, content_type).body(frame(0, b"")).send().await.unwrap();
+        assert_eq!(answer.headers().get("grpc-status"), None, "{content_type} is protobuf");
+    }
+    let packed = call_grpc(&server, LIST, GRPC).header("grpc-encoding", "gzip").body(frame(1, b"x"));
+    let packed = tonic::Status::from_header_map(packed.send().await.unwrap().headers()).unwrap();
+    assert_eq!(facts(&packed), other(Code::Unimplemented, "UNSUPPORTED_MEDIA_TYPE"));
+    let refused = server.send(server.request(Method::POST, LIST).header("content-type", GRPC).body("x")).await;
+    assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (415, Some("UNSUPPORTED_MEDIA_TYPE")));
     server.stop().await;
 }

@@ -1,6 +1,7 @@
 //! The REST layer around a service of its own: what it takes, what it makes of it, what it says.
 
 mod cases;
+mod hangups;
 mod starts;
 mod streams;
 

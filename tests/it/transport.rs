@@ -52,6 +52,11 @@ async fn a_connection_survives_every_error() {
         ("POST", "/v1/webhooks", "content-type: text/plain\r\n", "x", 415),
         ("POST", "/v1/webhooks", "content-type: application/json\r\n", "{", 400),
         ("GET", "/v1/webhooks/%zz", "", "", 400),
+        ("GET", "/v1/webhooks", "", "{}", 400),
+        ("POST", "/v1/events", "content-type: application/json\r\ncontent-encoding: br\r\n", "x", 415),
+        ("POST", "/v1/events", "content-type: application/grpc\r\n", "x", 415),
+        ("POST", "/v1.Nothing/Do", "content-type: application/grpc\r\n", "x", 415),
+        ("GET", "/v1/webhooks/whk_none", "", "", 404),
         ("GET", "/v1/webhooks", "", "", 200),
     ] {
         let request = format!(
@@ -87,12 +92,15 @@ async fn browsers_may_call() {
         .header("access-control-request-method", "POST")
         .header("access-control-request-headers", "authorization,content-type");
     let answer = server.send(preflight).await;
-    assert_eq!(answer.headers["access-control-allow-origin"], "*");
+    assert_eq!((answer.status, answer.headers["access-control-allow-origin"].to_str().unwrap()), (204, "*"));
     assert_eq!(answer.headers["access-control-allow-headers"], "authorization,content-type");
     assert!(answer.headers["access-control-allow-methods"].to_str().unwrap().contains("PATCH"));
     let refused = server.anonymous(Method::GET, "/v1/webhooks").header("origin", "https://dashboard.example");
     let answer = server.send(refused).await;
     assert_eq!((answer.status, answer.headers["access-control-allow-origin"].to_str().unwrap()), (401, "*"));
+    assert!(answer.headers["access-control-expose-headers"].to_str().unwrap().contains("x-request-id"));
+    let answer = server.get("/v1/webhooks").await;
+    assert_eq!(answer.headers.get("access-control-allow-origin"), None, "no page asked");
     server.stop().await;
 }
 

@@ -1,6 +1,7 @@
 //! Unary calls: paths, queries, bodies, responses, time.
 
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -8,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use http::Request;
+use http::{Request, Response};
+use http_body::Frame;
+use http_body_util::StreamBody;
 use serde_json::{Value, json};
 use shortkit_webhooks::rest::Limits;
 use tonic::{Code, Status, body::Body};
@@ -82,6 +85,7 @@ async fn queries() {
         ("count=1.5", "count", "wrong_type"),
         ("count=2147483648", "count", "out_of_range"),
         ("total=9223372036854775808", "total", "out_of_range"),
+        ("size=-1", "size", "out_of_range"),
         ("flag=1", "flag", "invalid"),
         ("color=green", "color", "unknown"),
         ("color=COLOR_RED", "color", "unknown"),
@@ -91,11 +95,14 @@ async fn queries() {
         ("inner.nope=1", "inner.nope", "unknown"),
         ("inner=1", "inner", "unknown"),
         ("count=0&count=0", "count", "duplicate"),
+        ("=1", "", "unknown"),
     ] {
         let error = kitchen.call("GET", &format!("/v1/items/mine?{query}"), "").await.error();
         let expected = (400, "INVALID_PARAMETER".to_owned(), field.to_owned(), reason.to_owned());
         assert_eq!(error, expected, "{query}");
     }
+    let wrong = kitchen.call("GET", "/v1/items/mine?color=green", "").await;
+    assert_eq!(wrong.json()["error"]["message"], "color must be one of red, dark_blue");
     let bound = kitchen.call("GET", "/v1/items/a?id=b", "").await.error();
     assert_eq!((bound.1.as_str(), bound.2.as_str()), ("INVALID_PARAMETER", "id"), "the path has it");
     let bound = kitchen.call("POST", "/v1/made?count=1", "{}").await.error();
@@ -150,6 +157,10 @@ async fn bodies() {
     }
     let broken = cancel("{\"count\":\n 1,}").await;
     assert_eq!(broken.json()["error"]["details"]["offset"], 13, "{}", broken.text);
+    for unfinished in ["{", "{\"count\": 1", "{\"id\":\"é", "{\n"] {
+        let broken = cancel(unfinished).await;
+        assert_eq!(broken.json()["error"]["details"]["offset"], unfinished.len(), "{}", broken.text);
+    }
     let deep = format!("{}{}{}", r#"{"inner":"#.repeat(70), "{}", "}".repeat(70));
     assert_eq!(cancel(&deep).await.error().3, "too_deep");
     let mut latin = request("POST", "/v1/made", "");
@@ -187,10 +198,29 @@ async fn responses() {
     assert_eq!(json["data"].get("maxCount"), None, "an absent optional is an absent key");
     assert_eq!(json["data"]["words"], json!([]));
     assert_eq!((&json["meta"]["total"], &json["meta"]["nextCursor"]), (&json!(2), &json!("c")));
+    let whole = kitchen.call("GET", "/v1/items/a", "").await;
+    let data = &whole.json()["data"];
+    assert_eq!(
+        (&data["count"], &data["flag"], &data["tags"]),
+        (&json!(0), &json!(false), &json!([])),
+        "{}",
+        whole.text
+    );
+    assert_eq!(data.get("color"), None, "the unspecified value is none");
     let head = kitchen.call("HEAD", "/v1/items/a", "").await;
     assert_eq!((head.status, head.text.as_str()), (200, ""));
     let options = kitchen.call("OPTIONS", "/v1/made", "").await;
     assert_eq!((options.status, &options.headers["allow"]), (204, &"OPTIONS, POST".parse().unwrap()));
+
+    let late = Kitchen::new(Limits::default(), async |_, _| {
+        let frames = [
+            Frame::data(super::framed(b"")),
+            Frame::trailers(super::trailers(&Status::not_found("gone while it was read"))),
+        ];
+        Response::new(Body::new(StreamBody::new(tokio_stream::iter(frames.map(Ok::<_, Infallible>)))))
+    });
+    let failed = late.call("GET", "/v1/items/a", "").await;
+    assert_eq!((failed.status, failed.error().1.as_str()), (404, "NOT_FOUND"), "a status that comes last counts");
 
     let garbage = Kitchen::new(Limits::default(), async |_, _| reply(b"\xff\xff\xff"));
     let broken = garbage.call("GET", "/v1/items/a", "").await;
