@@ -2,7 +2,8 @@
 //!
 //! In reading order: [`webhook`] is the domain, pure. [`store`] keeps it, on SQLite and PostgreSQL; its secrets are
 //! sealed by [`vault`]. [`dispatch`] makes attempts and sends them through [`egress`]. [`grpc`] is the way in, [`rest`]
-//! the same as JSON, [`auth`] the lock on both. [`server`] puts them together, [`cli`] starts it.
+//! the same as JSON, [`auth`] the lock on both. [`listen`] is the way from a socket to them. [`server`] puts them
+//! together, [`cli`] starts it.
 //!
 //! # Invariants
 //!
@@ -23,11 +24,13 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 mod cors;
+mod deadline;
 pub mod dispatch;
 pub mod egress;
 mod failpoint;
 mod feed;
 pub mod grpc;
+pub mod listen;
 pub mod rest;
 pub mod server;
 pub mod store;

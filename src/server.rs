@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use http::header::CONTENT_TYPE;
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
+use tonic::{Status, body::Body, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::{ServiceBuilder, util::MapRequestLayer};
 use tower_http::{
@@ -20,29 +20,20 @@ use crate::{
     clock,
     config::{Config, read_master_keys},
     cors::Cors,
+    deadline::Deadline,
     dispatch::{self, Engine},
     egress,
     grpc::{
         Api, DESCRIPTORS, MAX_TESTS, Parts, Tokens,
         proto::{delivery_service_server::DeliveryServiceServer, webhook_service_server::WebhookServiceServer},
     },
-    rest,
+    listen, rest,
     store::{self, BacklogLimits, Lease, Store},
     vault::Vault,
 };
 
-/// Concurrent calls on one HTTP/2 connection; more wait for the client's own accord.
-const MAX_STREAMS: u32 = 100;
-/// Header bytes of one request; more end it with 431.
-const MAX_HEADER_BYTES: u32 = 16 * 1024;
-/// Streams a client may reset before the server has looked at them; more end the connection (rapid reset).
-const MAX_PENDING_RESETS: usize = 20;
 /// A request message is at most this long; a longer one is refused.
 const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
-/// An HTTP/2 connection is asked whether it is alive after this time of silence …
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
-/// … and closed when it does not answer within this.
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between looks at the file of the master keys.
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between two looks at the database's clock.
@@ -65,9 +56,6 @@ pub enum Error {
     /// Reflection.
     #[error("reflection cannot be served: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// The network.
-    #[error("the server failed: {0}")]
-    Transport(#[from] tonic::transport::Error),
 }
 
 /// Serves on `listener` until `shutdown`, then stops in order: no new connections, no new calls, open streams end, what
@@ -113,6 +101,9 @@ pub async fn run(
     background.spawn(follow(store.clone()));
     background.spawn(learn(store.clone()));
     background.spawn(tidy(store.clone()));
+    if let Some(tls) = config.tls.clone() {
+        background.spawn(tls.follow());
+    }
     if let (Some(vault), Some(path)) = (config.vault.clone(), config.master_key_file.clone()) {
         background.spawn(follow_master_keys(store.clone(), vault, path));
     }
@@ -133,7 +124,11 @@ pub async fn run(
 }
 
 async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: CancellationToken) -> Result<(), Error> {
-    let auth = Auth::new(api.0.store.clone(), config.environments.clone());
+    let auth = Auth::new(
+        api.0.store.clone(),
+        config.environments.clone(),
+        config.tls.as_ref().is_some_and(listen::Tls::asks_clients),
+    );
     let mut routes = Routes::builder();
     routes.add_service(WebhookServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES));
     routes.add_service(DeliveryServiceServer::new(api).max_decoding_message_size(MAX_MESSAGE_BYTES));
@@ -167,28 +162,18 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
         .layer(CatchPanicLayer::custom(panicked_outside))
         .layer(rest::Transcode::new(DESCRIPTORS, limits)?)
         .layer(tonic_web::GrpcWebLayer::new())
+        .layer(Deadline(deadline))
         .layer(auth)
         .layer(MapResponseBodyLayer::new(Body::new))
         .layer(CatchPanicLayer::custom(panicked));
-    let drained = shutdown.clone();
-    let serving = tonic::transport::Server::builder()
-        .accept_http1(true)
-        .max_concurrent_streams(MAX_STREAMS)
-        .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
-        .http2_keepalive_interval(Some(KEEP_ALIVE))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .layer(layers)
-        .add_routes(routes.routes())
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
-            drained.cancelled().await
-        });
+    let service = layers.service(routes.routes().prepare());
+    let serving = listen::serve(listener, config.tls.clone(), config.limits.clone(), service, shutdown.clone());
     let overdue = async {
         shutdown.cancelled().await;
         tokio::time::sleep(config.shutdown_grace).await;
     };
     tokio::select! {
-        served = serving => Ok(served?),
+        () = serving => Ok(()),
         () = overdue => {
             tracing::warn!("some calls did not end within the grace and were cut off");
             Ok(())

@@ -11,7 +11,7 @@ pub(crate) use self::{
     database::{Database, Kind},
     name_server::{Says, serve_names},
     receiver::{Received, Receiver, Reply},
-    server::{Answer, MASTER_KEY, TestServer, Watch, config},
+    server::{Answer, Bearer, MASTER_KEY, TestServer, Watch, config},
 };
 
 /// Something that does not happen within this time does not happen.
