@@ -14,6 +14,7 @@ use tower::{Layer, Service};
 use crate::{
     clock,
     grpc::{self, key_refused},
+    listen::ClientCertificate,
     store::{Actor, KeyHash, KeyInfo, KeyKind, Store},
     webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant},
 };
@@ -48,6 +49,8 @@ pub struct Auth(Arc<Keys>);
 struct Keys {
     store: Store,
     environments: Vec<Environment>,
+    /// Whether service keys need a client certificate beside them.
+    certified: bool,
 }
 
 /// The layer around a service.
@@ -58,9 +61,9 @@ pub struct Authenticated<S> {
 }
 
 impl Auth {
-    /// Accepts keys of `environments`.
-    pub fn new(store: Store, environments: Vec<Environment>) -> Self {
-        Self(Arc::new(Keys { store, environments }))
+    /// Accepts keys of `environments`; when `certified`, service keys only with a client certificate.
+    pub fn new(store: Store, environments: Vec<Environment>, certified: bool) -> Self {
+        Self(Arc::new(Keys { store, environments, certified }))
     }
 }
 
@@ -92,7 +95,8 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         Box::pin(async move {
             if !OPEN.iter().any(|open| request.uri().path().starts_with(open)) {
-                match keys.principal(request.headers()).await {
+                let certificate = request.extensions().get::<ClientCertificate>().copied();
+                match keys.principal(request.headers(), certificate).await {
                     Ok(principal) => drop(request.extensions_mut().insert(principal)),
                     Err(status) => return Ok(status.into_http()),
                 }
@@ -118,7 +122,11 @@ impl Principal {
 }
 
 impl Keys {
-    async fn principal(self: Arc<Self>, headers: &HeaderMap) -> Result<Principal, Status> {
+    async fn principal(
+        self: Arc<Self>,
+        headers: &HeaderMap,
+        certificate: Option<ClientCertificate>,
+    ) -> Result<Principal, Status> {
         let bearer = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
         let key =
             bearer.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
@@ -131,6 +139,12 @@ impl Keys {
         }
         let key = KeyHash::of(key);
         let info = self.check(key).await?;
+        if info.kind == KeyKind::Service && self.certified && certificate.is_none() {
+            return Err(key_refused(
+                "FORBIDDEN",
+                "a service key is taken here only together with a client certificate",
+            ));
+        }
         let tenant = tenant(&info, headers)?;
         self.store.key_used(&info.id);
         let request_id = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());

@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use zeroize::Zeroizing;
 
 use crate::{
+    listen::{Limits, Tls, TlsFiles},
     vault::Vault,
     webhook::{Environment, EventTypes, RetrySchedule},
 };
@@ -22,7 +23,7 @@ const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 const MAX_BACKLOG: u64 = 1_000_000_000_000;
 
 /// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
-const SETTINGS: [(&str, &str); 17] = [
+const SETTINGS: [(&str, &str); 21] = [
     ("database-url", "sqlite://shortkit.db?mode=rwc"),
     ("log", "info"),
     ("master-key-file", ""),
@@ -40,6 +41,10 @@ const SETTINGS: [(&str, &str); 17] = [
     ("shutdown-grace", "35s"),
     ("reflection", "true"),
     ("health", "true"),
+    ("max-connections", "4096"),
+    ("tls-cert", ""),
+    ("tls-key", ""),
+    ("tls-client-ca", ""),
 ];
 
 /// Holds the master keys themselves, when no file does. There is no flag for them: every process on a machine can read
@@ -91,6 +96,10 @@ pub struct Config {
     pub reflection: bool,
     /// Whether the health service is served, which needs no key.
     pub health: bool,
+    /// What connections may take; `--max-connections` is one of them.
+    pub limits: Limits,
+    /// The certificate to serve with; none for cleartext.
+    pub tls: Option<Tls>,
 }
 
 /// What every command that opens the database has to know.
@@ -176,6 +185,18 @@ pub struct ServeArgs {
     /// Whether the gRPC health service is served, which needs no key [default: true]
     #[arg(long, env = "SHORTKIT_HEALTH", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     health: Option<String>,
+    /// Connections at a time, at most half of them from one address; 1 to 1000000 [default: 4096]
+    #[arg(long, env = "SHORTKIT_MAX_CONNECTIONS", value_name = "COUNT")]
+    max_connections: Option<String>,
+    /// PEM file of the certificate to serve with, followed by those between it and its authority; read again when it changes [default: none]
+    #[arg(long, env = "SHORTKIT_TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<String>,
+    /// PEM file of the certificate's private key [default: none]
+    #[arg(long, env = "SHORTKIT_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<String>,
+    /// PEM file of authorities whose client certificates are taken; service keys then need one [default: none]
+    #[arg(long, env = "SHORTKIT_TLS_CLIENT_CA", value_name = "FILE")]
+    tls_client_ca: Option<String>,
 }
 
 /// Everything that is wrong with the configuration.
@@ -270,6 +291,14 @@ impl ServeArgs {
             }),
             reflection: settings.read("reflection", self.reflection, boolean),
             health: settings.read("health", self.health, boolean),
+            limits: Limits {
+                connections: settings.read("max-connections", self.max_connections, |text| {
+                    let count = text.parse().ok().filter(|count| (1..=1_000_000).contains(count));
+                    count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to 1000000"))
+                }),
+                ..Limits::default()
+            },
+            tls: settings.tls(self.tls_cert, self.tls_key, self.tls_client_ca),
         };
         settings.finish(config)
     }
@@ -342,6 +371,22 @@ impl Settings {
         parsed.and_then(Result::ok).unwrap_or_else(default)
     }
 
+    fn tls(&mut self, cert: Option<String>, key: Option<String>, client_ca: Option<String>) -> Option<Tls> {
+        let certificate = self.read("tls-cert", cert, file);
+        let key = self.read("tls-key", key, file);
+        let client_authorities = self.read("tls-client-ca", client_ca, file);
+        let loaded = match (certificate, key, client_authorities) {
+            (Some(certificate), Some(key), client_authorities) => {
+                Tls::load(TlsFiles { certificate, key, client_authorities })
+                    .map_err(|error| format!("tls-cert: {error}"))
+            }
+            (None, None, None) => return None,
+            (None, None, Some(_)) => Err("tls-client-ca: needs tls-cert and tls-key".to_owned()),
+            _ => Err("tls-cert: the certificate and tls-key go together".to_owned()),
+        };
+        loaded.map_err(|fault| self.faults.push(fault)).ok()
+    }
+
     fn finish<T>(self, config: T) -> Result<T, Invalid> {
         if self.faults.is_empty() { Ok(config) } else { Err(Invalid(self.faults)) }
     }
@@ -365,6 +410,11 @@ fn list<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<
 fn range(text: &str) -> Result<IpNet, String> {
     let address = || text.parse().ok().map(|address: std::net::IpAddr| IpNet::from(address));
     text.parse().ok().or_else(address).ok_or_else(|| format!("`{text}` is not a range such as 10.1.0.0/16"))
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "a setting may be faulty, and this one never is")]
+fn file(path: &str) -> Result<Option<PathBuf>, String> {
+    Ok(Some(path).filter(|path| !path.is_empty()).map(PathBuf::from))
 }
 
 fn certificates(path: &str) -> Result<Vec<u8>, String> {

@@ -2,8 +2,8 @@
 //!
 //! In reading order: [`webhook`] is the domain, pure. [`store`] keeps it, on SQLite and PostgreSQL; its secrets are
 //! sealed by [`vault`]. [`dispatch`] makes attempts and sends them through [`egress`]. [`grpc`] is the way in, [`rest`]
-//! the same as JSON, [`auth`] the lock on both, `gateway` the way to them. [`server`] puts them together, [`cli`] starts
-//! it.
+//! the same as JSON, [`auth`] the lock on both, `gateway` the way to them, [`listen`] the way from a socket to that.
+//! [`server`] puts them together, [`cli`] starts it.
 //!
 //! # Invariants
 //!
@@ -24,12 +24,14 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 mod cors;
+mod deadline;
 pub mod dispatch;
 pub mod egress;
 mod failpoint;
 mod feed;
 mod gateway;
 pub mod grpc;
+pub mod listen;
 pub mod rest;
 pub mod server;
 pub mod store;

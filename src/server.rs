@@ -4,13 +4,14 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::server::TcpIncoming};
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::ServiceBuilder;
 
 use crate::{
     auth::Auth,
     config::{Config, read_master_keys},
+    deadline::Deadline,
     dispatch::{self, Engine},
     egress,
     gateway::Gateway,
@@ -21,21 +22,11 @@ use crate::{
             webhook_service_server::WebhookServiceServer,
         },
     },
-    rest,
+    listen, rest,
     store::{self, BacklogLimits, Lease, Store},
     vault::Vault,
 };
 
-/// Concurrent calls on one HTTP/2 connection; more wait for the client's own accord.
-const MAX_STREAMS: u32 = 100;
-/// Header bytes of one request; more end it with 431.
-const MAX_HEADER_BYTES: u32 = 16 * 1024;
-/// Streams a client may reset before the server has looked at them; more end the connection (rapid reset).
-const MAX_PENDING_RESETS: usize = 20;
-/// An HTTP/2 connection is asked whether it is alive after this time of silence …
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
-/// … and closed when it does not answer within this.
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between looks at the file of the master keys.
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between two looks at the database's clock.
@@ -58,9 +49,6 @@ pub enum Error {
     /// Reflection.
     #[error("reflection cannot be served: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// The network.
-    #[error("the server failed: {0}")]
-    Transport(#[from] tonic::transport::Error),
 }
 
 /// Serves on `listener` until `shutdown`, then stops in order: no new connections, no new calls, open streams end, what
@@ -106,6 +94,9 @@ pub async fn run(
     background.spawn(follow(store.clone()));
     background.spawn(learn(store.clone()));
     background.spawn(tidy(store.clone()));
+    if let Some(tls) = config.tls.clone() {
+        background.spawn(tls.follow());
+    }
     if let (Some(vault), Some(path)) = (config.vault.clone(), config.master_key_file.clone()) {
         background.spawn(follow_master_keys(store.clone(), vault, path));
     }
@@ -126,31 +117,22 @@ pub async fn run(
 }
 
 async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: CancellationToken) -> Result<(), Error> {
-    let auth = Auth::new(api.0.store.clone(), config.environments.clone());
+    let certified = config.tls.as_ref().is_some_and(listen::Tls::asks_clients);
+    let auth = Auth::new(api.0.store.clone(), config.environments.clone(), certified);
     let services = Services::new(api, open_services(config, &shutdown).await?);
     // An attempt made for a test may take its whole time, and looking up its name comes on top.
     let deadline = config.request_timeout + Duration::from_secs(10);
     let limits = rest::Limits { deadline, shutdown: shutdown.clone(), ..rest::Limits::default() };
     // Once for every protocol.
-    let services = ServiceBuilder::new().layer(auth).service(services);
+    let services = ServiceBuilder::new().layer(Deadline(deadline)).layer(auth).service(services);
     let gateway = Gateway::new(services, rest::Transcode::new(DESCRIPTORS, limits)?);
-    let drained = shutdown.clone();
-    let serving = tonic::transport::Server::builder()
-        .accept_http1(true)
-        .max_concurrent_streams(MAX_STREAMS)
-        .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
-        .http2_keepalive_interval(Some(KEEP_ALIVE))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .serve_with_incoming_shutdown(gateway, TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
-            drained.cancelled().await
-        });
+    let serving = listen::serve(listener, config.tls.clone(), config.limits.clone(), gateway, shutdown.clone());
     let overdue = async {
         shutdown.cancelled().await;
         tokio::time::sleep(config.shutdown_grace).await;
     };
     tokio::select! {
-        served = serving => Ok(served?),
+        () = serving => Ok(()),
         () = overdue => {
             tracing::warn!("some calls did not end within the grace and were cut off");
             Ok(())

@@ -1,12 +1,14 @@
 //! The way from the command line to a running server.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use tonic::{
     Request, Status,
     metadata::AsciiMetadataValue,
     service::Interceptor,
     service::interceptor::InterceptedService,
-    transport::{Channel, ClientTlsConfig, Endpoint},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
 use super::Error;
@@ -27,6 +29,15 @@ pub(super) struct ClientArgs {
     /// The organization to act for; only with a service key
     #[arg(long, env = "SHORTKIT_ORGANIZATION", value_name = "NAME")]
     organization: Option<String>,
+    /// PEM file of the authority that the server is trusted by, instead of the system's
+    #[arg(long, env = "SHORTKIT_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// PEM file of a client certificate to show, for a server with --tls-client-ca
+    #[arg(long, env = "SHORTKIT_CLIENT_CERT", value_name = "FILE", requires = "client_key")]
+    client_cert: Option<PathBuf>,
+    /// PEM file of the client certificate's private key
+    #[arg(long, env = "SHORTKIT_CLIENT_KEY", value_name = "FILE", requires = "client_cert")]
+    client_key: Option<PathBuf>,
 }
 
 pub(super) type Client = DeliveryServiceClient<InterceptedService<Channel, Credentials>>;
@@ -54,7 +65,7 @@ impl ClientArgs {
         let refuse = |_| Error::Usage(format!("--server {}: not a URL such as http://127.0.0.1:8080", self.server));
         let mut endpoint = Endpoint::from_shared(self.server.clone()).map_err(refuse)?.tcp_nodelay(true);
         if self.server.starts_with("https:") {
-            endpoint = endpoint.tls_config(ClientTlsConfig::new().with_native_roots()).map_err(refuse)?;
+            endpoint = endpoint.tls_config(self.tls()?).map_err(refuse)?;
         }
         let value = |name: &str, text: &str| {
             let mut value = AsciiMetadataValue::try_from(text)
@@ -67,6 +78,19 @@ impl ClientArgs {
             organization: self.organization.as_deref().map(|name| value("organization", name)).transpose()?,
         };
         Ok(DeliveryServiceClient::with_interceptor(endpoint.connect_lazy(), credentials))
+    }
+
+    fn tls(&self) -> Result<ClientTlsConfig, Error> {
+        let read =
+            |path: &PathBuf| std::fs::read(path).map_err(|error| Error::Usage(format!("{}: {error}", path.display())));
+        let trusting = match &self.ca {
+            Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
+            None => ClientTlsConfig::new().with_native_roots(),
+        };
+        Ok(match (&self.client_cert, &self.client_key) {
+            (Some(cert), Some(key)) => trusting.identity(Identity::from_pem(read(cert)?, read(key)?)),
+            _ => trusting,
+        })
     }
 
     /// What a failed call means for the person at the terminal.

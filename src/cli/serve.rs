@@ -60,11 +60,12 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
         Error::Failed(format!("cannot listen on {}: {error}\n  Choose another address with --listen.", config.listen))
     })?;
     let address = listener.local_addr()?;
+    let tls = config.tls.is_some();
     // A service serves on, also when nobody reads what it prints.
-    let _ = print(format_args!("listening on http://{address}"));
+    let _ = print(format_args!("listening on {}://{address}", if tls { "https" } else { "http" }));
     if let Some(keys) = keys {
         let master_key = config.master_key_file.as_deref().unwrap_or(Path::new("SHORTKIT_MASTER_KEY"));
-        let _ = print(welcome(&address.to_string(), &keys, master_key));
+        let _ = print(welcome(&address.to_string(), tls, &keys, master_key));
     }
     Ok(server::run(listener, config, store, stop).await?)
 }
@@ -109,8 +110,10 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     file.write_all(bytes)
 }
 
-fn welcome(address: &str, keys: &DevKeys, master_key: &Path) -> String {
+fn welcome(address: &str, tls: bool, keys: &DevKeys, master_key: &Path) -> String {
     let DevKeys { secret, service } = keys;
+    let (origin, plain) =
+        if tls { (format!("https://{address}"), "") } else { (format!("http://{address}"), "-plaintext ") };
     let master_key = master_key.display();
     // The one that runs, since it need not be on the path.
     let program =
@@ -129,15 +132,15 @@ See a signed delivery: in a second terminal
 
 and in a third, with curl
 
-  curl -X POST http://{address}/v1/webhooks -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' -d '{{"url":"http://localhost:9000/","events":["content.ready"]}}'
-  curl -X POST http://{address}/v1/events -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' -d '{{"event":"content.ready","data":{{"contentId":"cnt_abc123","title":"My Video","duration":45.2}}}}'
-  curl http://{address}/v1/webhooks -H 'Authorization: Bearer {secret}'
+  curl -X POST {origin}/v1/webhooks -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' -d '{{"url":"http://localhost:9000/","events":["content.ready"]}}'
+  curl -X POST {origin}/v1/events -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' -d '{{"event":"content.ready","data":{{"contentId":"cnt_abc123","title":"My Video","duration":45.2}}}}'
+  curl {origin}/v1/webhooks -H 'Authorization: Bearer {secret}'
 
 or with grpcurl
 
-  grpcurl -plaintext {address} list
-  grpcurl -plaintext -H 'authorization: Bearer {service}' -H 'x-shortkit-organization: {ORGANIZATION}' -d '{{"event":"content.ready","data":"{{\"contentId\":\"cnt_abc123\"}}"}}' {address} shortkit.webhooks.v1.DeliveryService/PublishEvent
-  grpcurl -plaintext -H 'authorization: Bearer {secret}' {address} shortkit.webhooks.v1.DeliveryService/WatchDeliveries
+  grpcurl {plain}{address} list
+  grpcurl {plain}-H 'authorization: Bearer {service}' -H 'x-shortkit-organization: {ORGANIZATION}' -d '{{"event":"content.ready","data":"{{\"contentId\":\"cnt_abc123\"}}"}}' {address} shortkit.webhooks.v1.DeliveryService/PublishEvent
+  grpcurl {plain}-H 'authorization: Bearer {secret}' {address} shortkit.webhooks.v1.DeliveryService/WatchDeliveries
 "#
     )
 }

@@ -6,7 +6,7 @@ use bytes::{Buf, Bytes};
 use http::{HeaderMap, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::value::RawValue;
-use tonic::body::Body;
+use tonic::{Code, Status, body::Body};
 
 use super::{
     MAX_BODY_BYTES, call, decode,
@@ -29,7 +29,7 @@ pub(super) async fn message(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Vec<u8>, Failure> {
-    let body = read(headers, body).await?;
+    let body = read(route, headers, body).await?;
     let mut out = Vec::with_capacity(call::PREFIX + body.len() + query.len() + 64);
     out.resize(call::PREFIX, 0);
     append_body(&mut out, route, headers, &body)?;
@@ -98,10 +98,19 @@ fn nothing_to_change() -> Failure {
     Failure::new("VALIDATION_ERROR", "name at least one field to change")
 }
 
-async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Failure> {
+async fn read(route: &Route, headers: &HeaderMap, body: Body) -> Result<Bytes, Failure> {
     let too_large = || Failure::new("PAYLOAD_TOO_LARGE", format!("the body must be at most {MAX_BODY_BYTES} bytes"));
     let collected = Limited::new(body, MAX_BODY_BYTES).collect().await.map_err(|error| {
-        if error.is::<LengthLimitError>() { too_large() } else { Failure::request("the body could not be read") }
+        if error.is::<LengthLimitError>() {
+            return too_large();
+        }
+        // Whoever hands in the body may have a reason of its own not to go on.
+        match error.downcast_ref::<Status>() {
+            Some(status) if matches!(status.code(), Code::DeadlineExceeded | Code::Unavailable) => {
+                Failure::from_status(status, route)
+            }
+            _ => Failure::request("the body could not be read"),
+        }
     })?;
     let bytes = collected.to_bytes();
     match headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or_default().trim()) {

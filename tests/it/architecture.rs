@@ -3,23 +3,28 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Each module of the crate, and what of the crate it may use.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 19] = [
     ("webhook", &[]),
     ("failpoint", &[]),
     ("clock", &["webhook"]),
     ("telemetry", &[]),
     ("rest", &[]),
     ("cors", &[]),
+    ("deadline", &[]),
+    ("listen", &["clock"]),
     ("egress", &[]),
     ("vault", &["clock"]),
-    ("config", &["vault", "webhook"]),
+    ("config", &["listen", "vault", "webhook"]),
     ("feed", &["webhook"]),
     ("store", &["feed", "vault", "webhook", "clock", "failpoint"]),
     ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint"]),
-    ("auth", &["grpc", "store", "webhook", "clock"]),
+    ("auth", &["grpc", "listen", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
     ("gateway", &["clock", "cors", "grpc", "rest"]),
-    ("server", &["auth", "config", "dispatch", "egress", "gateway", "grpc", "rest", "store", "vault"]),
+    (
+        "server",
+        &["auth", "config", "deadline", "dispatch", "egress", "gateway", "grpc", "listen", "rest", "store", "vault"],
+    ),
     ("cli", &["clock", "config", "grpc", "server", "store", "telemetry", "vault", "webhook"]),
 ];
 
@@ -113,4 +118,20 @@ fn the_states_are_those_of_the_schema_and_of_the_diagram() {
     let (_, diagram) = docs.split_once("## The states of a delivery").unwrap();
     let diagram = diagram.split("```").nth(1).unwrap();
     assert!(words.iter().all(|word| diagram.contains(word)));
+}
+
+#[test]
+fn the_tests_that_security_names_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let table = fs::read_to_string(root.join("SECURITY.md")).unwrap();
+    let names = table.lines().filter(|line| line.starts_with("| ")).filter_map(|line| line.rsplit('|').nth(1));
+    let names: Vec<&str> = names.flat_map(|cell| cell.split('`').filter(|text| text.contains("::"))).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in names {
+        let (module, test) = name.rsplit_once("::").unwrap();
+        let module = module.replace("::", "/");
+        let sources = [format!("tests/it/{module}.rs"), format!("src/{module}.rs")];
+        let sources = sources.iter().filter_map(|path| fs::read_to_string(root.join(path)).ok()).collect::<String>();
+        assert!(sources.contains(&format!("fn {test}(")), "SECURITY.md names {name}, which is no test");
+    }
 }
