@@ -1,8 +1,8 @@
 //! How many deliveries are pending, of each organisation and in all, and when that is too many to accept more.
 //!
-//! Nothing is counted when somebody publishes: the counts are read in the background, and what this node accepted since
-//! is added to them. What was delivered since is not taken off, so for a moment the numbers are too high, never too low;
-//! of what other nodes accept, each learns with its next look.
+//! Nothing is counted when somebody publishes: the counts are read in the background, and what this node let in since is
+//! added to them. What was delivered since is not taken off, so for a moment the numbers are too high, never too low; of
+//! what other nodes let in, or what a commit stored that seemed to fail, each learns with its next look.
 
 use std::{
     collections::HashMap,
@@ -37,10 +37,12 @@ struct Known {
     limits: BacklogLimits,
     /// What the last look found.
     found: Counts,
-    /// Accepted between its beginning and that of the next.
+    /// Committed between its beginning and that of the next.
     before: Counts,
-    /// Accepted after that.
+    /// Committed after that.
     since: Counts,
+    /// Let in, and not committed yet, so that no look can find it.
+    on_the_way: Counts,
 }
 
 #[derive(Default)]
@@ -53,16 +55,16 @@ impl Default for Backlog {
     /// Without limits, until they are set.
     fn default() -> Self {
         let limits = BacklogLimits { total: u64::MAX, organization: u64::MAX };
-        let [found, before, since] = std::array::from_fn(|_| Counts::default());
-        Self(Mutex::new(Known { limits, found, before, since }))
+        let [found, before, since, on_the_way] = std::array::from_fn(|_| Counts::default());
+        Self(Mutex::new(Known { limits, found, before, since, on_the_way }))
     }
 }
 
 impl Backlog {
-    /// Counts deliveries of the organisation, or refuses them when too much is pending.
+    /// Lets deliveries of the organisation in, or refuses them when too much is pending.
     pub(super) fn admit(&self, organization: &str, deliveries: usize) -> Result<(), Error> {
         let mut known = self.lock();
-        let counts = [&known.found, &known.before, &known.since];
+        let counts = [&known.found, &known.before, &known.since, &known.on_the_way];
         let of = |counts: &Counts| counts.organizations.get(organization).copied().unwrap_or(0);
         if counts.into_iter().map(of).sum::<u64>() >= known.limits.organization {
             return Err(Error::OrganizationBacklog);
@@ -71,12 +73,23 @@ impl Backlog {
             return Err(Error::Backlog);
         }
         if deliveries > 0 {
-            known.since.add(organization, deliveries as u64);
+            known.on_the_way.add(organization, deliveries as u64);
         }
         Ok(())
     }
 
-    /// A look at the counts begins: what is accepted from now on may not be in them.
+    /// Deliveries that were let in are stored, or could not be.
+    pub(super) fn settle(&self, organization: &str, deliveries: usize, stored: bool) {
+        if deliveries > 0 {
+            let mut known = self.lock();
+            known.on_the_way.remove(organization, deliveries as u64);
+            if stored {
+                known.since.add(organization, deliveries as u64);
+            }
+        }
+    }
+
+    /// A look at the counts begins: what is committed from now on may not be in them.
     fn begin(&self) {
         let mut known = self.lock();
         let Counts { total, organizations } = std::mem::take(&mut known.since);
@@ -104,6 +117,16 @@ impl Counts {
         match self.organizations.get_mut(organization) {
             Some(known) => *known += count,
             None => drop(self.organizations.insert(organization.to_owned(), count)),
+        }
+    }
+
+    fn remove(&mut self, organization: &str, count: u64) {
+        self.total = self.total.saturating_sub(count);
+        if let Some(known) = self.organizations.get_mut(organization) {
+            *known = known.saturating_sub(count);
+            if *known == 0 {
+                self.organizations.remove(organization);
+            }
         }
     }
 }
@@ -148,22 +171,28 @@ mod tests {
         backlog
     }
 
+    fn publish(backlog: &Backlog, organization: &str, deliveries: usize) {
+        backlog.admit(organization, deliveries).unwrap();
+        backlog.settle(organization, deliveries, true);
+    }
+
     #[test]
     fn an_organisation_is_refused_at_its_own_limit_and_everybody_at_the_common_one() {
         let backlog = limited(5, 3);
-        backlog.admit("loud", 3).unwrap();
+        publish(&backlog, "loud", 3);
         assert!(matches!(backlog.admit("loud", 0), Err(Error::OrganizationBacklog)));
         assert!(backlog.admit("quiet", 0).is_ok());
-        backlog.end(found(&[("loud", 2), ("other", 2)]));
+        backlog.begin();
+        backlog.end(found(&[("loud", 2), ("other", 3)]));
         assert!(matches!(backlog.admit("quiet", 0), Err(Error::Backlog)));
     }
 
     #[test]
-    fn what_is_accepted_during_a_look_is_not_forgotten() {
+    fn what_is_committed_during_a_look_is_not_forgotten() {
         let backlog = limited(u64::MAX, 3);
-        backlog.admit("acme", 1).unwrap();
+        publish(&backlog, "acme", 1);
         backlog.begin();
-        backlog.admit("acme", 2).unwrap();
+        publish(&backlog, "acme", 2);
         assert!(backlog.admit("acme", 0).is_err(), "all three are known while it lasts");
         backlog.end(found(&[("acme", 1)]));
         assert!(backlog.admit("acme", 0).is_err(), "the two may not be among those found");
@@ -173,11 +202,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_committed_after_a_look_that_it_was_let_in_before_is_not_forgotten() {
+        let backlog = limited(u64::MAX, 2);
+        backlog.admit("acme", 2).unwrap();
+        backlog.begin();
+        backlog.end(found(&[]));
+        assert!(backlog.admit("acme", 0).is_err());
+        backlog.settle("acme", 2, true);
+        assert!(backlog.admit("acme", 0).is_err());
+    }
+
+    #[test]
+    fn what_could_not_be_stored_leaves_nothing_behind() {
+        let backlog = limited(u64::MAX, 2);
+        backlog.admit("acme", 2).unwrap();
+        backlog.settle("acme", 2, false);
+        assert!(backlog.admit("acme", 0).is_ok());
+        assert!(backlog.lock().on_the_way.organizations.is_empty());
+    }
+
+    #[test]
     fn a_look_that_failed_forgets_nothing() {
         let backlog = limited(u64::MAX, 2);
-        backlog.admit("acme", 1).unwrap();
+        publish(&backlog, "acme", 1);
         backlog.begin();
-        backlog.admit("acme", 1).unwrap();
+        publish(&backlog, "acme", 1);
         backlog.begin();
         assert!(backlog.admit("acme", 0).is_err());
     }

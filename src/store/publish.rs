@@ -181,6 +181,11 @@ impl Draft {
         Published { event_id: self.event.id.clone(), deliveries: self.deliveries.len() }
     }
 
+    /// Whose backlog its deliveries are in, and how many; a test is in nobody's.
+    pub(super) fn backlog(&self) -> (&str, usize) {
+        (self.tenant.organization(), if self.done.is_some() { 0 } else { self.deliveries.len() })
+    }
+
     /// Counts the deliveries, and says that they were made.
     pub(super) fn tell<'a>(&'a self, deltas: &mut Deltas<'a>, log: &mut Log) {
         let event_type = self.event.event_type.as_str();

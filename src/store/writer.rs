@@ -166,6 +166,8 @@ impl Store {
         self.0.feed.announce();
         let mut waiting = false;
         for (draft, answer) in batch.drafts {
+            let (organization, deliveries) = draft.backlog();
+            self.0.backlog.settle(organization, deliveries, true);
             let published = draft.published();
             waiting |= draft.hand_over(&self.0.ready);
             let _ = answer.send(Ok(published));
@@ -181,6 +183,8 @@ impl Store {
 
     fn fail(&self, batch: Batch, error: &Error) {
         for (draft, answer) in batch.drafts {
+            let (organization, deliveries) = draft.backlog();
+            self.0.backlog.settle(organization, deliveries, false);
             draft.give_back(&self.0.handoff);
             let _ = answer.send(Err(error.clone()));
         }
