@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 pub(crate) use self::status::{invalid_parameter, key_refused, store as store_failed};
-pub use self::token::Tokens;
+pub use self::token::{Purpose, Tokens};
 use crate::{
     auth::Principal,
     egress,
