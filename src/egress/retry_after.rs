@@ -13,7 +13,7 @@ pub enum RetryAfter {
 
 impl RetryAfter {
     /// Reads the header; what is neither number nor date is as good as absent.
-    pub(super) fn parse(value: &str) -> Option<Self> {
+    pub fn parse(value: &str) -> Option<Self> {
         let value = value.trim();
         if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
             return Some(Self::Delay(Duration::from_secs(value.parse().unwrap_or(u64::MAX))));

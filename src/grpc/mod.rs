@@ -17,7 +17,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 pub(crate) use self::status::{invalid_parameter, key_refused, panicked, store as store_failed};
-pub use self::{codec::Protobuf, services::Services, token::Tokens};
+pub use self::{
+    codec::Protobuf,
+    services::Services,
+    token::{Purpose, Tokens},
+};
 use crate::{
     auth::Principal,
     egress,

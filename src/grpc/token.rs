@@ -13,13 +13,13 @@ const MAC_BYTES: usize = 16;
 pub struct Tokens(hmac::Key);
 
 /// What a token is for; one for another purpose, tenant or filter does not open.
-pub(super) struct Purpose<'a> {
+pub struct Purpose<'a> {
     /// Name of the call.
-    pub(super) call: &'static str,
+    pub call: &'static str,
     /// Whose it is.
-    pub(super) tenant: &'a Tenant,
+    pub tenant: &'a Tenant,
     /// The filter, in any unambiguous spelling.
-    pub(super) filter: &'a [&'a str],
+    pub filter: &'a [&'a str],
 }
 
 impl Tokens {
@@ -29,14 +29,14 @@ impl Tokens {
     }
 
     /// The token that stands for `content`.
-    pub(super) fn seal(&self, purpose: &Purpose<'_>, content: &str) -> String {
+    pub fn seal(&self, purpose: &Purpose<'_>, content: &str) -> String {
         let mut bytes = self.mac(purpose, content.as_bytes());
         bytes.extend_from_slice(content.as_bytes());
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
     /// What [`Tokens::seal`] sealed for the same purpose; none for anything else.
-    pub(super) fn open(&self, purpose: &Purpose<'_>, token: &str) -> Option<String> {
+    pub fn open(&self, purpose: &Purpose<'_>, token: &str) -> Option<String> {
         let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
         let (mac, content) = bytes.split_at_checked(MAC_BYTES)?;
         // Compared whole and without an early end: a timing tells nothing of the right value.
