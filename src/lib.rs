@@ -28,6 +28,7 @@ pub mod egress;
 mod failpoint;
 mod feed;
 pub mod grpc;
+mod idempotency;
 pub mod rest;
 pub mod server;
 pub mod store;

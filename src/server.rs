@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use http::header::CONTENT_TYPE;
+use http::{Method, header::CONTENT_TYPE};
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
@@ -26,6 +26,7 @@ use crate::{
         Api, DESCRIPTORS, MAX_TESTS, Parts, Tokens,
         proto::{delivery_service_server::DeliveryServiceServer, webhook_service_server::WebhookServiceServer},
     },
+    idempotency::Idempotency,
     rest,
     store::{self, BacklogLimits, Lease, Store},
     vault::Vault,
@@ -82,6 +83,7 @@ pub async fn run(
     store.follow_clock().await?;
     store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
     let rescued = store.rescue_all_at_start(&config.retry_schedule).await?;
+    store.release_claims_at_start().await?;
     if rescued > 0 {
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
     }
@@ -133,7 +135,8 @@ pub async fn run(
 }
 
 async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: CancellationToken) -> Result<(), Error> {
-    let auth = Auth::new(api.0.store.clone(), config.environments.clone());
+    let store = api.0.store.clone();
+    let auth = Auth::new(store.clone(), config.environments.clone());
     let mut routes = Routes::builder();
     routes.add_service(WebhookServiceServer::new(api.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES));
     routes.add_service(DeliveryServiceServer::new(api).max_decoding_message_size(MAX_MESSAGE_BYTES));
@@ -156,6 +159,9 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
     // An attempt made for a test may take its whole time, and looking up its name comes on top.
     let deadline = config.request_timeout + Duration::from_secs(10);
     let limits = rest::Limits { deadline, shutdown: shutdown.clone(), ..rest::Limits::default() };
+    let transcode = rest::Transcode::new(DESCRIPTORS, limits)?;
+    // The other methods may be repeated anyway.
+    let named = transcode.calls(&Method::POST).map(str::to_owned).collect();
     let layers = ServiceBuilder::new()
         .layer(MapRequestLayer::new(without_request_id))
         .layer(SetRequestIdLayer::x_request_id(MakeId))
@@ -165,9 +171,10 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
         .layer(CompressionLayer::new())
         .layer(MapResponseBodyLayer::new(Body::new))
         .layer(CatchPanicLayer::custom(panicked_outside))
-        .layer(rest::Transcode::new(DESCRIPTORS, limits)?)
+        .layer(transcode)
         .layer(tonic_web::GrpcWebLayer::new())
         .layer(auth)
+        .layer(Idempotency::new(store, named, deadline))
         .layer(MapResponseBodyLayer::new(Body::new))
         .layer(CatchPanicLayer::custom(panicked));
     let drained = shutdown.clone();

@@ -62,6 +62,22 @@ pub(crate) fn invalid_parameter(name: &str, reason: &'static str, message: Strin
     coded(Code::InvalidArgument, "INVALID_PARAMETER", message, ErrorDetails::with_bad_request(vec![violation]))
 }
 
+/// An idempotency key that named another request before.
+pub(crate) fn key_reused() -> Status {
+    let message = "the idempotency key was used for another request; each request needs a key of its own";
+    coded(Code::FailedPrecondition, "CONFLICT", message, ErrorDetails::new())
+}
+
+/// A message that is longer than one may be.
+pub(crate) fn message_too_long(max: usize) -> Status {
+    coded(
+        Code::OutOfRange,
+        "PAYLOAD_TOO_LARGE",
+        format!("the message must be at most {max} bytes"),
+        ErrorDetails::new(),
+    )
+}
+
 pub(super) fn not_found(what: &str) -> Status {
     coded(Code::NotFound, "NOT_FOUND", format!("no such {what}"), ErrorDetails::new())
 }
@@ -81,7 +97,7 @@ pub(super) fn too_many_tests() -> Status {
 }
 
 /// Something that cannot be; the detail goes to the log only.
-pub(super) fn internal(detail: &str) -> Status {
+pub(crate) fn internal(detail: &str) -> Status {
     tracing::error!(detail, "internal error");
     coded(Code::Internal, "INTERNAL_ERROR", "internal error", ErrorDetails::new())
 }
@@ -109,6 +125,7 @@ pub(crate) fn store(error: store::Error) -> Status {
         store::Error::Backlog => {
             unavailable_for(RETRY_AFTER_BACKLOG, "too many deliveries are pending; publish again later")
         }
+        store::Error::Repeated => unavailable("another request with this idempotency key is at work; try again"),
         store::Error::Closed => shutting_down(),
         other => internal(&other.to_string()),
     }

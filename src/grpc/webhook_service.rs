@@ -3,11 +3,14 @@
 use tonic::{Request, Response, Status};
 
 use super::{
-    Api, convert, proto, status, tenant,
+    Api, convert, keep, proto, status, tenant,
     token::Purpose,
     validate::{self, sample},
 };
-use crate::webhook::DeliveryStatus;
+use crate::{
+    store::Rotated,
+    webhook::{DeliveryStatus, Secret, Webhook},
+};
 
 #[tonic::async_trait]
 impl proto::webhook_service_server::WebhookService for Api {
@@ -34,10 +37,10 @@ impl proto::webhook_service_server::WebhookService for Api {
         request: Request<proto::CreateWebhookRequest>,
     ) -> Result<Response<proto::CreateWebhookResponse>, Status> {
         let tenant = tenant(&request)?;
+        let keep = keep(&request, created);
         let new = self.new_webhook(request.into_inner()).await?;
-        let (webhook, secret) = self.store.create_webhook(&tenant, new).await.map_err(status::store)?;
-        let webhook = Some(convert::webhook(webhook, Some(&secret), None));
-        Ok(Response::new(proto::CreateWebhookResponse { webhook }))
+        let done = self.store.create_webhook(&tenant, new, keep).await.map_err(status::store)?;
+        Ok(Response::new(created(&done)))
     }
 
     async fn get_webhook(
@@ -84,15 +87,15 @@ impl proto::webhook_service_server::WebhookService for Api {
         request: Request<proto::RotateSecretRequest>,
     ) -> Result<Response<proto::RotateSecretResponse>, Status> {
         let tenant = tenant(&request)?;
-        let id = request.into_inner().id;
+        let id = request.get_ref().id.clone();
         validate::id("webhook", &id)?;
-        let rotated = self.store.rotate_secret(&tenant, &id).await.map_err(status::store)?;
-        let rotated = rotated.ok_or_else(|| status::not_found("webhook"))?;
-        Ok(Response::new(proto::RotateSecretResponse {
-            id,
-            secret: rotated.secret.expose().to_owned(),
-            previous_secret_expires_at: Some(convert::timestamp(rotated.previous_expires_at)),
-        }))
+        let keep = {
+            let id = id.clone();
+            keep(&request, move |done| rotated(&id, done))
+        };
+        let done = self.store.rotate_secret(&tenant, &id, keep).await.map_err(status::store)?;
+        let done = done.ok_or_else(|| status::not_found("webhook"))?;
+        Ok(Response::new(rotated(&id, &done)))
     }
 
     async fn send_test_event(
@@ -125,5 +128,17 @@ impl proto::webhook_service_server::WebhookService for Api {
             response: attempt.answer.map(|answer| answer.body),
             last_error: attempt.error,
         }))
+    }
+}
+
+fn created((webhook, secret): &(Webhook, Secret)) -> proto::CreateWebhookResponse {
+    proto::CreateWebhookResponse { webhook: Some(convert::webhook(webhook.clone(), Some(secret), None)) }
+}
+
+fn rotated(id: &str, rotated: &Rotated) -> proto::RotateSecretResponse {
+    proto::RotateSecretResponse {
+        id: id.to_owned(),
+        secret: rotated.secret.expose().to_owned(),
+        previous_secret_expires_at: Some(convert::timestamp(rotated.previous_expires_at)),
     }
 }

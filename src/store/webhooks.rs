@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 use super::{
     Error, Page, Store,
     entity::{subscription, webhook},
+    idempotency::Keep,
     revisions::Subject,
     secrets::{self, OpenSecrets},
     sql::Sql,
@@ -30,8 +31,13 @@ pub struct Rotated {
 }
 
 impl Store {
-    /// Registers a webhook and makes its secret.
-    pub async fn create_webhook(&self, tenant: &Tenant, new: NewWebhook) -> Result<(Webhook, Secret), Error> {
+    /// Registers a webhook, makes its secret, and keeps what `keep` keeps.
+    pub async fn create_webhook(
+        &self,
+        tenant: &Tenant,
+        new: NewWebhook,
+        keep: Option<Keep<(Webhook, Secret)>>,
+    ) -> Result<(Webhook, Secret), Error> {
         let secret = new_secret();
         let webhook = Webhook {
             id: clock::new_id("whk"),
@@ -59,10 +65,12 @@ impl Store {
             master_key_id: Set(Some(sealed.master_key_id)),
         };
         let transaction = self.write().await?;
+        let done = (webhook, secret);
+        self.keep_answers(&transaction, keep.iter().map(|keep| keep.of(&done)).collect()).await?;
         webhook::Entity::insert(row).exec_without_returning(&transaction).await?;
-        subscribe(&transaction, tenant, &webhook.id, &webhook.events).await?;
+        subscribe(&transaction, tenant, &done.0.id, &done.0.events).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
-        Ok((webhook, secret))
+        Ok(done)
     }
 
     /// One webhook of the tenant.
@@ -134,15 +142,23 @@ impl Store {
     }
 
     /// Makes a new secret. The previous one goes on signing for [`ROTATION_OVERLAP`]; one before that is dropped.
-    pub async fn rotate_secret(&self, tenant: &Tenant, id: &str) -> Result<Option<Rotated>, Error> {
+    pub async fn rotate_secret(
+        &self,
+        tenant: &Tenant,
+        id: &str,
+        keep: Option<Keep<Rotated>>,
+    ) -> Result<Option<Rotated>, Error> {
         let secret = new_secret();
         let vault = self.vault()?;
         let previous_expires_at = clock::now().after(ROTATION_OVERLAP);
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
+        let rotated = Rotated { secret, previous_expires_at };
+        self.keep_answers(&transaction, keep.iter().map(|keep| keep.of(&rotated)).collect()).await?;
         let opened = secrets::open(&vault, &found)?;
-        let sealed =
-            OpenSecrets { whose: opened.whose, secret: plain(&secret), previous: Some(opened.secret) }.seal(&vault);
+        let secrets =
+            OpenSecrets { whose: opened.whose, secret: plain(&rotated.secret), previous: Some(opened.secret) };
+        let sealed = secrets.seal(&vault);
         let mut row = found.into_active_model();
         row.secret = Set(sealed.secret);
         row.previous_secret = Set(sealed.previous);
@@ -150,7 +166,7 @@ impl Store {
         row.previous_secret_expires_at_ms = Set(Some(previous_expires_at.millis()));
         row.update(&transaction).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
-        Ok(Some(Rotated { secret, previous_expires_at }))
+        Ok(Some(rotated))
     }
 
     async fn find_for_update(

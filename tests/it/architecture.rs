@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Each module of the crate, and what of the crate it may use.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("webhook", &[]),
     ("failpoint", &[]),
     ("clock", &["webhook"]),
@@ -17,8 +17,24 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ("store", &["feed", "vault", "webhook", "clock", "failpoint"]),
     ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint"]),
     ("auth", &["grpc", "store", "webhook", "clock"]),
+    ("idempotency", &["auth", "grpc", "store"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
-    ("server", &["auth", "clock", "config", "cors", "dispatch", "egress", "grpc", "rest", "store", "vault"]),
+    (
+        "server",
+        &[
+            "auth",
+            "clock",
+            "config",
+            "cors",
+            "dispatch",
+            "egress",
+            "grpc",
+            "idempotency",
+            "rest",
+            "store",
+            "vault",
+        ],
+    ),
     ("cli", &["clock", "config", "grpc", "server", "store", "telemetry", "vault", "webhook"]),
 ];
 

@@ -12,6 +12,7 @@ mod egress_namespace;
 mod errors;
 mod fairness;
 mod hostile_receivers;
+mod idempotency;
 mod interop;
 mod isolation;
 mod listing;
