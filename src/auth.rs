@@ -33,6 +33,8 @@ const OPEN: [&str; 2] = ["/grpc.health.v1.", "/grpc.reflection."];
 pub struct Principal {
     /// On whose behalf it acts.
     pub tenant: Tenant,
+    /// What sort of key it has.
+    pub kind: KeyKind,
     keys: Arc<Keys>,
     key: KeyHash,
 }
@@ -129,7 +131,7 @@ impl Keys {
         let info = self.check(key).await?;
         let tenant = tenant(&info, headers)?;
         self.store.key_used(&info.id);
-        Ok(Principal { tenant, keys: self, key })
+        Ok(Principal { tenant, kind: info.kind, keys: self, key })
     }
 
     /// What is known of a key that opens the door now.

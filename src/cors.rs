@@ -15,11 +15,14 @@ use tower_http::cors::{AllowHeaders, Any, Cors as Answering, CorsLayer};
 /// How long a browser may remember what it asked.
 const MAX_AGE: Duration = Duration::from_secs(60 * 60);
 /// Headers that pages may read beside the ordinary ones: those of REST, and those of gRPC-Web.
-const EXPOSED: [HeaderName; 7] = [
+const EXPOSED: [HeaderName; 10] = [
     ALLOW,
     RETRY_AFTER,
     HeaderName::from_static("x-request-id"),
     HeaderName::from_static("idempotency-replayed"),
+    HeaderName::from_static("x-ratelimit-limit"),
+    HeaderName::from_static("x-ratelimit-remaining"),
+    HeaderName::from_static("x-ratelimit-reset"),
     HeaderName::from_static("grpc-status"),
     HeaderName::from_static("grpc-message"),
     HeaderName::from_static("grpc-status-details-bin"),

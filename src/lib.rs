@@ -29,6 +29,7 @@ mod failpoint;
 mod feed;
 pub mod grpc;
 mod idempotency;
+mod rate_limit;
 pub mod rest;
 pub mod server;
 pub mod store;

@@ -27,6 +27,7 @@ use crate::{
         proto::{delivery_service_server::DeliveryServiceServer, webhook_service_server::WebhookServiceServer},
     },
     idempotency::Idempotency,
+    rate_limit::RateLimits,
     rest,
     store::{self, BacklogLimits, Lease, Store},
     vault::Vault,
@@ -174,6 +175,7 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
         .layer(transcode)
         .layer(tonic_web::GrpcWebLayer::new())
         .layer(auth)
+        .layer(RateLimits::new(config.rate_limit))
         .layer(Idempotency::new(store, named, deadline))
         .layer(MapResponseBodyLayer::new(Body::new))
         .layer(CatchPanicLayer::custom(panicked));

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 pub(crate) use self::status::{
-    internal, invalid_parameter, key_refused, key_reused, message_too_long, store as store_failed,
+    internal, invalid_parameter, key_refused, key_reused, message_too_long, rate_limited, store as store_failed,
 };
 pub use self::token::Tokens;
 use crate::{

@@ -78,6 +78,13 @@ pub(crate) fn message_too_long(max: usize) -> Status {
     )
 }
 
+/// A call too many. Over REST the wait is in whole seconds, so it is everywhere.
+pub(crate) fn rate_limited(retry_in: Duration) -> Status {
+    let wait = Duration::from_secs(retry_in.as_millis().div_ceil(1000).max(1).try_into().unwrap_or(u64::MAX));
+    let message = format!("too many requests; try again in {} s", wait.as_secs());
+    coded(Code::ResourceExhausted, "RATE_LIMITED", message, ErrorDetails::with_retry_info(Some(wait)))
+}
+
 pub(super) fn not_found(what: &str) -> Status {
     coded(Code::NotFound, "NOT_FOUND", format!("no such {what}"), ErrorDetails::new())
 }

@@ -103,13 +103,15 @@ where
             };
             if route.streaming {
                 if let Some(status) = call::refusal(response.headers()) {
-                    return Err(Failure::from_status(&status, route));
+                    let headers = answer::passed_on(response.headers().clone());
+                    return Err(Failure::from_status(&status, route).with_headers(headers));
                 }
                 let (parts, body) = response.into_parts();
                 return sse::response(route, self.limits, request_id, parts.headers, body).map(Ok);
             }
             let headers = response.headers().clone();
-            let reply = call::unary(response).await.map_err(|error| Failure::from_inner(error, route))?;
+            let failed = |error| Failure::from_inner(error, route).with_headers(answer::passed_on(headers.clone()));
+            let reply = call::unary(response).await.map_err(failed)?;
             answer::response(route, headers, &reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
         };
         // Dropping the call when the time is over also drops the handler inside.

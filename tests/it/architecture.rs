@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Each module of the crate, and what of the crate it may use.
-const ARROWS: [(&str, &[&str]); 17] = [
+const ARROWS: [(&str, &[&str]); 18] = [
     ("webhook", &[]),
     ("failpoint", &[]),
     ("clock", &["webhook"]),
@@ -18,6 +18,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
     ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint"]),
     ("auth", &["grpc", "store", "webhook", "clock"]),
     ("idempotency", &["auth", "grpc", "store"]),
+    ("rate_limit", &["auth", "grpc", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
     (
         "server",
@@ -30,6 +31,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "egress",
             "grpc",
             "idempotency",
+            "rate_limit",
             "rest",
             "store",
             "vault",

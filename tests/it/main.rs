@@ -17,6 +17,7 @@ mod interop;
 mod isolation;
 mod listing;
 mod many_nodes;
+mod rate_limiting;
 mod rest_layer;
 mod sealed_secrets;
 mod several_nodes;
