@@ -41,7 +41,18 @@ struct Service {
 impl Service {
     async fn start(directory: &std::path::Path) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"))
-            .args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "warn", "--retry-schedule", "0s"])
+            .args([
+                "serve",
+                "--dev",
+                "--listen",
+                "127.0.0.1:0",
+                "--log",
+                "warn",
+                "--retry-schedule",
+                "0s",
+                "--rate-limit",
+                "off",
+            ])
             .current_dir(directory)
             .stdout(Stdio::piped())
             .kill_on_drop(true)

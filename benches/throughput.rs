@@ -116,7 +116,9 @@ impl Service {
         let directory = tempfile::tempdir().expect("a directory");
         let started = clock::stopwatch();
         let mut command = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"));
-        command.args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "warn"]).current_dir(directory.path());
+        command
+            .args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "warn", "--rate-limit", "off"])
+            .current_dir(directory.path());
         if let Some(url) = database_url {
             command.args(["--database-url", url]);
         }

@@ -6,6 +6,7 @@ use sea_orm_migration::{MigrationTrait, MigratorTrait, async_trait};
 mod m0001_initial;
 mod m0002_hot_path;
 mod m0003_sealed_secrets;
+mod m0004_idempotency;
 mod m0005_audit;
 mod m0006_revisions;
 
@@ -19,6 +20,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0001_initial::Migration),
             Box::new(m0002_hot_path::Migration),
             Box::new(m0003_sealed_secrets::Migration),
+            Box::new(m0004_idempotency::Migration),
             Box::new(m0005_audit::Migration),
             Box::new(m0006_revisions::Migration),
         ]

@@ -38,6 +38,8 @@ pub struct Principal {
     pub tenant: Tenant,
     /// Who answers for what it changes.
     pub actor: Actor,
+    /// What sort of key it has.
+    pub kind: KeyKind,
     keys: Arc<Keys>,
     key: KeyHash,
 }
@@ -148,7 +150,8 @@ impl Keys {
         let tenant = tenant(&info, headers)?;
         self.store.key_used(&info.id);
         let request_id = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
-        Ok(Principal { tenant, actor: Actor::key(&info.id, request_id), keys: self, key })
+        let actor = Actor::key(&info.id, request_id);
+        Ok(Principal { tenant, actor, kind: info.kind, keys: self, key })
     }
 
     /// What is known of a key that opens the door now.

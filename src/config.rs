@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 use crate::{
     listen::{Limits, Tls, TlsFiles},
     vault::Vault,
-    webhook::{Environment, EventTypes, RetrySchedule},
+    webhook::{Environment, EventTypes, RateLimit, RetrySchedule},
 };
 
 /// A request may take at most this long; a longer setting is refused, since a lease lasts as long.
@@ -23,7 +23,7 @@ const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 const MAX_BACKLOG: u64 = 1_000_000_000_000;
 
 /// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
-const SETTINGS: [(&str, &str); 21] = [
+const SETTINGS: [(&str, &str); 22] = [
     ("database-url", "sqlite://shortkit.db?mode=rwc"),
     ("log", "info"),
     ("master-key-file", ""),
@@ -34,6 +34,7 @@ const SETTINGS: [(&str, &str); 21] = [
     ("retry-schedule", "0s,1m,5m,30m,2h,24h"),
     ("event-types", "content.ready,content.errored,export.ready"),
     ("request-timeout", "30s"),
+    ("rate-limit", "1000/min"),
     ("environments", "live,test"),
     ("max-in-flight", "32"),
     ("max-backlog", "10000000"),
@@ -82,6 +83,8 @@ pub struct Config {
     pub event_types: EventTypes,
     /// How long one attempt may take, from the look-up of the name to the last byte of the answer.
     pub request_timeout: Duration,
+    /// How fast each organisation may call, in each of its environments.
+    pub rate_limit: Option<RateLimit>,
     /// The environments whose keys this server accepts.
     pub environments: Vec<Environment>,
     /// Attempts under way to one webhook at a time.
@@ -164,6 +167,9 @@ pub struct ServeArgs {
     /// How long one attempt may take; 1s to 5m [default: 30s]
     #[arg(long, env = "SHORTKIT_REQUEST_TIMEOUT", value_name = "DURATION")]
     request_timeout: Option<String>,
+    /// Calls that each organisation may make, in each environment and on each node, such as 1000/min, 20/s or 5000/h; off for none [default: 1000/min]
+    #[arg(long, env = "SHORTKIT_RATE_LIMIT", value_name = "RATE")]
+    rate_limit: Option<String>,
     /// The environments whose keys are accepted: live, test or both [default: live,test]
     #[arg(long, env = "SHORTKIT_ENVIRONMENTS", value_name = "NAMES")]
     environments: Option<String>,
@@ -271,6 +277,10 @@ impl ServeArgs {
             event_types: settings.read("event-types", self.event_types, EventTypes::parse),
             request_timeout: settings.read("request-timeout", self.request_timeout, |text| {
                 duration(text, Duration::from_secs(1), MAX_REQUEST_TIMEOUT)
+            }),
+            rate_limit: settings.read("rate-limit", self.rate_limit, |text| match text {
+                "off" => Ok(None),
+                rate => RateLimit::parse(rate).map(Some),
             }),
             environments: settings.read("environments", self.environments, |text| match list(text, environment)? {
                 none if none.is_empty() => Err("must name live, test or both".to_owned()),

@@ -11,8 +11,10 @@ use http::{
 
 const METHODS: HeaderValue = HeaderValue::from_static("GET, POST, PATCH, DELETE");
 /// Headers that pages may read beside the ordinary ones: those of REST, and those of gRPC-Web.
-const EXPOSED: HeaderValue =
-    HeaderValue::from_static("allow, retry-after, x-request-id, grpc-status, grpc-message, grpc-status-details-bin");
+const EXPOSED: HeaderValue = HeaderValue::from_static(
+    "allow, retry-after, x-request-id, idempotency-replayed, x-ratelimit-limit, x-ratelimit-remaining, \
+     x-ratelimit-reset, grpc-status, grpc-message, grpc-status-details-bin",
+);
 /// How many seconds a browser may remember what it asked.
 const MAX_AGE: HeaderValue = HeaderValue::from_static("3600");
 const ANY: HeaderValue = HeaderValue::from_static("*");

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use http::Method;
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -22,7 +23,10 @@ use crate::{
             webhook_service_server::WebhookServiceServer,
         },
     },
-    listen, rest,
+    idempotency::Idempotency,
+    listen,
+    rate_limit::RateLimits,
+    rest,
     store::{self, BacklogLimits, Lease, Store},
     vault::Vault,
 };
@@ -63,6 +67,7 @@ pub async fn run(
     store.follow_clock().await?;
     store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
     let rescued = store.rescue_all_at_start(&config.retry_schedule).await?;
+    store.release_claims_at_start().await?;
     if rescued > 0 {
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
     }
@@ -117,15 +122,24 @@ pub async fn run(
 }
 
 async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: CancellationToken) -> Result<(), Error> {
+    let store = api.0.store.clone();
     let certified = config.tls.as_ref().is_some_and(listen::Tls::asks_clients);
-    let auth = Auth::new(api.0.store.clone(), config.environments.clone(), certified);
+    let auth = Auth::new(store.clone(), config.environments.clone(), certified);
     let services = Services::new(api, open_services(config, &shutdown).await?);
     // An attempt made for a test may take its whole time, and looking up its name comes on top.
     let deadline = config.request_timeout + Duration::from_secs(10);
     let limits = rest::Limits { deadline, shutdown: shutdown.clone(), ..rest::Limits::default() };
+    let transcode = rest::Transcode::new(DESCRIPTORS, limits)?;
+    // The other methods may be repeated anyway.
+    let named = transcode.calls(&Method::POST).map(str::to_owned).collect();
     // Once for every protocol.
-    let services = ServiceBuilder::new().layer(Deadline(deadline)).layer(auth).service(services);
-    let gateway = Gateway::new(services, rest::Transcode::new(DESCRIPTORS, limits)?);
+    let services = ServiceBuilder::new()
+        .layer(Deadline(deadline))
+        .layer(auth)
+        .layer(RateLimits::new(config.rate_limit))
+        .layer(Idempotency::new(store, named, deadline))
+        .service(services);
+    let gateway = Gateway::new(services, transcode);
     let serving = listen::serve(listener, config.tls.clone(), config.limits.clone(), gateway, shutdown.clone());
     let overdue = async {
         shutdown.cancelled().await;

@@ -37,6 +37,8 @@ pub enum Purpose {
     SigningSecret,
     /// The one before, for the hour in which both sign.
     PreviousSigningSecret,
+    /// The answer to a named request, which may carry a secret.
+    Answer,
 }
 
 /// A value that cannot be read without its master key.
@@ -89,6 +91,7 @@ impl Purpose {
         match self {
             Self::SigningSecret => "signing-secret/1",
             Self::PreviousSigningSecret => "previous-signing-secret/1",
+            Self::Answer => "answer/1",
         }
     }
 }

@@ -36,7 +36,9 @@ impl Service {
     pub(crate) async fn start(database_url: Option<&str>, arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let mut command = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"));
-        command.args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "error"]).args(arguments);
+        command
+            .args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "error", "--rate-limit", "off"])
+            .args(arguments);
         if let Some(url) = database_url {
             command.args(["--database-url", url]);
         }

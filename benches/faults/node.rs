@@ -65,6 +65,7 @@ impl Launch {
         let log = File::options().create(true).append(true).open(self.log()).map_err(|error| error.to_string())?;
         let mut child = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"))
             .args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "warn", "--database-url", &self.database_url])
+            .args(["--rate-limit", "off"])
             .args(&self.args)
             .envs(self.envs.iter().map(|(name, value)| (name, value)))
             .current_dir(&self.directory)

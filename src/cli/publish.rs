@@ -9,14 +9,18 @@ use clap::Args;
 use futures_util::{StreamExt, stream};
 use tokio::io::{AsyncBufReadExt, BufReader, stdin};
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
 
 use super::{
     Error,
     client::{Client, ClientArgs},
     print,
 };
-use crate::{clock, grpc::proto::PublishEventRequest};
+use crate::{
+    clock,
+    grpc::proto::{PublishEventRequest, PublishEventResponse},
+};
 
 /// Publishes under way at a time; the server commits those together that arrive together.
 const MAX_IN_FLIGHT: usize = 64;
@@ -80,13 +84,13 @@ impl PublishArgs {
             .take_until(stop.cancelled())
             .filter(|line| std::future::ready(line.as_ref().map_or(true, |(_, line)| !line.trim_ascii().is_empty())))
             .map(|line| {
-                let (mut client, event) = (client.clone(), self.event.clone());
+                let (client, event, stop) = (client.clone(), self.event.clone(), stop.clone());
                 async move {
                     let (number, line) =
                         line.map_err(|(number, error)| (number, Status::unknown(error.to_string())))?;
                     let data = String::from_utf8(line).map_err(|_| (number, Status::invalid_argument("not UTF-8")))?;
-                    let answer = client.publish_event(PublishEventRequest { event, data }).await;
-                    answer.map(tonic::Response::into_inner).map_err(|status| (number, status))
+                    let answer = patiently(client, PublishEventRequest { event, data }, &stop).await;
+                    answer.map_err(|status| (number, status))
                 }
             })
             .buffer_unordered(MAX_IN_FLIGHT);
@@ -119,6 +123,26 @@ impl PublishArgs {
         match tally.failed {
             0 => Ok(()),
             failed => Err(Error::Failed(format!("{failed} lines were not published"))),
+        }
+    }
+}
+
+/// Publishes, and when that is too fast for the rate limit, waits as long as the server says.
+async fn patiently(
+    mut client: Client,
+    request: PublishEventRequest,
+    stop: &CancellationToken,
+) -> Result<PublishEventResponse, Status> {
+    loop {
+        let status = match client.publish_event(request.clone()).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => status,
+        };
+        let retry = status.get_error_details().retry_info().and_then(|info| info.retry_delay);
+        let Some(wait) = retry.filter(|_| status.code() == Code::ResourceExhausted) else { return Err(status) };
+        tokio::select! {
+            () = stop.cancelled() => return Err(status),
+            () = tokio::time::sleep(wait) => {}
         }
     }
 }

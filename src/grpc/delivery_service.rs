@@ -2,9 +2,9 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{Api, actor, convert, principal, proto, status, tenant, token::Purpose, validate, watch};
+use super::{Api, actor, convert, keep, principal, proto, status, tenant, token::Purpose, validate, watch};
 use crate::{
-    store::{ChangeFilter, DeliveryFilter},
+    store::{ChangeFilter, DeliveryFilter, Published},
     webhook::{DeliveryStatus, EventData, Tenant, Webhook},
 };
 
@@ -35,15 +35,12 @@ impl proto::delivery_service_server::DeliveryService for Api {
         request: Request<proto::PublishEventRequest>,
     ) -> Result<Response<proto::PublishEventResponse>, Status> {
         let tenant = tenant(&request)?;
+        let keep = keep(&request, accepted);
         let request = request.into_inner();
         self.event_type(&request.event)?;
         let data = EventData::parse(&request.data).map_err(|error| status::event_data(&error))?;
-        let published = self.store.publish(tenant, request.event, data, self.lease.clone()).await;
-        let published = published.map_err(status::store)?;
-        Ok(Response::new(proto::PublishEventResponse {
-            id: published.event_id,
-            deliveries: i32::try_from(published.deliveries).unwrap_or(i32::MAX),
-        }))
+        let published = self.store.publish(tenant, request.event, data, self.lease.clone(), keep).await;
+        Ok(Response::new(accepted(&published.map_err(status::store)?)))
     }
 
     async fn list_deliveries(
@@ -122,6 +119,13 @@ impl proto::delivery_service_server::DeliveryService for Api {
         let status = validate::delivery_status(request.status)?;
         let filter = ChangeFilter { tenant, webhook_id, status, event_type: request.event };
         Ok(Response::new(watch::changes(self.clone(), principal, filter, request.resume_token).await?))
+    }
+}
+
+fn accepted(published: &Published) -> proto::PublishEventResponse {
+    proto::PublishEventResponse {
+        id: published.event_id.clone(),
+        deliveries: i32::try_from(published.deliveries).unwrap_or(i32::MAX),
     }
 }
 

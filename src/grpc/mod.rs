@@ -16,7 +16,10 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
-pub(crate) use self::status::{invalid_parameter, key_refused, panicked, store as store_failed};
+pub(crate) use self::status::{
+    internal, invalid_parameter, key_refused, key_reused, message_too_long, panicked, rate_limited,
+    store as store_failed,
+};
 pub use self::{
     codec::Protobuf,
     services::Services,
@@ -25,7 +28,7 @@ pub use self::{
 use crate::{
     auth::Principal,
     egress,
-    store::{Actor, Lease, Store},
+    store::{Actor, Keep, Lease, NamedRequest, Store},
     webhook::{EventTypes, Tenant},
 };
 
@@ -40,6 +43,13 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 /// Test events under way at a time on this node; one more is refused as unavailable.
 pub const MAX_TESTS: usize = 128;
+
+/// Calls that are one transaction, which keeps their answer when their caller named the request.
+pub(crate) const KEEPS_ITS_ANSWER: [&str; 3] = [
+    "/shortkit.webhooks.v1.DeliveryService/PublishEvent",
+    "/shortkit.webhooks.v1.WebhookService/CreateWebhook",
+    "/shortkit.webhooks.v1.WebhookService/RotateSecret",
+];
 
 /// All services.
 #[derive(Clone)]
@@ -81,7 +91,33 @@ fn actor<T>(request: &Request<T>) -> Result<Actor, Status> {
     Ok(principal(request)?.actor.clone())
 }
 
+/// What the transaction of a call is to keep: its answer, when its caller named the request.
+fn keep<R, T, A: prost::Message>(
+    request: &Request<R>,
+    answer: impl Fn(&T) -> A + Send + Sync + 'static,
+) -> Option<Keep<T>> {
+    let named = request.extensions().get::<Arc<NamedRequest>>()?;
+    Some(Keep::new(Arc::clone(named), move |done| answer(done).encode_to_vec()))
+}
+
 /// Whose call it is: the tenant of the key, or the organisation that a service key names.
 fn tenant<T>(request: &Request<T>) -> Result<Tenant, Status> {
     Ok(principal(request)?.tenant.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use prost_reflect::DescriptorPool;
+
+    use super::*;
+
+    #[test]
+    fn calls_that_keep_their_answer_exist() {
+        let pool = DescriptorPool::decode(DESCRIPTORS).unwrap();
+        for call in KEEPS_ITS_ANSWER {
+            let (service, method) = call.trim_start_matches('/').split_once('/').unwrap();
+            let service = pool.get_service_by_name(service).expect(call);
+            assert!(service.methods().any(|known| known.name() == method), "{call}");
+        }
+    }
 }

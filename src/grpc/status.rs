@@ -56,6 +56,29 @@ fn about(code: &str, Fault { field, reason, message }: Fault) -> Status {
     coded(Code::InvalidArgument, code, message, ErrorDetails::with_bad_request(vec![violation]))
 }
 
+/// An idempotency key that named another request before.
+pub(crate) fn key_reused() -> Status {
+    let message = "the idempotency key was used for another request; each request needs a key of its own";
+    coded(Code::FailedPrecondition, "CONFLICT", message, ErrorDetails::new())
+}
+
+/// A message that is longer than one may be.
+pub(crate) fn message_too_long(max: usize) -> Status {
+    coded(
+        Code::OutOfRange,
+        "PAYLOAD_TOO_LARGE",
+        format!("the message must be at most {max} bytes"),
+        ErrorDetails::new(),
+    )
+}
+
+/// A call too many. Over REST the wait is in whole seconds, so it is everywhere.
+pub(crate) fn rate_limited(retry_in: Duration) -> Status {
+    let wait = Duration::from_secs(retry_in.as_millis().div_ceil(1000).max(1).try_into().unwrap_or(u64::MAX));
+    let message = format!("too many requests; try again in {} s", wait.as_secs());
+    coded(Code::ResourceExhausted, "RATE_LIMITED", message, ErrorDetails::with_retry_info(Some(wait)))
+}
+
 pub(super) fn not_found(what: &str) -> Status {
     coded(Code::NotFound, "NOT_FOUND", format!("no such {what}"), ErrorDetails::new())
 }
@@ -75,7 +98,7 @@ pub(super) fn too_many_tests() -> Status {
 }
 
 /// Something that cannot be; the detail goes to the log only.
-pub(super) fn internal(detail: &str) -> Status {
+pub(crate) fn internal(detail: &str) -> Status {
     tracing::error!(detail, "internal error");
     coded(Code::Internal, "INTERNAL_ERROR", "internal error", ErrorDetails::new())
 }
@@ -154,6 +177,7 @@ pub(crate) fn store(error: store::Error) -> Status {
         store::Error::Backlog => {
             unavailable_for(RETRY_AFTER_BACKLOG, "too many deliveries are pending; publish again later")
         }
+        store::Error::Repeated => unavailable("another request with this idempotency key is at work; try again"),
         store::Error::Closed => shutting_down(),
         other => internal(&other.to_string()),
     }

@@ -3,11 +3,14 @@
 use tonic::{Request, Response, Status};
 
 use super::{
-    Api, actor, convert, proto, status, tenant,
+    Api, actor, convert, keep, proto, status, tenant,
     token::Purpose,
     validate::{self, sample},
 };
-use crate::webhook::DeliveryStatus;
+use crate::{
+    store::Rotated,
+    webhook::{DeliveryStatus, Secret, Webhook},
+};
 
 #[tonic::async_trait]
 impl proto::webhook_service_server::WebhookService for Api {
@@ -35,10 +38,10 @@ impl proto::webhook_service_server::WebhookService for Api {
     ) -> Result<Response<proto::CreateWebhookResponse>, Status> {
         let tenant = tenant(&request)?;
         let by = actor(&request)?;
+        let keep = keep(&request, created);
         let new = self.new_webhook(request.into_inner()).await?;
-        let (webhook, secret) = self.store.create_webhook(&tenant, new, &by).await.map_err(status::store)?;
-        let webhook = Some(convert::webhook(webhook, Some(&secret), None));
-        Ok(Response::new(proto::CreateWebhookResponse { webhook }))
+        let done = self.store.create_webhook(&tenant, new, &by, keep).await.map_err(status::store)?;
+        Ok(Response::new(created(&done)))
     }
 
     async fn get_webhook(
@@ -88,15 +91,15 @@ impl proto::webhook_service_server::WebhookService for Api {
     ) -> Result<Response<proto::RotateSecretResponse>, Status> {
         let tenant = tenant(&request)?;
         let by = actor(&request)?;
-        let id = request.into_inner().id;
+        let id = request.get_ref().id.clone();
         validate::id("webhook", &id)?;
-        let rotated = self.store.rotate_secret(&tenant, &id, &by).await.map_err(status::store)?;
-        let rotated = rotated.ok_or_else(|| status::not_found("webhook"))?;
-        Ok(Response::new(proto::RotateSecretResponse {
-            id,
-            secret: rotated.secret.expose().to_owned(),
-            previous_secret_expires_at: Some(convert::timestamp(rotated.previous_expires_at)),
-        }))
+        let keep = {
+            let id = id.clone();
+            keep(&request, move |done| rotated(&id, done))
+        };
+        let done = self.store.rotate_secret(&tenant, &id, &by, keep).await.map_err(status::store)?;
+        let done = done.ok_or_else(|| status::not_found("webhook"))?;
+        Ok(Response::new(rotated(&id, &done)))
     }
 
     async fn send_test_event(
@@ -129,5 +132,17 @@ impl proto::webhook_service_server::WebhookService for Api {
             response: attempt.answer.map(|answer| answer.body),
             last_error: attempt.error,
         }))
+    }
+}
+
+fn created((webhook, secret): &(Webhook, Secret)) -> proto::CreateWebhookResponse {
+    proto::CreateWebhookResponse { webhook: Some(convert::webhook(webhook.clone(), Some(secret), None)) }
+}
+
+fn rotated(id: &str, rotated: &Rotated) -> proto::RotateSecretResponse {
+    proto::RotateSecretResponse {
+        id: id.to_owned(),
+        secret: rotated.secret.expose().to_owned(),
+        previous_secret_expires_at: Some(convert::timestamp(rotated.previous_expires_at)),
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use http::{
-    HeaderValue, Response, StatusCode,
+    HeaderMap, HeaderValue, Response, StatusCode,
     header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use serde_json::{Map, Value};
@@ -42,7 +42,8 @@ pub(super) struct Failure {
     message: String,
     details: Map<String, Value>,
     retry_after: Option<Duration>,
-    allow: Option<String>,
+    /// What the answer says beside the error; behind a pointer, since hardly any has it.
+    headers: Option<Box<HeaderMap>>,
 }
 
 impl Failure {
@@ -54,7 +55,7 @@ impl Failure {
             message: message.into(),
             details: Map::new(),
             retry_after: None,
-            allow: None,
+            headers: None,
         }
     }
 
@@ -83,10 +84,15 @@ impl Failure {
         self
     }
 
+    pub(super) fn with_headers(mut self, headers: HeaderMap) -> Self {
+        self.headers = Some(Box::new(headers));
+        self
+    }
+
     pub(super) fn method_not_allowed(allow: &str) -> Self {
-        let mut failure = Self::new("METHOD_NOT_ALLOWED", format!("this path takes {allow}"));
-        failure.allow = Some(allow.to_owned());
-        failure
+        let failure = Self::new("METHOD_NOT_ALLOWED", format!("this path takes {allow}"));
+        let allow = HeaderValue::from_str(allow).map(|allow| (http::header::ALLOW, allow));
+        failure.with_headers(allow.into_iter().collect())
     }
 
     pub(super) fn internal() -> Self {
@@ -161,15 +167,15 @@ impl Failure {
         let mut response = Response::new(body);
         *response.status_mut() = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let headers = response.headers_mut();
+        if let Some(inner) = &self.headers {
+            headers.extend((**inner).clone());
+        }
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(wait) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));
         }
         if self.status == 401 {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-        }
-        if let Some(allow) = self.allow.as_deref().and_then(|allow| HeaderValue::from_str(allow).ok()) {
-            headers.insert(http::header::ALLOW, allow);
         }
         response
     }

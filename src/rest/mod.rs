@@ -79,6 +79,11 @@ impl Transcode {
     pub fn new(descriptor_set: &[u8], limits: Limits) -> Result<Self, StartError> {
         Ok(Self(Arc::new(Plan { routes: Routes::read(descriptor_set)?, limits })))
     }
+
+    /// The gRPC paths of all calls that REST makes with this method.
+    pub fn calls(&self, verb: &http::Method) -> impl Iterator<Item = &str> {
+        self.0.routes.calls(verb)
+    }
 }
 
 impl<S> Layer<S> for Transcode {

@@ -117,6 +117,11 @@ impl Routes {
         Ok(Self { routes })
     }
 
+    /// The gRPC paths of all calls with this method.
+    pub(super) fn calls(&self, verb: &Method) -> impl Iterator<Item = &str> {
+        self.routes.iter().filter(move |route| route.verb == *verb).map(|route| route.uri.path())
+    }
+
     /// What a method and a path are for; HEAD counts as GET.
     pub(super) fn find(&self, verb: &Method, path: &str) -> Found<'_> {
         let wanted = if *verb == Method::HEAD { &Method::GET } else { verb };

@@ -107,11 +107,16 @@ where
             let (parts, body) = response.into_parts();
             if route.streaming {
                 if let Some(status) = call::refusal(&parts.headers) {
-                    return Err(Failure::from_status(&status, route));
+                    return Err(Failure::from_status(&status, route).with_headers(answer::passed_on(parts.headers)));
                 }
                 return sse::response(route, self.plan, request_id, parts.headers, body).map(Ok);
             }
-            let reply = call::unary(&parts.headers, body).await.map_err(|error| Failure::from_inner(error, route))?;
+            let reply = match call::unary(&parts.headers, body).await {
+                Ok(reply) => reply,
+                Err(error) => {
+                    return Err(Failure::from_inner(error, route).with_headers(answer::passed_on(parts.headers)));
+                }
+            };
             answer::response(route, parts.headers, &reply).map(Ok).map_err(|error| Failure::from_inner(error, route))
         };
         // Dropping the call when the time is over also drops the handler inside.

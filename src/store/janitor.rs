@@ -15,12 +15,13 @@ const SETTLED: Duration = Duration::from_secs(60);
 const MAX_STEP: i64 = 500;
 
 impl Store {
-    /// One round: notes the use of keys, forgets old changes, and removes what deleted webhooks left. True when there
-    /// is more to do at once.
+    /// One round: notes the use of keys, forgets old changes and answers, and removes what deleted webhooks left. True
+    /// when there is more to do at once.
     pub async fn purge(&self) -> Result<bool, Error> {
         self.write_used_keys().await?;
         let changes = self.forget_changes().await?;
-        Ok(self.remove_deleted().await? || changes)
+        let answers = self.forget_answers().await?;
+        Ok(self.remove_deleted().await? || changes || answers)
     }
 
     /// Removes changes older than [`KEEP_CHANGES`], the oldest first, and never the newest one, which says where the

@@ -11,6 +11,7 @@ mod counts;
 mod deliveries;
 mod entity;
 mod handoff;
+mod idempotency;
 mod janitor;
 mod keys;
 mod known_keys;
@@ -43,6 +44,7 @@ pub use self::{
     changes::{ChangeFilter, Watch, WatchError},
     counts::Stats,
     deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
+    idempotency::{Claim, Keep, NamedRequest, Remembered},
     keys::{ApiKey, CreatedKey, KeyHash, KeyInfo, KeyKind, NewKey},
     leases::{Lease, Leased, Waiting},
     publish::Published,
@@ -135,6 +137,12 @@ pub enum Error {
     /// As many deliveries are pending as may be.
     #[error("too many deliveries are pending")]
     Backlog,
+    /// Another request with the same idempotency key was faster; this one was not done.
+    #[error("another request with the same idempotency key was faster")]
+    Repeated,
+    /// It would not fit where it is to be kept.
+    #[error("the {0} is too long")]
+    TooLong(&'static str),
     /// The store is shutting down.
     #[error("the store is closed")]
     Closed,

@@ -9,6 +9,7 @@ use super::{
     Error, Leased, Store,
     counts::Deltas,
     handoff::Handoff,
+    idempotency::{Keep, Kept},
     leases::Lease,
     log::{Entry, Log},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
@@ -67,6 +68,8 @@ pub(super) struct Publish {
     lease: Lease,
     /// For a test: its only delivery, whatever the subscriptions say.
     test: Option<Test>,
+    /// For a named request.
+    keep: Option<Keep<Published>>,
 }
 
 struct Test {
@@ -84,6 +87,7 @@ pub(super) struct Draft {
     plan: Plan,
     deliveries: Vec<NewDelivery>,
     done: Option<oneshot::Sender<Attempt>>,
+    keep: Option<Keep<Published>>,
 }
 
 struct NewDelivery {
@@ -94,19 +98,20 @@ struct NewDelivery {
 }
 
 impl Store {
-    /// Stores an event and a delivery for each active subscriber. What it answers is on disk.
+    /// Stores an event and a delivery for each active subscriber, and what `keep` keeps. What it answers is on disk.
     pub async fn publish(
         &self,
         tenant: Tenant,
         event_type: String,
         data: EventData,
         lease: Lease,
+        keep: Option<Keep<Published>>,
     ) -> Result<Published, Error> {
         // Judged again in its turn; here, so that what is refused does not even queue.
         self.0.backlog.admit(tenant.organization(), 0)?;
         let bytes = u32::try_from(data.as_str().len()).unwrap_or(u32::MAX).clamp(MIN_BYTES, MAX_WAITING_BYTES);
         let _room = self.0.publishing.try_acquire_many(bytes).map_err(|_| Error::Overloaded)?;
-        self.submit(Publish { tenant, event_type, data, lease, test: None }).await
+        self.submit(Publish { tenant, event_type, data, lease, test: None, keep }).await
     }
 
     /// Stores a test event as a delivery of its own and has it attempted at once, whatever else is under way; answers
@@ -122,7 +127,7 @@ impl Store {
         let (done, attempted) = oneshot::channel();
         let delivery_id = clock::new_id("del");
         let test = Test { webhook_id: webhook_id.into(), delivery_id: delivery_id.clone(), done };
-        self.submit(Publish { tenant, event_type, data, lease, test: Some(test) }).await?;
+        self.submit(Publish { tenant, event_type, data, lease, test: Some(test), keep: None }).await?;
         Ok((delivery_id, attempted))
     }
 
@@ -138,7 +143,7 @@ impl Store {
         subscribers: &HashMap<Subscription, Subscribers>,
     ) -> Result<Draft, Error> {
         let subscription = publish.subscription();
-        let Publish { tenant, event_type, data, lease, test } = publish;
+        let Publish { tenant, event_type, data, lease, test, keep } = publish;
         let created_at = clock::now();
         let event = Arc::new(Event { id: clock::new_id("evt"), event_type, data, created_at });
         let bytes = event.data.as_str().len();
@@ -165,6 +170,7 @@ impl Store {
             plan: if done.is_some() { Plan::Once } else { Plan::Schedule },
             deliveries,
             done,
+            keep,
         })
     }
 }
@@ -184,6 +190,11 @@ impl Draft {
     /// Whose backlog its deliveries are in, and how many; a test is in nobody's.
     pub(super) fn backlog(&self) -> (&str, usize) {
         (self.tenant.organization(), if self.done.is_some() { 0 } else { self.deliveries.len() })
+    }
+
+    /// What is to be kept of it.
+    pub(super) fn kept(&self) -> Option<Kept<'_>> {
+        self.keep.as_ref().map(|keep| keep.of(&self.published()))
     }
 
     /// Counts the deliveries, and says that they were made.

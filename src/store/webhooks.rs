@@ -10,6 +10,7 @@ use super::{
     Error, Page, Store,
     audit::{Actor, AuditAction, Record},
     entity::{subscription, webhook},
+    idempotency::Keep,
     revisions::Subject,
     secrets::{self, OpenSecrets},
     sql::Sql,
@@ -31,12 +32,13 @@ pub struct Rotated {
 }
 
 impl Store {
-    /// Registers a webhook and makes its secret.
+    /// Registers a webhook, makes its secret, and keeps what `keep` keeps.
     pub async fn create_webhook(
         &self,
         tenant: &Tenant,
         new: NewWebhook,
         by: &Actor,
+        keep: Option<Keep<(Webhook, Secret)>>,
     ) -> Result<(Webhook, Secret), Error> {
         let secret = new_secret();
         let webhook = Webhook {
@@ -65,11 +67,13 @@ impl Store {
             master_key_id: Set(Some(sealed.master_key_id)),
         };
         let transaction = self.write().await?;
+        let done = (webhook, secret);
+        self.keep_answers(&transaction, keep.iter().map(|keep| keep.of(&done)).collect()).await?;
         webhook::Entity::insert(row).exec_without_returning(&transaction).await?;
-        subscribe(&transaction, tenant, &webhook.id, &webhook.events).await?;
-        Record::of_webhook(AuditAction::WebhookCreated, tenant, &webhook.id).write(&transaction, by).await?;
+        subscribe(&transaction, tenant, &done.0.id, &done.0.events).await?;
+        Record::of_webhook(AuditAction::WebhookCreated, tenant, &done.0.id).write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
-        Ok((webhook, secret))
+        Ok(done)
     }
 
     /// One webhook of the tenant.
@@ -146,15 +150,24 @@ impl Store {
     }
 
     /// Makes a new secret. The previous one goes on signing for [`ROTATION_OVERLAP`]; one before that is dropped.
-    pub async fn rotate_secret(&self, tenant: &Tenant, id: &str, by: &Actor) -> Result<Option<Rotated>, Error> {
+    pub async fn rotate_secret(
+        &self,
+        tenant: &Tenant,
+        id: &str,
+        by: &Actor,
+        keep: Option<Keep<Rotated>>,
+    ) -> Result<Option<Rotated>, Error> {
         let secret = new_secret();
         let vault = self.vault()?;
         let previous_expires_at = clock::now().after(ROTATION_OVERLAP);
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
+        let rotated = Rotated { secret, previous_expires_at };
+        self.keep_answers(&transaction, keep.iter().map(|keep| keep.of(&rotated)).collect()).await?;
         let opened = secrets::open(&vault, &found)?;
-        let sealed =
-            OpenSecrets { whose: opened.whose, secret: plain(&secret), previous: Some(opened.secret) }.seal(&vault);
+        let secrets =
+            OpenSecrets { whose: opened.whose, secret: plain(&rotated.secret), previous: Some(opened.secret) };
+        let sealed = secrets.seal(&vault);
         let mut row = found.into_active_model();
         row.secret = Set(sealed.secret);
         row.previous_secret = Set(sealed.previous);
@@ -163,7 +176,7 @@ impl Store {
         row.update(&transaction).await?;
         Record::of_webhook(AuditAction::SecretRotated, tenant, id).write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
-        Ok(Some(Rotated { secret, previous_expires_at }))
+        Ok(Some(rotated))
     }
 
     async fn find_for_update(

@@ -108,6 +108,17 @@ impl Store {
                     Box::pin(self.settle(alone)).await;
                 }
             }
+            Err(Error::Repeated) => {
+                match self.repeated(batch.drafts.iter().filter_map(|(draft, _)| draft.kept())).await {
+                    Ok(repeated) => {
+                        let (rest, left_out) = batch.without(&repeated);
+                        Box::pin(self.settle(rest)).await;
+                        // After it, so that who asks what was kept finds what the rest has kept.
+                        self.fail(left_out, &Error::Repeated);
+                    }
+                    Err(error) => self.fail(batch, &error),
+                }
+            }
             Err(error) => self.fail(batch, &error),
         }
     }
@@ -140,6 +151,7 @@ impl Store {
         let (mut deltas, mut log) = (Deltas::default(), Log::default());
         let transaction = self.write().await?;
         let backend = transaction.get_database_backend();
+        self.keep_answers(&transaction, drafts().filter_map(Draft::kept).collect()).await?;
         publish::events(backend, drafts()).execute(&transaction, publish::INSERT_EVENTS).await?;
         let deliveries = publish::deliveries(backend, &self.0.node, drafts());
         deliveries.execute(&transaction, publish::INSERT_DELIVERIES).await?;
@@ -206,6 +218,17 @@ impl Batch {
         if !self.finished.is_empty() {
             failpoint::reached("record", step);
         }
+    }
+
+    /// Everything but the named publishes that others have done, and these.
+    fn without(mut self, repeated: &[bool]) -> (Self, Self) {
+        let (mut left_out, mut repeated) = (Self::default(), repeated.iter());
+        for (draft, answer) in std::mem::take(&mut self.drafts) {
+            let named = draft.kept().is_some();
+            let of = if named && repeated.next() == Some(&true) { &mut left_out } else { &mut self };
+            of.drafts.push((draft, answer));
+        }
+        (self, left_out)
     }
 
     /// Each item on its own.

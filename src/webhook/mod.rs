@@ -3,6 +3,7 @@
 mod body;
 mod delivery;
 mod event_data;
+mod rate_limit;
 mod retry_schedule;
 mod secret;
 mod signature;
@@ -14,6 +15,7 @@ mod validation;
 pub use body::body;
 pub use delivery::{Answer, Attempt, Change, ChangeKind, Delivery, DeliveryStatus, Event};
 pub use event_data::{EventData, EventDataError, MAX_EVENT_DATA_DEPTH};
+pub use rate_limit::{Admission, RateLimit};
 pub use retry_schedule::RetrySchedule;
 pub use secret::Secret;
 pub use signature::{SigningKey, TOLERANCE_SECS, VerifyError, signature_headers, verify, verify_shortform};

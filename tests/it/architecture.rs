@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Each module of the crate, and what of the crate it may use.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 21] = [
     ("webhook", &[]),
     ("failpoint", &[]),
     ("clock", &["webhook"]),
@@ -19,11 +19,27 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("store", &["feed", "vault", "webhook", "clock", "failpoint"]),
     ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint"]),
     ("auth", &["grpc", "listen", "store", "webhook", "clock"]),
+    ("idempotency", &["auth", "grpc", "store"]),
+    ("rate_limit", &["auth", "grpc", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
     ("gateway", &["clock", "cors", "grpc", "rest"]),
     (
         "server",
-        &["auth", "config", "deadline", "dispatch", "egress", "gateway", "grpc", "listen", "rest", "store", "vault"],
+        &[
+            "auth",
+            "config",
+            "deadline",
+            "dispatch",
+            "egress",
+            "gateway",
+            "grpc",
+            "idempotency",
+            "listen",
+            "rate_limit",
+            "rest",
+            "store",
+            "vault",
+        ],
     ),
     ("cli", &["clock", "config", "grpc", "server", "store", "telemetry", "vault", "webhook"]),
 ];

@@ -72,12 +72,13 @@ impl Answer {
     }
 }
 
-/// The configuration of most tests: loopback receivers, retries at once.
+/// The configuration of most tests: loopback receivers, retries at once, any number of calls.
 pub(crate) fn config(database: &Database) -> Config {
     Config {
         database_url: database.url.clone(),
         vault: Some(Vault::parse(MASTER_KEY).unwrap()),
         retry_schedule: RetrySchedule::parse("0s,0s,0s,0s,0s,0s").unwrap(),
+        rate_limit: None,
         ..ServeArgs::development().load().unwrap()
     }
 }
