@@ -199,7 +199,7 @@ async fn main() {
     let time = Duration::from_secs(seconds);
     let directory = tempfile::tempdir().expect("a folder");
     let mut service = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"))
-        .args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "error"])
+        .args(["serve", "--dev", "--listen", "127.0.0.1:0", "--log", "error", "--rate-limit", "off"])
         .current_dir(directory.path())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
