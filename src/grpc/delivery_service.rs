@@ -5,7 +5,7 @@ use tonic::{Request, Response, Status};
 use super::{Api, actor, convert, keep, principal, proto, status, tenant, token::Purpose, validate, watch};
 use crate::{
     store::{ChangeFilter, DeliveryFilter, Published},
-    webhook::{DeliveryStatus, EventData, Tenant, Webhook},
+    webhook::{DeliveryStatus, Tenant, Webhook},
 };
 
 impl Api {
@@ -35,11 +35,20 @@ impl proto::delivery_service_server::DeliveryService for Api {
         request: Request<proto::PublishEventRequest>,
     ) -> Result<Response<proto::PublishEventResponse>, Status> {
         let tenant = tenant(&request)?;
-        let keep = keep(&request, accepted);
-        let request = request.into_inner();
-        self.event_type(&request.event)?;
-        let data = EventData::parse(&request.data).map_err(|error| status::event_data(&error))?;
-        let published = self.store.publish(tenant, request.event, data, self.lease.clone(), keep).await;
+        let keep = keep(&request, |done: &Vec<Published>| accepted_one(done));
+        let event = self.new_event("", request.into_inner())?;
+        let published = self.store.publish(tenant, vec![event], self.lease.clone(), keep).await;
+        Ok(Response::new(accepted_one(&published.map_err(status::store)?)))
+    }
+
+    async fn publish_events(
+        &self,
+        request: Request<proto::PublishEventsRequest>,
+    ) -> Result<Response<proto::PublishEventsResponse>, Status> {
+        let tenant = tenant(&request)?;
+        let keep = keep(&request, |done: &Vec<Published>| accepted(done));
+        let events = self.new_events(request.into_inner().events)?;
+        let published = self.store.publish(tenant, events, self.lease.clone(), keep).await;
         Ok(Response::new(accepted(&published.map_err(status::store)?)))
     }
 
@@ -122,11 +131,17 @@ impl proto::delivery_service_server::DeliveryService for Api {
     }
 }
 
-fn accepted(published: &Published) -> proto::PublishEventResponse {
-    proto::PublishEventResponse {
+fn accepted(published: &[Published]) -> proto::PublishEventsResponse {
+    let one = |published: &Published| proto::PublishEventResponse {
         id: published.event_id.clone(),
         deliveries: i32::try_from(published.deliveries).unwrap_or(i32::MAX),
-    }
+    };
+    proto::PublishEventsResponse { events: published.iter().map(one).collect() }
+}
+
+/// The answer for the only event.
+fn accepted_one(published: &[Published]) -> proto::PublishEventResponse {
+    accepted(published).events.pop().unwrap_or_default()
 }
 
 /// A filter as parts of a token's purpose.

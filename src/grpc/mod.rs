@@ -45,8 +45,9 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 pub const MAX_TESTS: usize = 128;
 
 /// Calls that are one transaction, which keeps their answer when their caller named the request.
-pub(crate) const KEEPS_ITS_ANSWER: [&str; 3] = [
+pub(crate) const KEEPS_ITS_ANSWER: [&str; 4] = [
     "/shortkit.webhooks.v1.DeliveryService/PublishEvent",
+    "/shortkit.webhooks.v1.DeliveryService/PublishEvents",
     "/shortkit.webhooks.v1.WebhookService/CreateWebhook",
     "/shortkit.webhooks.v1.WebhookService/RotateSecret",
 ];

@@ -187,14 +187,15 @@ pub(super) fn url(error: UrlError) -> Status {
     invalid("url", error.reason(), error.to_string())
 }
 
-pub(super) fn event_data(error: &EventDataError) -> Status {
+/// Faulty data of an event; `place` is where in the request the event stands.
+pub(super) fn event_data(place: &str, error: &EventDataError) -> Status {
     let reason = match error {
         EventDataError::Missing => "required",
         EventDataError::NotAnObject => "wrong_type",
         EventDataError::Invalid { .. } => "invalid",
         EventDataError::TooDeep => "too_deep",
     };
-    invalid("data", reason, error.to_string())
+    invalid(&format!("{place}data"), reason, format!("{place}{error}"))
 }
 
 pub(super) fn retry(error: RetryError) -> Status {

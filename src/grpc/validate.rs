@@ -4,8 +4,11 @@ use tonic::Status;
 
 use super::{Api, convert, proto, status};
 use crate::{
-    store::AuditAction,
-    webhook::{self, DeliveryStatus, NewWebhook, WebhookStatus, WebhookUpdate, validate_description, validate_events},
+    store::{AuditAction, NewEvent},
+    webhook::{
+        self, DeliveryStatus, EventData, NewWebhook, WebhookStatus, WebhookUpdate, validate_description,
+        validate_events,
+    },
 };
 
 /// No id is longer.
@@ -14,6 +17,9 @@ const MAX_ID_BYTES: usize = 64;
 const DEFAULT_LIMIT: u64 = 20;
 /// The largest page; more is refused.
 const MAX_LIMIT: u64 = 100;
+
+/// One call publishes at most this many events; more are refused.
+const MAX_EVENTS: usize = 1_000;
 
 /// Refuses what cannot be an id, so that no database has to.
 pub(super) fn id(what: &str, id: &str) -> Result<(), Status> {
@@ -72,6 +78,27 @@ impl Api {
     pub(super) fn event_filter(&self, name: &str) -> Result<(), Status> {
         let known = self.event_types.validate_known("event", name);
         known.map_err(|fault| status::invalid_parameter(&fault.field, fault.reason, fault.message))
+    }
+
+    /// An event to publish; `place` stands before the names of its fields in errors.
+    pub(super) fn new_event(&self, place: &str, request: proto::PublishEventRequest) -> Result<NewEvent, Status> {
+        self.event_types.validate(&format!("{place}event"), &request.event).map_err(status::fault)?;
+        let data = EventData::parse(&request.data).map_err(|error| status::event_data(place, &error))?;
+        Ok(NewEvent { event_type: request.event, data })
+    }
+
+    /// Events to publish together.
+    pub(super) fn new_events(&self, requests: Vec<proto::PublishEventRequest>) -> Result<Vec<NewEvent>, Status> {
+        match requests.len() {
+            0 => return Err(status::invalid("events", "required", "events must not be empty")),
+            1..=MAX_EVENTS => {}
+            _ => {
+                let message = format!("events must be at most {MAX_EVENTS}");
+                return Err(status::invalid("events", "too_many", message));
+            }
+        }
+        let place = |index: usize| format!("events[{index}].");
+        requests.into_iter().enumerate().map(|(index, request)| self.new_event(&place(index), request)).collect()
     }
 
     pub(super) async fn new_webhook(&self, request: proto::CreateWebhookRequest) -> Result<NewWebhook, Status> {

@@ -8,7 +8,7 @@ use super::{
     validate::{self, sample},
 };
 use crate::{
-    store::Rotated,
+    store::{NewEvent, Rotated},
     webhook::{DeliveryStatus, Secret, Webhook},
 };
 
@@ -117,9 +117,8 @@ impl proto::webhook_service_server::WebhookService for Api {
             None => webhook.events.first().cloned().unwrap_or_default(),
         };
         let _permit = self.tests.try_acquire().map_err(|_| status::too_many_tests())?;
-        let data = sample(&event_type);
-        let lease = self.lease.clone();
-        let published = self.store.publish_test(tenant, &webhook.id, event_type, data, lease).await;
+        let event = NewEvent { data: sample(&event_type), event_type };
+        let published = self.store.publish_test(tenant, &webhook.id, event, self.lease.clone()).await;
         let (delivery_id, attempted) = published.map_err(status::store)?;
         let attempt = attempted.await.map_err(|_| status::interrupted())?;
         let failed = attempt.error.is_some();

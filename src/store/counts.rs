@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sea_orm::{ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter};
+use sea_orm::{ColumnTrait, DbBackend, EntityTrait, QueryFilter};
 
 use super::{
     Error, Store,
@@ -26,8 +26,8 @@ pub struct Stats {
 
 const COLUMNS: &[Column] =
     &[text("webhook_id"), text("event_type"), text("status"), int("total"), int_or_null("last_attempt_at_ms")];
-const ADD: &str = "INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) \
-    SELECT webhook_id, event_type, status, total, last_attempt_at_ms FROM {rows} WHERE TRUE \
+pub(super) const ADD: &str = "INSERT INTO delivery_counts (webhook_id, event_type, status, total, last_attempt_at_ms) \
+    SELECT webhook_id, event_type, status, total, last_attempt_at_ms FROM {rows}{ordered} WHERE TRUE \
     ON CONFLICT (webhook_id, event_type, status) DO UPDATE SET total = delivery_counts.total + excluded.total, \
     last_attempt_at_ms = CASE WHEN delivery_counts.last_attempt_at_ms IS NULL \
     OR excluded.last_attempt_at_ms > delivery_counts.last_attempt_at_ms \
@@ -55,18 +55,13 @@ impl<'a> Deltas<'a> {
         *last = (*last).max(Some(at.millis()));
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Writes them; the transaction must be [`super::ordered`].
-    pub(super) async fn write(self, transaction: &DatabaseTransaction) -> Result<(), Error> {
-        let mut rows = Rows::new(transaction.get_database_backend(), COLUMNS);
+    /// The rows for [`ADD`].
+    pub(super) fn rows(self, backend: DbBackend) -> Rows {
+        let mut rows = Rows::new(backend, COLUMNS);
         for ((webhook_id, event_type, status), (total, last)) in self.0 {
             rows.push([webhook_id.into(), event_type.into(), status.as_str().into(), total.into(), last.into()]);
         }
-        rows.execute(transaction, ADD).await?;
-        Ok(())
+        rows
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
     entity::{attempt, delivery, event},
     keys::tenant,
     log::{Entry, Log},
-    ordered,
+    script::Script,
     sql::Sql,
 };
 use crate::{
@@ -169,14 +169,11 @@ impl Store {
         let tenant = tenant(&row.organization, &row.environment)?;
         let record = Record::of_webhook(AuditAction::DeliveryRetried, &tenant, webhook_id);
         Record { resource_id: id, ..record }.write(&transaction, by).await?;
-        ordered(&transaction).await?;
-        let mut deltas = Deltas::default();
+        let (mut deltas, mut log) = (Deltas::default(), Log::default());
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Failed, -1);
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Pending, 1);
-        deltas.write(&transaction).await?;
-        let mut log = Log::default();
         log.push(&tenant, &Entry::of(&row, ChangeKind::Retried, now));
-        log.write(&transaction).await?;
+        Script::default().tell(transaction.get_database_backend(), deltas, log)?.run(&transaction).await?;
         transaction.commit().await.map_err(Error::from)?;
         self.0.feed.announce();
         self.0.handoff.due.notify_one();

@@ -17,8 +17,9 @@ use super::{
     entity::{delivery, event},
     keys::tenant,
     log::{Entry, Log},
-    ordered, record,
+    record,
     rows::{Cell, Column, Rows, int, int_or_null, text},
+    script::Script,
     sql::Sql,
     writer::Write,
 };
@@ -340,11 +341,9 @@ impl Store {
             let tenant = tenant(&row.organization, &row.environment)?;
             log.push(&tenant, &Entry::of(row, ChangeKind::Attempted, now));
         }
-        rescued.execute(transaction, RESCUE).await?;
-        attempts.execute(transaction, record::INSERT_ATTEMPTS).await?;
-        ordered(transaction).await?;
-        deltas.write(transaction).await?;
-        log.write(transaction).await
+        let script = Script::default().with(RESCUE, rescued).with(record::INSERT_ATTEMPTS, attempts);
+        script.tell(backend, deltas, log)?.run(transaction).await?;
+        Ok(())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, collections::HashMap};
 
-use sea_orm::DatabaseTransaction;
+use sea_orm::DbBackend;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -17,8 +17,8 @@ use crate::webhook::{Change, ChangeKind, Tenant, Timestamp};
 const MAX_ENTRIES: usize = 128;
 
 const COLUMNS: &[Column] = &[text("organization"), text("environment"), text("entries"), int("occurred_at_ms")];
-const INSERT: &str = "INSERT INTO changes (organization, environment, entries, occurred_at_ms) \
-    SELECT organization, environment, entries, occurred_at_ms FROM {rows}";
+pub(super) const INSERT: &str = "INSERT INTO changes (organization, environment, entries, occurred_at_ms) \
+    SELECT organization, environment, entries, occurred_at_ms FROM {rows}{ordered}";
 
 /// A change as it stands in a row. The names are short because there are so many of them.
 #[derive(Serialize, Deserialize)]
@@ -118,17 +118,16 @@ impl Log {
         row.occurred_at_ms = entry.occurred_at_ms;
     }
 
-    /// Writes the changes; the transaction must be [`super::ordered`].
-    pub(super) async fn write(self, transaction: &DatabaseTransaction) -> Result<(), Error> {
-        let mut rows = Rows::new(sea_orm::ConnectionTrait::get_database_backend(transaction), COLUMNS);
+    /// The rows for [`INSERT`].
+    pub(super) fn rows(self, backend: DbBackend) -> Result<Rows, Error> {
+        let mut rows = Rows::new(backend, COLUMNS);
         for Row { tenant, mut entries, occurred_at_ms, .. } in self.rows {
             entries.push(b']');
             let entries = String::from_utf8(entries).map_err(|_| Error::Corrupt("log of changes"))?;
             let environment = tenant.environment().as_str();
             rows.push([tenant.organization().into(), environment.into(), (&entries).into(), occurred_at_ms.into()]);
         }
-        rows.execute(transaction, INSERT).await?;
-        Ok(())
+        Ok(rows)
     }
 }
 

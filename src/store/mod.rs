@@ -1,8 +1,8 @@
 //! The only place with sea_orm: SQLite and PostgreSQL behind one interface.
 //!
-//! A write that changes deliveries goes through [`Store::write`] in this order: rows of `deliveries` first, then
-//! [`ordered`], then counts and changes. That keeps the order of `changes` the order of commits on both databases, and
-//! no two transactions wait for each other in a circle.
+//! A write that changes deliveries goes through [`Store::write`] in this order: rows of `deliveries` first, then counts
+//! and changes ([`script::Script::tell`]). That keeps the order of `changes` the order of commits on both databases, and no
+//! two transactions wait for each other in a circle.
 
 mod audit;
 mod backlog;
@@ -23,6 +23,7 @@ mod publish;
 mod record;
 mod revisions;
 mod rows;
+mod script;
 mod secrets;
 mod sql;
 mod targets;
@@ -47,7 +48,7 @@ pub use self::{
     idempotency::{Claim, Keep, NamedRequest, Remembered},
     keys::{ApiKey, CreatedKey, KeyHash, KeyInfo, KeyKind, NewKey},
     leases::{Lease, Leased, Waiting},
-    publish::Published,
+    publish::{NewEvent, Published},
     record::Finished,
     secrets::Resealed,
     targets::Target,
@@ -68,8 +69,6 @@ const MAX_CONNECTIONS: u32 = 16;
 const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
 /// What the database's clock says is taken over when it was asked and answered within this time.
 const MAX_CLOCK_ROUND_TRIP: Duration = Duration::from_millis(250);
-/// Identifies, among PostgreSQL's advisory locks, the one that orders changes.
-const ORDER_LOCK: i64 = 0x73_6b_77_68;
 
 /// The database and what this node holds of it in memory. Cheap to clone.
 #[derive(Clone)]
@@ -291,17 +290,6 @@ fn passes(error: &sea_orm::DbErr) -> bool {
     let classes = ["08", "53", "57", "40", "55P03", "25P03"];
     let plain = code.parse::<i32>().map(|code| code & 0xff);
     (code.len() == 5 && classes.iter().any(|class| code.starts_with(class))) || matches!(plain, Ok(5 | 6 | 13))
-}
-
-/// Makes this transaction the only one, on all nodes, that may add changes until it ends.
-///
-/// PostgreSQL gives out sequence numbers in the order of asking but shows them in the order of commits; a reader that
-/// saw number 8 could find a 7 later. SQLite has one writer anyway.
-async fn ordered(transaction: &DatabaseTransaction) -> Result<(), Error> {
-    if transaction.get_database_backend() == DbBackend::Postgres {
-        transaction.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({ORDER_LOCK})")).await?;
-    }
-    Ok(())
 }
 
 fn options(url: &str, connections: u32) -> ConnectOptions {

@@ -24,8 +24,8 @@ use crate::{
 /// Publishes that wait for their commit may have this much data together; one more is refused with
 /// [`Error::Overloaded`].
 pub(super) const MAX_WAITING_BYTES: u32 = 64 * 1024 * 1024;
-/// A publish counts as at least this much, which bounds how many wait.
-const MIN_BYTES: u32 = MAX_WAITING_BYTES / 16_384;
+/// An event counts as at least this much, which bounds how many wait.
+const MIN_BYTES: u32 = MAX_WAITING_BYTES / 65_536;
 
 const EVENTS: &[Column] = &[text("id"), text("event_type"), text("data"), int("created_at_ms")];
 pub(super) const INSERT_EVENTS: &str = "INSERT INTO events (id, event_type, data, created_at_ms) \
@@ -51,6 +51,14 @@ pub(super) const INSERT_DELIVERIES: &str = "INSERT INTO deliveries (webhook_id, 
     SELECT webhook_id, id, organization, environment, event_id, event_type, 'pending', attempts, FALSE, once = 1, 0, \
     next_attempt_at_ms, lease_node, lease_expires_at_ms, created_at_ms FROM {rows}";
 
+/// An event to publish.
+pub struct NewEvent {
+    /// Its type.
+    pub event_type: String,
+    /// Its data.
+    pub data: EventData,
+}
+
 /// An accepted event.
 #[derive(Debug, Clone)]
 pub struct Published {
@@ -60,16 +68,15 @@ pub struct Published {
     pub deliveries: usize,
 }
 
-/// An event on its way into the database.
+/// Events on their way into the database: all of them, or none.
 pub(super) struct Publish {
     tenant: Tenant,
-    event_type: String,
-    data: EventData,
+    events: Vec<NewEvent>,
     lease: Lease,
-    /// For a test: its only delivery, whatever the subscriptions say.
+    /// For a test: the only delivery of the only event, whatever the subscriptions say.
     test: Option<Test>,
     /// For a named request.
-    keep: Option<Keep<Published>>,
+    keep: Option<Keep<Vec<Published>>>,
 }
 
 struct Test {
@@ -78,16 +85,20 @@ struct Test {
     done: oneshot::Sender<Attempt>,
 }
 
-/// An event and its deliveries, about to be stored.
+/// Events and their deliveries, about to be stored.
 pub(super) struct Draft {
     tenant: Tenant,
-    event: Arc<Event>,
+    events: Vec<DraftEvent>,
     first_attempt_at: Timestamp,
     leased_until: Timestamp,
     plan: Plan,
-    deliveries: Vec<NewDelivery>,
     done: Option<oneshot::Sender<Attempt>>,
-    keep: Option<Keep<Published>>,
+    keep: Option<Keep<Vec<Published>>>,
+}
+
+struct DraftEvent {
+    event: Arc<Event>,
+    deliveries: Vec<NewDelivery>,
 }
 
 struct NewDelivery {
@@ -98,20 +109,21 @@ struct NewDelivery {
 }
 
 impl Store {
-    /// Stores an event and a delivery for each active subscriber, and what `keep` keeps. What it answers is on disk.
+    /// Stores events, a delivery for each of their active subscribers, and what `keep` keeps: all of it in one commit, or
+    /// nothing. What it answers, in the order of the events, is on disk.
     pub async fn publish(
         &self,
         tenant: Tenant,
-        event_type: String,
-        data: EventData,
+        events: Vec<NewEvent>,
         lease: Lease,
-        keep: Option<Keep<Published>>,
-    ) -> Result<Published, Error> {
+        keep: Option<Keep<Vec<Published>>>,
+    ) -> Result<Vec<Published>, Error> {
         // Judged again in its turn; here, so that what is refused does not even queue.
         self.0.backlog.admit(tenant.organization(), 0)?;
-        let bytes = u32::try_from(data.as_str().len()).unwrap_or(u32::MAX).clamp(MIN_BYTES, MAX_WAITING_BYTES);
+        let bytes = |event: &NewEvent| u32::try_from(event.data.as_str().len()).unwrap_or(u32::MAX).max(MIN_BYTES);
+        let bytes = events.iter().map(bytes).fold(0, u32::saturating_add).min(MAX_WAITING_BYTES);
         let _room = self.0.publishing.try_acquire_many(bytes).map_err(|_| Error::Overloaded)?;
-        self.submit(Publish { tenant, event_type, data, lease, test: None, keep }).await
+        self.submit(Publish { tenant, events, lease, test: None, keep }).await
     }
 
     /// Stores a test event as a delivery of its own and has it attempted at once, whatever else is under way; answers
@@ -120,56 +132,56 @@ impl Store {
         &self,
         tenant: Tenant,
         webhook_id: &str,
-        event_type: String,
-        data: EventData,
+        event: NewEvent,
         lease: Lease,
     ) -> Result<(String, oneshot::Receiver<Attempt>), Error> {
         let (done, attempted) = oneshot::channel();
         let delivery_id = clock::new_id("del");
         let test = Test { webhook_id: webhook_id.into(), delivery_id: delivery_id.clone(), done };
-        self.submit(Publish { tenant, event_type, data, lease, test: Some(test), keep: None }).await?;
+        self.submit(Publish { tenant, events: vec![event], lease, test: Some(test), keep: None }).await?;
         Ok((delivery_id, attempted))
     }
 
-    async fn submit(&self, publish: Publish) -> Result<Published, Error> {
+    async fn submit(&self, publish: Publish) -> Result<Vec<Published>, Error> {
         self.writer()?.submit(|answer| Write::Publish(Box::new(publish), answer)).await
     }
 
-    /// The rows of an event, with as many deliveries leased to this node as it has room for; refused when too much is
+    /// The rows of events, with as many deliveries leased to this node as it has room for; refused when too much is
     /// pending.
     pub(super) fn draft_of(
         &self,
         publish: Publish,
         subscribers: &HashMap<Subscription, Subscribers>,
     ) -> Result<Draft, Error> {
-        let subscription = publish.subscription();
-        let Publish { tenant, event_type, data, lease, test, keep } = publish;
-        let created_at = clock::now();
-        let event = Arc::new(Event { id: clock::new_id("evt"), event_type, data, created_at });
-        let bytes = event.data.as_str().len();
-        let (deliveries, done) = match test {
-            Some(Test { webhook_id, delivery_id, done }) => {
-                (vec![NewDelivery { id: delivery_id, webhook_id, leased: true }], Some(done))
-            }
+        let Publish { tenant, events, lease, test, keep } = publish;
+        let webhooks: Vec<Subscribers> = match &test {
+            Some(test) => vec![Arc::new([Arc::clone(&test.webhook_id)])],
             None => {
-                let webhooks = subscribers.get(&subscription).cloned().unwrap_or_default();
-                self.0.backlog.admit(tenant.organization(), webhooks.len())?;
-                let new = webhooks.iter().map(|webhook_id| NewDelivery {
-                    id: clock::new_id("del"),
-                    webhook_id: Arc::clone(webhook_id),
-                    leased: lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id, bytes),
-                });
-                (new.collect(), None)
+                let of = |event: &NewEvent| subscribers.get(&(tenant.clone(), event.event_type.clone())).cloned();
+                let webhooks: Vec<_> = events.iter().map(|event| of(event).unwrap_or_default()).collect();
+                self.0.backlog.admit(tenant.organization(), webhooks.iter().map(|webhooks| webhooks.len()).sum())?;
+                webhooks
             }
         };
+        let created_at = clock::now();
+        let events = events.into_iter().zip(webhooks).map(|(NewEvent { event_type, data }, webhooks)| {
+            let event = Arc::new(Event { id: clock::new_id("evt"), event_type, data, created_at });
+            let bytes = event.data.as_str().len();
+            let new = webhooks.iter().map(|webhook_id| NewDelivery {
+                id: test.as_ref().map_or_else(|| clock::new_id("del"), |test| test.delivery_id.clone()),
+                webhook_id: Arc::clone(webhook_id),
+                // A test takes no place: somebody waits for it.
+                leased: test.is_some() || lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id, bytes),
+            });
+            DraftEvent { deliveries: new.collect(), event }
+        });
         Ok(Draft {
+            events: events.collect(),
             tenant,
-            event,
             first_attempt_at: created_at.after(lease.first_wait),
             leased_until: created_at.after(lease.length),
-            plan: if done.is_some() { Plan::Once } else { Plan::Schedule },
-            deliveries,
-            done,
+            plan: if test.is_some() { Plan::Once } else { Plan::Schedule },
+            done: test.map(|test| test.done),
             keep,
         })
     }
@@ -177,19 +189,26 @@ impl Store {
 
 impl Publish {
     /// Whose subscribers it is for.
-    pub(super) fn subscription(&self) -> Subscription {
-        (self.tenant.clone(), self.event_type.clone())
+    pub(super) fn subscriptions(&self) -> impl Iterator<Item = Subscription> {
+        self.events.iter().map(|event| (self.tenant.clone(), event.event_type.clone()))
+    }
+
+    /// How many events it has.
+    pub(super) fn len(&self) -> usize {
+        self.events.len()
     }
 }
 
 impl Draft {
-    pub(super) fn published(&self) -> Published {
-        Published { event_id: self.event.id.clone(), deliveries: self.deliveries.len() }
+    pub(super) fn published(&self) -> Vec<Published> {
+        let of = |new: &DraftEvent| Published { event_id: new.event.id.clone(), deliveries: new.deliveries.len() };
+        self.events.iter().map(of).collect()
     }
 
     /// Whose backlog its deliveries are in, and how many; a test is in nobody's.
     pub(super) fn backlog(&self) -> (&str, usize) {
-        (self.tenant.organization(), if self.done.is_some() { 0 } else { self.deliveries.len() })
+        let deliveries = self.events.iter().map(|new| new.deliveries.len()).sum();
+        (self.tenant.organization(), if self.done.is_some() { 0 } else { deliveries })
     }
 
     /// What is to be kept of it.
@@ -197,10 +216,16 @@ impl Draft {
         self.keep.as_ref().map(|keep| keep.of(&self.published()))
     }
 
+    fn deliveries(&self) -> impl Iterator<Item = (&Event, &NewDelivery)> {
+        self.events
+            .iter()
+            .flat_map(|DraftEvent { event, deliveries }| deliveries.iter().map(move |new| (&**event, new)))
+    }
+
     /// Counts the deliveries, and says that they were made.
     pub(super) fn tell<'a>(&'a self, deltas: &mut Deltas<'a>, log: &mut Log) {
-        let event_type = self.event.event_type.as_str();
-        for new in &self.deliveries {
+        for (event, new) in self.deliveries() {
+            let event_type = event.event_type.as_str();
             deltas.add(&new.webhook_id, event_type, DeliveryStatus::Pending, 1);
             let entry = Entry {
                 kind: ChangeKind::Created.as_str().into(),
@@ -209,7 +234,7 @@ impl Draft {
                 event_type: event_type.into(),
                 status: DeliveryStatus::Pending.as_str().into(),
                 attempts: i32::from(new.leased),
-                occurred_at_ms: self.event.created_at.millis(),
+                occurred_at_ms: event.created_at.millis(),
                 status_code: None,
                 response_time_ms: None,
                 last_error: None,
@@ -221,21 +246,23 @@ impl Draft {
 
     /// Hands what is leased to the engine; true when something waits in the database.
     pub(super) fn hand_over(self, ready: &mpsc::UnboundedSender<Leased>) -> bool {
-        let Self { tenant, event, leased_until, plan, deliveries, mut done, .. } = self;
+        let Self { tenant, events, leased_until, plan, mut done, .. } = self;
         let mut waiting = false;
-        for NewDelivery { id, webhook_id, leased } in deliveries {
-            waiting |= !leased;
-            if leased {
-                let _ = ready.send(Leased {
-                    tenant: tenant.clone(),
-                    webhook_id,
-                    delivery_id: id,
-                    event: Arc::clone(&event),
-                    attempt: 1,
-                    plan,
-                    expires_at: leased_until,
-                    done: done.take(),
-                });
+        for DraftEvent { event, deliveries } in events {
+            for NewDelivery { id, webhook_id, leased } in deliveries {
+                waiting |= !leased;
+                if leased {
+                    let _ = ready.send(Leased {
+                        tenant: tenant.clone(),
+                        webhook_id,
+                        delivery_id: id,
+                        event: Arc::clone(&event),
+                        attempt: 1,
+                        plan,
+                        expires_at: leased_until,
+                        done: done.take(),
+                    });
+                }
             }
         }
         waiting
@@ -244,9 +271,8 @@ impl Draft {
     /// Gives the places of what could not be stored back.
     pub(super) fn give_back(self, handoff: &Handoff) {
         if self.done.is_none() {
-            let bytes = self.event.data.as_str().len();
-            let held = self.deliveries.iter().filter(|new| new.leased);
-            held.for_each(|new| handoff.let_go(&new.webhook_id, bytes));
+            let held = self.deliveries().filter(|(_, new)| new.leased);
+            held.for_each(|(event, new)| handoff.let_go(&new.webhook_id, event.data.as_str().len()));
         }
     }
 }
@@ -254,7 +280,7 @@ impl Draft {
 /// The rows for [`INSERT_EVENTS`].
 pub(super) fn events<'a>(backend: DbBackend, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
     let mut rows = Rows::new(backend, EVENTS);
-    for Draft { event, .. } in drafts {
+    for DraftEvent { event, .. } in drafts.flat_map(|draft| &draft.events) {
         let Event { id, event_type, data, created_at } = &**event;
         rows.push([id.into(), event_type.into(), data.as_str().into(), created_at.millis().into()]);
     }
@@ -265,21 +291,21 @@ pub(super) fn events<'a>(backend: DbBackend, drafts: impl Iterator<Item = &'a Dr
 pub(super) fn deliveries<'a>(backend: DbBackend, node: &str, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
     let mut rows = Rows::new(backend, DELIVERIES);
     for draft in drafts {
-        for new in &draft.deliveries {
+        for (event, new) in draft.deliveries() {
             rows.push([
                 (&*new.webhook_id).into(),
                 (&new.id).into(),
                 draft.tenant.organization().into(),
                 draft.tenant.environment().as_str().into(),
-                (&draft.event.id).into(),
-                (&draft.event.event_type).into(),
+                (&event.id).into(),
+                (&event.event_type).into(),
                 // An attempt counts when it is leased.
                 i32::from(new.leased).into(),
                 i32::from(draft.plan == Plan::Once).into(),
                 (!new.leased).then(|| draft.first_attempt_at.millis()).into(),
                 new.leased.then_some(node).into(),
                 new.leased.then(|| draft.leased_until.millis()).into(),
-                draft.event.created_at.millis().into(),
+                event.created_at.millis().into(),
             ]);
         }
     }

@@ -1,6 +1,11 @@
 //! Many rows in one statement whose text hardly ever changes, so that the database has it prepared already.
 //!
-//! A statement names its rows `{rows}` and uses them like a table: `INSERT INTO t (a) SELECT a FROM {rows}`.
+//! A statement names its rows `{rows}` and uses them like a table: `INSERT INTO t (a) SELECT a FROM {rows}`. With
+//! `FROM {rows}{ordered}` it waits, before it writes the first of them, until its transaction is the only one on all nodes
+//! that may do so.
+//!
+//! That is for the log of changes: PostgreSQL gives out sequence numbers in the order of asking but shows them in the
+//! order of commits; a reader that saw number 8 could find a 7 later. SQLite has one writer anyway.
 
 use std::fmt::Write;
 
@@ -14,6 +19,10 @@ use super::Error;
 /// SQLite takes at most this many rows in a statement; more go in several. Each size is a text of its own, and a power of
 /// two: what is left of it stays NULL.
 const MAX_ROWS: usize = 256;
+
+/// Identifies, among PostgreSQL's advisory locks, the one that orders changes. PostgreSQL joins what takes it before it
+/// hands a row on to be written and numbered.
+const ORDERED: &str = " CROSS JOIN (SELECT pg_advisory_xact_lock(1936422760)) AS ordered";
 
 /// Type of a column.
 #[derive(Clone, Copy)]
@@ -140,21 +149,36 @@ impl Rows {
             return Vec::new();
         }
         if self.backend == DbBackend::Postgres {
-            let text = statement.replace("{rows}", &self.arrays());
-            return vec![Statement::from_sql_and_values(self.backend, text, self.transposed())];
+            let (backend, mut text, mut values) = (self.backend, String::new(), Vec::new());
+            self.append(statement, &mut text, &mut values);
+            return vec![Statement::from_sql_and_values(backend, text, values)];
         }
         let (width, mut left) = (self.columns.len(), self.len());
         let mut values = self.values.into_iter();
         let mut statements = Vec::with_capacity(left.div_ceil(MAX_ROWS));
         while left > 0 {
             let count = left.min(MAX_ROWS);
-            let text = statement.replace("{rows}", &table(self.columns, count.next_power_of_two()));
+            let text = on_sqlite(statement, self.columns, count.next_power_of_two());
             // Parameters beyond the values given are NULL to SQLite.
             let values: Vec<Value> = values.by_ref().take(count * width).collect();
             statements.push(Statement::from_sql_and_values(self.backend, text, values));
             left -= count;
         }
         statements
+    }
+
+    /// Adds `statement` for the rows, which are few, to a text that already takes `values`.
+    pub(super) fn append(self, statement: &str, text: &mut String, values: &mut Vec<Value>) {
+        if self.backend == DbBackend::Postgres {
+            text.push_str(&statement.replace("{ordered}", ORDERED).replace("{rows}", &self.arrays(values.len())));
+            values.extend(self.transposed());
+            return;
+        }
+        let count = self.len().next_power_of_two();
+        text.push_str(&on_sqlite(statement, self.columns, count));
+        let end = values.len() + count * self.columns.len();
+        values.extend(self.values);
+        values.resize(end, Value::BigInt(None));
     }
 
     /// One array for each column.
@@ -175,8 +199,8 @@ impl Rows {
             .collect()
     }
 
-    /// The rows as PostgreSQL reads them from arrays.
-    fn arrays(&self) -> String {
+    /// The rows as PostgreSQL reads them from arrays, which come after `before` other parameters.
+    fn arrays(&self, before: usize) -> String {
         let (mut names, mut outs, mut arrays) = (String::new(), String::new(), String::new());
         for (index, column) in self.columns.iter().enumerate() {
             let comma = if index > 0 { ", " } else { "" };
@@ -186,7 +210,7 @@ impl Rows {
             };
             let name = column.name;
             let _ = write!(names, "{comma}{name}");
-            let _ = write!(arrays, "{comma}${}::{kind}[]", index + 1);
+            let _ = write!(arrays, "{comma}${}::{kind}[]", before + index + 1);
             let _ = match column.nullable {
                 true => write!(outs, "{comma}NULLIF({name}, {null}) AS {name}"),
                 false => write!(outs, "{comma}{name}"),
@@ -194,6 +218,10 @@ impl Rows {
         }
         format!("(SELECT {outs} FROM unnest({arrays}) AS given ({names})) AS rows")
     }
+}
+
+fn on_sqlite(statement: &str, columns: &[Column], count: usize) -> String {
+    statement.replace("{ordered}", "").replace("{rows}", &table(columns, count))
 }
 
 /// The rows as SQLite reads them from parameters; those that are left over begin with NULL.

@@ -11,13 +11,13 @@ use super::{
     counts::Deltas,
     leases::Release,
     log::Log,
-    ordered,
     publish::{self, Draft, Publish, Published},
     record::{self, Finished},
+    script::Script,
 };
 use crate::failpoint;
 
-/// One commit takes at most this many items; the rest is in the next.
+/// One commit takes no further item once it has this many events and results; the rest is in the next.
 const MAX_BATCH: usize = 512;
 
 /// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
@@ -25,7 +25,7 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 
 /// Something to write.
 pub(super) enum Write {
-    Publish(Box<Publish>, Answer<Published>),
+    Publish(Box<Publish>, Answer<Vec<Published>>),
     /// Answered with whether the lease still held.
     Finish(Arc<Finished>, Answer<bool>),
     Release(Release, Answer<()>),
@@ -38,18 +38,32 @@ pub(super) struct Writer(mpsc::UnboundedSender<Write>);
 /// What goes into one commit.
 #[derive(Default)]
 struct Batch {
-    drafts: Vec<(Draft, Answer<Published>)>,
+    drafts: Vec<(Draft, Answer<Vec<Published>>)>,
     finished: Vec<(Arc<Finished>, Answer<bool>)>,
     releases: Vec<(Release, Answer<()>)>,
+}
+
+impl Write {
+    fn weight(&self) -> usize {
+        if let Self::Publish(publish, _) = self { publish.len() } else { 1 }
+    }
 }
 
 impl Writer {
     /// Starts the task. It does not keep the store, which has the writer, alive.
     pub(super) fn start(store: Weak<Inner>) -> Self {
-        let (queue, mut waiting) = mpsc::unbounded_channel();
+        let (queue, mut waiting) = mpsc::unbounded_channel::<Write>();
         tokio::spawn(async move {
             let mut writes = Vec::with_capacity(MAX_BATCH);
-            while waiting.recv_many(&mut writes, MAX_BATCH).await > 0 {
+            while let Some(first) = waiting.recv().await {
+                let mut weight = first.weight();
+                writes.push(first);
+                while weight < MAX_BATCH
+                    && let Ok(next) = waiting.try_recv()
+                {
+                    weight += next.weight();
+                    writes.push(next);
+                }
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
                 match store.draft(writes.drain(..)).await {
@@ -81,7 +95,7 @@ impl Store {
                 Write::Release(release, answer) => batch.releases.push((release, answer)),
             }
         }
-        match self.subscribers(publishes.iter().map(|(publish, _)| publish.subscription())).await {
+        match self.subscribers(publishes.iter().flat_map(|(publish, _)| publish.subscriptions())).await {
             Ok(subscribers) => {
                 for (publish, answer) in publishes {
                     match self.draft_of(*publish, &subscribers) {
@@ -149,25 +163,25 @@ impl Store {
     async fn try_commit(&self, batch: &Batch, finished: &[&Finished]) -> Result<bool, Error> {
         let drafts = || batch.drafts.iter().map(|(draft, _)| draft);
         let (mut deltas, mut log) = (Deltas::default(), Log::default());
-        let transaction = self.write().await?;
-        let backend = transaction.get_database_backend();
-        self.keep_answers(&transaction, drafts().filter_map(Draft::kept).collect()).await?;
-        publish::events(backend, drafts()).execute(&transaction, publish::INSERT_EVENTS).await?;
-        let deliveries = publish::deliveries(backend, &self.0.node, drafts());
-        deliveries.execute(&transaction, publish::INSERT_DELIVERIES).await?;
-        let recorded = record::results(backend, &self.0.node, finished).execute(&transaction, record::UPDATE).await?;
-        if recorded != finished.len() as u64 {
-            return Ok(false);
-        }
-        record::failures(backend, finished).execute(&transaction, record::INSERT_ATTEMPTS).await?;
-        self.release_in(&transaction, batch.releases.iter().map(|(release, _)| release)).await?;
         drafts().for_each(|draft| draft.tell(&mut deltas, &mut log));
         finished.iter().for_each(|finished| finished.tell(&mut deltas, &mut log));
-        if !deltas.is_empty() {
-            ordered(&transaction).await?;
-            deltas.write(&transaction).await?;
-            log.write(&transaction).await?;
+        let transaction = self.write().await?;
+        let (backend, node) = (transaction.get_database_backend(), &self.0.node);
+        self.keep_answers(&transaction, drafts().filter_map(Draft::kept).collect()).await?;
+        let rows = Script::default()
+            .with(publish::INSERT_EVENTS, publish::events(backend, drafts()))
+            .with(publish::INSERT_DELIVERIES, publish::deliveries(backend, node, drafts()))
+            .with(record::UPDATE, record::results(backend, node, finished));
+        let concerned = rows.run(&transaction).await?;
+        if !finished.is_empty() && concerned != finished.len() as u64 {
+            return Ok(false);
         }
+        self.release_in(&transaction, batch.releases.iter().map(|(release, _)| release)).await?;
+        Script::default()
+            .with(record::INSERT_ATTEMPTS, record::failures(backend, finished))
+            .tell(backend, deltas, log)?
+            .run(&transaction)
+            .await?;
         batch.reached("before commit");
         transaction.commit().await?;
         batch.reached("after commit");

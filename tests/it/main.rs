@@ -21,6 +21,7 @@ mod interop;
 mod isolation;
 mod listing;
 mod many_nodes;
+mod publishing_many;
 mod rate_limiting;
 mod rest_layer;
 mod sealed_secrets;

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage, Kind, MethodDescriptor, ReflectMessage};
+use prost_reflect::{DescriptorPool, DynamicMessage, Kind, MessageDescriptor, MethodDescriptor};
 use serde_json::{Map, Value};
 use shortkit_webhooks::grpc::DESCRIPTORS;
 use tonic::{
@@ -216,7 +216,7 @@ async fn over_rest(
     body: &str,
     request: &Value,
 ) -> Answer {
-    let mut fields = in_json(&message(method, request), request);
+    let mut fields = in_json(&method.input(), request);
     let mut target = path.to_owned();
     for name in variables(path) {
         let value =
@@ -249,14 +249,15 @@ async fn over_rest(
 }
 
 /// The fields as REST spells them: JSON that travels raw is no string, and an enum is a short word.
-fn in_json(message: &DynamicMessage, request: &Value) -> Map<String, Value> {
-    let pool = message.descriptor().parent_pool().clone();
-    let raw_json = pool.get_extension_by_name("shortkit.rest.v1.raw_json").unwrap();
+fn in_json(message: &MessageDescriptor, request: &Value) -> Map<String, Value> {
+    let raw_json = message.parent_pool().get_extension_by_name("shortkit.rest.v1.raw_json").unwrap();
     let mut fields = request.as_object().unwrap().clone();
-    for field in message.descriptor().fields() {
+    for field in message.fields() {
         let Some(value) = fields.get_mut(field.name()) else { continue };
         if field.options().get_extension(&raw_json).as_bool() == Some(true) {
             *value = serde_json::from_str(value.as_str().unwrap()).unwrap();
+        } else if let (Kind::Message(inner), Value::Array(items)) = (field.kind(), &mut *value) {
+            items.iter_mut().for_each(|item| *item = Value::Object(in_json(&inner, item)));
         } else if let Kind::Enum(enumeration) = field.kind() {
             let prefix = enumeration.name().chars().fold(String::new(), |name, char| {
                 let gap = if char.is_uppercase() && !name.is_empty() { "_" } else { "" };

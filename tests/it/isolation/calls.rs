@@ -58,6 +58,11 @@ pub(super) const CALLS: &[Call] = &[
         Tenant,
         |_| json!({ "event": "content.ready", "data": "{}" }),
     ),
+    row(
+        "shortkit.webhooks.v1.DeliveryService.PublishEvents",
+        Tenant,
+        |_| json!({ "events": [{ "event": "content.ready", "data": "{}" }] }),
+    ),
     row("shortkit.webhooks.v1.DeliveryService.ListDeliveries", Named, |ids| json!({ "webhook_id": ids.webhook })),
     row(
         "shortkit.webhooks.v1.DeliveryService.GetDelivery",

@@ -1,0 +1,102 @@
+//! Many events in one call: all of them, or none.
+
+use http::Method;
+use serde_json::{Value, json};
+use shortkit_webhooks::grpc::proto::{PublishEventRequest, PublishEventsRequest};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::support::{Database, Receiver, TestServer, on_both_databases};
+
+on_both_databases!(all_in_the_order_given, none_when_one_is_wrong, done_once_for_a_key, refused_as_a_whole);
+
+/// More events than one commit otherwise takes.
+const MANY: usize = 1_000;
+
+fn events(count: usize) -> Value {
+    let event = |number: usize| {
+        let event = if number.is_multiple_of(2) { "content.ready" } else { "export.ready" };
+        json!({ "event": event, "data": { "number": number } })
+    };
+    json!({ "events": (0..count).map(event).collect::<Vec<_>>() })
+}
+
+async fn all_in_the_order_given(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (webhook, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let (both, _) = server.webhook(&receiver.url(), &["content.ready", "export.ready"]).await;
+    let answer = server.post("/v1/events/batch", &events(MANY).to_string()).await;
+    assert_eq!(answer.status, 202, "{}", answer.text);
+    let accepted = answer.data()["events"].as_array().unwrap().clone();
+    let ids: Vec<&str> = accepted.iter().map(|event| event["id"].as_str().unwrap()).collect();
+    assert!(ids.len() == MANY && ids.is_sorted() && ids.iter().all(|id| id.starts_with("evt_")));
+    let deliveries = accepted.iter().map(|event| event["deliveries"].as_i64().unwrap());
+    assert!(deliveries.eq((0..MANY).map(|number| if number.is_multiple_of(2) { 2 } else { 1 })));
+
+    let got = receiver.wait_for(MANY + MANY / 2).await;
+    let mut numbers: Vec<(String, u64)> = got
+        .iter()
+        .map(|got| {
+            let body: Value = serde_json::from_str(&got.body).unwrap();
+            (body["webhookId"].as_str().unwrap().to_owned(), body["data"]["number"].as_u64().unwrap())
+        })
+        .collect();
+    numbers.sort();
+    let mut expected: Vec<_> = (0..MANY as u64).map(|number| (both.clone(), number)).collect();
+    expected.extend((0..MANY as u64).filter(|number| number.is_multiple_of(2)).map(|number| (webhook.clone(), number)));
+    expected.sort();
+    assert_eq!(numbers, expected);
+    server.stop().await;
+}
+
+async fn none_when_one_is_wrong(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (webhook, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut deliveries = server.deliveries();
+    let event = |event: &str, data: &str| PublishEventRequest { event: event.to_owned(), data: data.to_owned() };
+    for (wrong, field) in [(event("nope", "{}"), "events[1].event"), (event("content.ready", "[]"), "events[1].data")] {
+        let message = PublishEventsRequest { events: vec![event("content.ready", "{}"), wrong] };
+        let status = deliveries.publish_events(message).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let details = status.get_error_details();
+        assert_eq!(details.bad_request().unwrap().field_violations[0].field, field);
+        assert!(status.message().starts_with(field), "{}", status.message());
+    }
+    let listed = server.get(&format!("/v1/webhooks/{webhook}/deliveries")).await;
+    assert_eq!(listed.json()["meta"]["total"], 0);
+    server.stop().await;
+}
+
+async fn done_once_for_a_key(database: Database) {
+    let server = TestServer::start(&database).await;
+    let (webhook, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    let body = events(MANY).to_string();
+    let mut answers = Vec::new();
+    for _ in 0..2 {
+        let request = server.request(Method::POST, "/v1/events/batch").header("content-type", "application/json");
+        answers.push(server.send(request.header("idempotency-key", "k").body(body.clone())).await);
+    }
+    assert_eq!(answers[0].status, 202, "{}", answers[0].text);
+    assert_eq!(answers[0].text, answers[1].text);
+    assert_eq!(answers[1].headers["idempotency-replayed"], "true");
+    let listed = server.get(&format!("/v1/webhooks/{webhook}/deliveries")).await;
+    assert_eq!(listed.json()["meta"]["total"], MANY / 2);
+    server.stop().await;
+}
+
+async fn refused_as_a_whole(database: Database) {
+    let server = TestServer::start(&database).await;
+    for (count, reason) in [(0, "required"), (MANY + 1, "too_many")] {
+        let answer = server.post("/v1/events/batch", &events(count).to_string()).await;
+        assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (400, Some("VALIDATION_ERROR")));
+        assert!(answer.text.contains("\"events\""), "{}", answer.text);
+        let message = PublishEventsRequest {
+            events: vec![PublishEventRequest { event: "content.ready".to_owned(), data: "{}".to_owned() }; count],
+        };
+        let status = server.deliveries().publish_events(message).await.unwrap_err();
+        assert_eq!(status.get_error_details().bad_request().unwrap().field_violations[0].reason, reason);
+    }
+    server.stop().await;
+}
