@@ -22,6 +22,11 @@ use crate::{
 /// The data of the deliveries on a page is at most this long together; then the page ends early, and another follows.
 const MAX_PAGE_BYTES: usize = 4 * 1024 * 1024;
 
+/// The columns of a list: all but `response`, which may be long and is shown by [`Store::get_delivery`] only.
+const LISTED: &str = "webhook_id, id, organization, environment, event_id, event_type, status, attempts, granted, once, \
+    lost_leases, next_attempt_at_ms, lease_node, lease_expires_at_ms, status_code, response_time_ms, last_error, \
+    last_attempt_at_ms, created_at_ms, NULL AS response";
+
 /// Which deliveries of a webhook to list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeliveryFilter {
@@ -113,7 +118,7 @@ impl Store {
         let mut sql = Sql::new("SELECT * FROM (");
         for (index, range) in ranges.iter().enumerate() {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
-            sql.text("SELECT * FROM (SELECT * FROM deliveries WHERE webhook_id = ").value(webhook_id);
+            sql.text(&format!("SELECT * FROM (SELECT {LISTED} FROM deliveries WHERE webhook_id = ")).value(webhook_id);
             if let Some((event_type, status)) = range {
                 sql.text(" AND event_type = ").value(*event_type).text(" AND status = ").value(*status);
             }
