@@ -9,6 +9,7 @@ mod m0003_sealed_secrets;
 mod m0004_idempotency;
 mod m0005_audit;
 mod m0006_revisions;
+mod m0007_retention;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -23,6 +24,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0004_idempotency::Migration),
             Box::new(m0005_audit::Migration),
             Box::new(m0006_revisions::Migration),
+            Box::new(m0007_retention::Migration),
         ]
     }
 }

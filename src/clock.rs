@@ -73,16 +73,37 @@ pub fn random<const N: usize>() -> [u8; N] {
 
 /// A new id: `prefix`, `_`, and 26 characters that sort by time and then by order of making.
 pub fn new_id(prefix: &str) -> String {
+    new_ids(prefix, "", 0).0
+}
+
+/// A new id, and `count` others that follow it at once, all with its time.
+pub fn new_ids(first: &str, others: &str, count: usize) -> (String, Vec<String>) {
     let millis = u64::try_from(now().millis()).unwrap_or(0);
     let mut last = LAST_ID.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let fresh = match last.increment() {
-        Ok(next) if millis <= last.timestamp_ms() => next,
-        _ => Ulid::from_parts(millis, u128::from_be_bytes(random())),
+    let mut next = |prefix| {
+        *last = match last.increment() {
+            Ok(next) if millis <= last.timestamp_ms() => next,
+            _ => Ulid::from_parts(millis, u128::from_be_bytes(random())),
+        };
+        id(prefix, *last)
     };
-    *last = fresh;
-    drop(last);
+    (next(first), (0..count).map(|_| next(others)).collect())
+}
+
+/// What sorts before all ids that are made from `at` on.
+pub fn first_id(prefix: &str, at: Timestamp) -> String {
+    id(prefix, Ulid::from_parts(u64::try_from(at.millis()).unwrap_or(0), 0))
+}
+
+/// The time that an id begins with.
+pub fn made_at(id: &str) -> Option<Timestamp> {
+    let ulid = Ulid::from_string(id.split_once('_')?.1).ok()?;
+    Some(Timestamp::from_millis(i64::try_from(ulid.timestamp_ms()).ok()?))
+}
+
+fn id(prefix: &str, ulid: Ulid) -> String {
     let mut letters = [0; ULID_LEN];
-    let letters = fresh.array_to_str(&mut letters);
+    let letters = ulid.array_to_str(&mut letters);
     letters.make_ascii_lowercase();
     [prefix, "_", letters].concat()
 }
@@ -107,5 +128,17 @@ mod tests {
         let ids: Vec<String> = (0..10_000).map(|_| new_id("del")).collect();
         assert!(ids.is_sorted_by(|earlier, later| earlier < later));
         assert!(ids.iter().all(|id| id.len() == 30 && !id.contains('.')));
+    }
+
+    #[test]
+    fn ids_tell_their_time() {
+        let before = now();
+        let (first, others) = new_ids("evt", "del", 3);
+        let made = made_at(&first).unwrap();
+        assert!(made >= before);
+        assert!(others.iter().all(|other| made_at(other) == Some(made) && other[4..] > first[4..]));
+        assert!(first_id("del", made) <= others[0]);
+        assert!(others[2] < first_id("del", Timestamp::from_millis(made.millis() + 1)));
+        assert_eq!(made_at("evt_1"), None);
     }
 }

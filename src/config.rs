@@ -13,17 +13,22 @@ use zeroize::Zeroizing;
 use crate::{
     listen::{Limits, Tls, TlsFiles},
     vault::Vault,
-    webhook::{Environment, EventTypes, RateLimit, RetrySchedule},
+    webhook::{Environment, EventTypes, RateLimit, Retention, RetrySchedule},
 };
 
 /// A request may take at most this long; a longer setting is refused, since a lease lasts as long.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
+/// What is finished is kept for at least this long, so that people and programs can look at it …
+const MIN_RETENTION: Duration = Duration::from_secs(60 * 60);
+/// … and for at most as long as this, which is 100 years, unless it is kept for ever.
+const MAX_RETENTION: Duration = Duration::from_secs(100 * 31_557_600);
+
 /// No setting of the backlog is larger than this.
 const MAX_BACKLOG: u64 = 1_000_000_000_000;
 
 /// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
-const SETTINGS: [(&str, &str); 22] = [
+const SETTINGS: [(&str, &str); 25] = [
     ("database-url", "sqlite://shortkit.db?mode=rwc"),
     ("log", "info"),
     ("master-key-file", ""),
@@ -39,6 +44,9 @@ const SETTINGS: [(&str, &str); 22] = [
     ("max-in-flight", "32"),
     ("max-backlog", "10000000"),
     ("max-backlog-per-organization", "1000000"),
+    ("retain", "forever"),
+    ("retain-payloads", "forever"),
+    ("retain-attempts", "forever"),
     ("shutdown-grace", "35s"),
     ("reflection", "true"),
     ("health", "true"),
@@ -93,6 +101,8 @@ pub struct Config {
     pub max_backlog: u64,
     /// The same for one organisation.
     pub max_backlog_per_organization: u64,
+    /// How long what is finished is kept.
+    pub retention: Retention,
     /// How long shutting down may take before what is under way is cut off.
     pub shutdown_grace: Duration,
     /// Whether gRPC reflection is served, which needs no key.
@@ -182,6 +192,15 @@ pub struct ServeArgs {
     /// Deliveries of one organization that may be pending; while there are as many, its publishing is answered 429 [default: 1000000]
     #[arg(long, env = "SHORTKIT_MAX_BACKLOG_PER_ORGANIZATION", value_name = "COUNT")]
     max_backlog_per_organization: Option<String>,
+    /// How long deliveries are kept after they ended, with everything that belongs to them; at least 1h [default: forever]
+    #[arg(long, env = "SHORTKIT_RETAIN", value_name = "DURATION")]
+    retain: Option<String>,
+    /// How long what was sent is kept after its last delivery ended; at least 1h, and no longer than --retain [default: forever]
+    #[arg(long, env = "SHORTKIT_RETAIN_PAYLOADS", value_name = "DURATION")]
+    retain_payloads: Option<String>,
+    /// How long the log of a delivery's attempts, with what was answered, is kept after it ended; at least 1h, and no longer than --retain [default: forever]
+    #[arg(long, env = "SHORTKIT_RETAIN_ATTEMPTS", value_name = "DURATION")]
+    retain_attempts: Option<String>,
     /// How long shutting down may take before what is under way is cut off; at most 1h [default: 35s]
     #[arg(long, env = "SHORTKIT_SHUTDOWN_GRACE", value_name = "DURATION")]
     shutdown_grace: Option<String>,
@@ -296,6 +315,7 @@ impl ServeArgs {
                 self.max_backlog_per_organization,
                 backlog,
             ),
+            retention: settings.retention(self.retain, self.retain_payloads, self.retain_attempts),
             shutdown_grace: settings.read("shutdown-grace", self.shutdown_grace, |text| {
                 duration(text, Duration::ZERO, Duration::from_secs(60 * 60))
             }),
@@ -381,6 +401,24 @@ impl Settings {
         parsed.and_then(Result::ok).unwrap_or_else(default)
     }
 
+    fn retention(&mut self, all: Option<String>, payloads: Option<String>, attempts: Option<String>) -> Retention {
+        let retention = Retention {
+            deliveries: self.read("retain", all, keep),
+            payloads: self.read("retain-payloads", payloads, keep),
+            attempts: self.read("retain-attempts", attempts, keep),
+        };
+        let parts = [("retain-payloads", retention.payloads), ("retain-attempts", retention.attempts)];
+        for (name, part) in parts {
+            if let (Some(part), Some(all)) = (part, retention.deliveries)
+                && part > all
+            {
+                let [part, all] = [part, all].map(humantime::format_duration);
+                self.faults.push(format!("{name}: {part} is longer than retain, which is {all}"));
+            }
+        }
+        retention
+    }
+
     fn tls(&mut self, cert: Option<String>, key: Option<String>, client_ca: Option<String>) -> Option<Tls> {
         let certificate = self.read("tls-cert", cert, file);
         let key = self.read("tls-key", key, file);
@@ -452,6 +490,17 @@ fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String
     Err(format!("`{text}` is not from {} to {}", humantime::format_duration(min), humantime::format_duration(max)))
 }
 
+/// How long something is kept; none for ever.
+fn keep(text: &str) -> Result<Option<Duration>, String> {
+    match text {
+        "forever" => Ok(None),
+        _ => match duration(text, MIN_RETENTION, MAX_RETENTION) {
+            Ok(keep) => Ok(Some(keep)),
+            Err(fault) => Err(format!("{fault}, nor `forever`")),
+        },
+    }
+}
+
 fn database_url(text: &str) -> Result<String, String> {
     let known = ["sqlite:", "postgres:", "postgresql:"].iter().any(|scheme| text.starts_with(scheme));
     if text.starts_with("sqlite:") && (text.contains(":memory:") || text.contains("mode=memory")) {
@@ -486,6 +535,30 @@ mod tests {
         for url in ["sqlite::memory:", "sqlite://x?mode=memory", "x"] {
             let database = DatabaseArgs { database_url: Some(url.to_owned()), ..DatabaseArgs::default() };
             assert_eq!(refused(ServeArgs { database, ..ServeArgs::development() }), 1, "{url}");
+        }
+    }
+
+    #[test]
+    fn retention_says_what_is_wrong() {
+        let load = |[all, payloads, attempts]: [&str; 3]| {
+            let given = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+            let (retain, retain_payloads, retain_attempts) = (given(all), given(payloads), given(attempts));
+            let args = ServeArgs { retain, retain_payloads, retain_attempts, ..ServeArgs::development() };
+            args.load().map(|config| config.retention)
+        };
+        let days = |days: u64| Some(Duration::from_secs(days * 24 * 60 * 60));
+        let all = Retention { deliveries: days(30), payloads: days(7), attempts: days(30) };
+        assert_eq!(load(["30d", "7d", "30days"]).unwrap(), all);
+        assert_eq!(load(["", "forever", ""]).unwrap(), Retention::default());
+        assert_eq!(load(["30d", "forever", ""]).unwrap().payloads(), days(30));
+        for (given, parts) in [
+            (["59m", "", ""], ["retain: `59m`", "1h"]),
+            (["", "soon", ""], ["retain-payloads: `soon`", "forever"]),
+            (["7d", "30d", ""], ["retain-payloads: 30days", "longer than retain, which is 7days"]),
+            (["7d", "", "30d"], ["retain-attempts: 30days", "longer than retain, which is 7days"]),
+        ] {
+            let Invalid(faults) = load(given).unwrap_err();
+            assert!(faults.len() == 1 && parts.iter().all(|part| faults[0].contains(part)), "{faults:?}");
         }
     }
 

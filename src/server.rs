@@ -73,6 +73,7 @@ pub async fn run(
     }
     store.limit_backlog(BacklogLimits { total: config.max_backlog, organization: config.max_backlog_per_organization });
     store.look_at_backlog().await?;
+    store.retain(config.retention);
     let client = client(&config)?;
     let engine = Engine {
         store: store.clone(),
@@ -99,6 +100,7 @@ pub async fn run(
     background.spawn(follow(store.clone()));
     background.spawn(learn(store.clone()));
     background.spawn(tidy(store.clone()));
+    background.spawn(remove_old(store.clone()));
     if let Some(tls) = config.tls.clone() {
         background.spawn(tls.follow());
     }
@@ -264,6 +266,17 @@ async fn tidy(store: Store) {
                 tokio::time::sleep(TIDY).await;
             }
         }
+    }
+}
+
+/// Removes what is older than it is kept.
+async fn remove_old(store: Store) {
+    loop {
+        let wait = store.remove_old().await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "what is old could not be removed; trying again");
+            TIDY
+        });
+        tokio::time::sleep(wait).await;
     }
 }
 

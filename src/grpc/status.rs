@@ -201,7 +201,9 @@ pub(super) fn event_data(place: &str, error: &EventDataError) -> Status {
 pub(super) fn retry(error: RetryError) -> Status {
     match error {
         RetryError::NotFound => not_found("delivery"),
-        RetryError::NotFailed(_) => coded(Code::FailedPrecondition, "CONFLICT", error.to_string(), ErrorDetails::new()),
+        RetryError::NotFailed(_) | RetryError::PayloadRemoved => {
+            coded(Code::FailedPrecondition, "CONFLICT", error.to_string(), ErrorDetails::new())
+        }
         RetryError::Store(error) => store(error),
     }
 }

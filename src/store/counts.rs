@@ -11,10 +11,10 @@ use super::{
 };
 use crate::webhook::{DeliveryStatus, Timestamp};
 
-/// Deliveries of a webhook by state.
+/// Deliveries of a webhook by state, as many as there ever were.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stats {
-    /// All of them.
+    /// All of them, also those that retention removed.
     pub total: i64,
     /// Those a receiver accepted.
     pub successful: i64,
@@ -70,10 +70,11 @@ impl Store {
     pub async fn stats(&self, webhook_id: &str) -> Result<Stats, Error> {
         let mut stats = Stats::default();
         for row in self.counts(webhook_id).await? {
-            stats.total += row.total;
+            let ever = row.total + row.removed;
+            stats.total += ever;
             match DeliveryStatus::parse(&row.status) {
-                Some(DeliveryStatus::Success) => stats.successful += row.total,
-                Some(DeliveryStatus::Failed) => stats.failed += row.total,
+                Some(DeliveryStatus::Success) => stats.successful += ever,
+                Some(DeliveryStatus::Failed) => stats.failed += ever,
                 _ => {}
             }
             stats.last_attempt_at = stats.last_attempt_at.max(row.last_attempt_at_ms.map(Timestamp::from_millis));

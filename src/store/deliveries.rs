@@ -74,6 +74,9 @@ pub enum RetryError {
     /// It is pending or has succeeded.
     #[error("only a failed delivery can be retried; this one is {}", .0.as_str())]
     NotFailed(DeliveryStatus),
+    /// What it sent is gone.
+    #[error("the payload of this delivery was removed by retention, so there is nothing to send again")]
+    PayloadRemoved,
     /// The database failed.
     #[error(transparent)]
     Store(#[from] Error),
@@ -140,6 +143,10 @@ impl Store {
     pub async fn get_delivery(&self, webhook_id: &str, id: &str) -> Result<Option<DeliveryDetail>, Error> {
         let key = (webhook_id.to_owned(), id.to_owned());
         let Some(row) = delivery::Entity::find_by_id(key).one(&self.0.read).await? else { return Ok(None) };
+        if self.has_forgotten_attempts(&row) {
+            let listed = self.with_data(vec![row]).await?.pop();
+            return Ok(listed.map(|listed| DeliveryDetail { listed, attempts: Vec::new() }));
+        }
         let accepted = accepted(&row);
         let listed = self.with_data(vec![row]).await?.pop();
         let failed = attempt::Entity::find()
@@ -171,6 +178,13 @@ impl Store {
                 None => Err(RetryError::NotFound),
             };
         };
+        // From now on it is needed again, which retention sees when it comes to remove it.
+        let mut need = Sql::new("UPDATE events SET retried_at_ms = ");
+        need.value(now.millis()).text(" WHERE id = ").value(row.event_id.as_str());
+        let needed = transaction.execute_raw(need.build(transaction.get_database_backend())).await;
+        if needed.map_err(Error::from)?.rows_affected() == 0 {
+            return Err(RetryError::PayloadRemoved);
+        }
         let tenant = tenant(&row.organization, &row.environment)?;
         let record = Record::of_webhook(AuditAction::DeliveryRetried, &tenant, webhook_id);
         Record { resource_id: id, ..record }.write(&transaction, by).await?;

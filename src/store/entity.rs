@@ -210,6 +210,7 @@ pub(super) mod delivery_count {
         pub status: String,
         pub total: i64,
         pub last_attempt_at_ms: Option<i64>,
+        pub removed: i64,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -72,7 +72,7 @@ impl Store {
         Ok(true)
     }
 
-    async fn run(&self, sql: Sql) -> Result<u64, Error> {
+    pub(super) async fn run(&self, sql: Sql) -> Result<u64, Error> {
         Ok(self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?.rows_affected())
     }
 }

@@ -48,9 +48,11 @@ const RESCUED: &[Column] = &[
     int_or_null("next_attempt_at_ms"),
     int("lost_leases"),
     text("last_error"),
+    int("last_attempt_at_ms"),
 ];
 const RESCUE: &str = "UPDATE deliveries SET status = rows.status, next_attempt_at_ms = rows.next_attempt_at_ms, \
-    lease_node = NULL, lease_expires_at_ms = NULL, lost_leases = rows.lost_leases, last_error = rows.last_error \
+    lease_node = NULL, lease_expires_at_ms = NULL, lost_leases = rows.lost_leases, last_error = rows.last_error, \
+    last_attempt_at_ms = rows.last_attempt_at_ms \
     FROM {rows} WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id";
 /// What the log of a delivery says of an attempt whose node died.
 const LOST: &str = "The attempt was interrupted";
@@ -307,7 +309,10 @@ impl Store {
             let lost = row.lost_leases + 1;
             let plan = if row.once { Plan::Once } else { Plan::Schedule };
             let transition = rescue(lost, row.attempts, plan, schedule, now);
-            started.push((transition.status, row.last_attempt_at_ms.unwrap_or(row.created_at_ms)));
+            // When it began is not known: before its lease ended.
+            let ended_at_ms = row.lease_expires_at_ms.unwrap_or_default().min(now.millis()).max(row.created_at_ms);
+            row.last_attempt_at_ms = Some(ended_at_ms);
+            started.push((transition.status, ended_at_ms));
             row.status = transition.status.as_str().to_owned();
             row.next_attempt_at_ms = transition.next_attempt_at.map(Timestamp::millis);
             row.lost_leases = lost;
@@ -323,6 +328,7 @@ impl Store {
                 next,
                 row.lost_leases.into(),
                 LOST.into(),
+                started_at_ms.into(),
             ]);
             attempts.push([
                 id.into(),

@@ -21,6 +21,7 @@ mod log;
 mod migrations;
 mod publish;
 mod record;
+mod retention;
 mod revisions;
 mod rows;
 mod script;
@@ -59,7 +60,7 @@ use crate::{
     clock,
     feed::Feed,
     vault::{self, Vault},
-    webhook::Timestamp,
+    webhook::{Retention, Timestamp},
 };
 
 /// Connections for reading, and on PostgreSQL for everything.
@@ -93,6 +94,7 @@ struct Inner {
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
     used_keys: keys::UsedKeys,
+    retention: std::sync::OnceLock<Retention>,
     /// The master keys, once [`Store::unlock`] has them.
     vault: std::sync::RwLock<Option<Vault>>,
     exclusive: std::sync::Mutex<Option<std::fs::File>>,
@@ -186,6 +188,7 @@ impl Store {
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),
+            retention: std::sync::OnceLock::new(),
             vault: std::sync::RwLock::default(),
             exclusive: std::sync::Mutex::new(None),
         }));

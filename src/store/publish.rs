@@ -81,6 +81,7 @@ pub(super) struct Publish {
 
 struct Test {
     webhook_id: Arc<str>,
+    event_id: String,
     delivery_id: String,
     done: oneshot::Sender<Attempt>,
 }
@@ -136,8 +137,9 @@ impl Store {
         lease: Lease,
     ) -> Result<(String, oneshot::Receiver<Attempt>), Error> {
         let (done, attempted) = oneshot::channel();
-        let delivery_id = clock::new_id("del");
-        let test = Test { webhook_id: webhook_id.into(), delivery_id: delivery_id.clone(), done };
+        let (event_id, mut delivery_ids) = clock::new_ids("evt", "del", 1);
+        let delivery_id = delivery_ids.remove(0);
+        let test = Test { webhook_id: webhook_id.into(), event_id, delivery_id: delivery_id.clone(), done };
         self.submit(Publish { tenant, events: vec![event], lease, test: Some(test), keep: None }).await?;
         Ok((delivery_id, attempted))
     }
@@ -165,10 +167,15 @@ impl Store {
         };
         let created_at = clock::now();
         let events = events.into_iter().zip(webhooks).map(|(NewEvent { event_type, data }, webhooks)| {
-            let event = Arc::new(Event { id: clock::new_id("evt"), event_type, data, created_at });
+            let (id, delivery_ids) = match &test {
+                Some(test) => (test.event_id.clone(), vec![test.delivery_id.clone()]),
+                // Made together: retention finds the deliveries of an event by its id.
+                None => clock::new_ids("evt", "del", webhooks.len()),
+            };
+            let event = Arc::new(Event { id, event_type, data, created_at });
             let bytes = event.data.as_str().len();
-            let new = webhooks.iter().map(|webhook_id| NewDelivery {
-                id: test.as_ref().map_or_else(|| clock::new_id("del"), |test| test.delivery_id.clone()),
+            let new = webhooks.iter().zip(delivery_ids).map(|(webhook_id, id)| NewDelivery {
+                id,
                 webhook_id: Arc::clone(webhook_id),
                 // A test takes no place: somebody waits for it.
                 leased: test.is_some() || lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id, bytes),

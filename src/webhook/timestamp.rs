@@ -33,6 +33,11 @@ impl Timestamp {
         Self(self.0.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)))
     }
 
+    /// The moment `wait` earlier; at the epoch it stays there.
+    pub fn before(self, wait: Duration) -> Self {
+        Self::from_millis(self.0.saturating_sub(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)))
+    }
+
     /// How long it is until `later`; zero when that has passed.
     pub fn until(self, later: Self) -> Duration {
         Duration::from_millis(u64::try_from(later.0.saturating_sub(self.0)).unwrap_or(0))
@@ -68,5 +73,7 @@ mod tests {
         assert_eq!(early.until(late), Duration::from_secs(3));
         assert_eq!(late.until(early), Duration::ZERO);
         assert_eq!(late.after(Duration::MAX).millis(), i64::MAX);
+        assert_eq!(late.before(Duration::from_secs(3)), early);
+        assert_eq!(late.before(Duration::MAX).millis(), 0);
     }
 }

@@ -24,6 +24,7 @@ mod many_nodes;
 mod publishing_many;
 mod rate_limiting;
 mod rest_layer;
+mod retention;
 mod sealed_secrets;
 mod several_nodes;
 mod tenants;

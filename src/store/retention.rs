@@ -1,0 +1,423 @@
+//! Retention: what is finished and old is removed, in steps so small that nobody waits for one.
+//!
+//! Ids begin with the time at which they were made, so primary keys lead to what is old, and a round reads no further.
+//! Reading goes on beside the writers. What it finds due is removed a few rows at a time, each time in a transaction of
+//! its own that looks once more whether it still is; after each there is a pause as long as the step took, its wait for
+//! the database included, so that publishing has at least half of the time, and more the busier it is.
+//!
+//! What a round leaves behind, because it is pending or ended only lately, the next one looks at again; the time that this
+//! takes says when the next one is.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
+
+use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, TransactionTrait};
+
+use super::{
+    Error, Store,
+    entity::delivery,
+    rows::{Column, Rows, int, text},
+    sql::Sql,
+};
+use crate::{
+    clock,
+    webhook::{DeliveryStatus, Retention, Timestamp},
+};
+
+/// One step removes at most this many rows, or pages of 4 KiB.
+const MAX_STEP: usize = 256;
+/// One read looks at no more than this many rows.
+const MAX_READ: i64 = 5_000;
+const PAGE_BYTES: usize = 4096;
+/// Between rounds …
+const ROUND: Duration = Duration::from_secs(10);
+/// … or this many times as long as the last one looked in vain.
+const REST: u32 = 10;
+/// A delivery that ends later than this after it was made is one of the few in the index `deliveries_late`.
+const LATE: Duration = Duration::from_secs(60 * 60);
+/// Far more than there is between the time in the id of an event and that in the ids of its deliveries, which are made
+/// together.
+const SPREAD: Duration = Duration::from_secs(1);
+/// Identifies, among PostgreSQL's advisory locks, the one of whoever removes something.
+const LOCK: i64 = 0x73_6b_77_72;
+
+/// PostgreSQL follows the primary keys, whatever it believes of how much is old: sorting all of that for a few rows would
+/// cost more the more there is.
+const BY_KEY: &str = "SET LOCAL enable_sort TO off; SET LOCAL enable_bitmapscan TO off; SET LOCAL enable_seqscan TO off; \
+    SET LOCAL enable_hashjoin TO off; SET LOCAL enable_mergejoin TO off";
+
+const DELIVERY_IDS: &[Column] = &[text("delivery_id")];
+const REMOVE_ATTEMPTS: &str = "DELETE FROM attempts WHERE delivery_id IN (SELECT delivery_id FROM {rows})";
+
+const COUNTS: &[Column] = &[text("webhook_id"), text("event_type"), text("status"), int("count")];
+const COUNT_REMOVED: &str = "UPDATE delivery_counts SET total = delivery_counts.total - rows.count, \
+    removed = delivery_counts.removed + rows.count FROM {rows}{ordered} \
+    WHERE delivery_counts.webhook_id = rows.webhook_id AND delivery_counts.event_type = rows.event_type \
+    AND delivery_counts.status = rows.status";
+
+/// Up to which time of making, and of ending, attempts are forgotten: names in `settings`.
+const FORGOTTEN: &str = "attempts_forgotten_ms";
+const FORGOTTEN_LATE: &str = "late_attempts_forgotten_ms";
+
+/// What is removed of a delivery.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Everything,
+    Attempts,
+}
+
+/// Deliveries of a webhook from one id to another.
+struct Run<'a> {
+    webhook_id: &'a str,
+    first: &'a str,
+    last: &'a str,
+}
+
+/// Why a round ends early.
+enum Stop {
+    /// Another node is at it.
+    Elsewhere,
+    Failed(Error),
+}
+
+impl<E: Into<Error>> From<E> for Stop {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+struct Round<'a> {
+    store: &'a Store,
+    in_vain: Duration,
+}
+
+impl Store {
+    /// Sets how long what is finished is kept, once.
+    pub fn retain(&self, retention: Retention) {
+        let _ = self.0.retention.set(retention);
+    }
+
+    /// Removes what is finished and old, and answers how long to wait before the next time.
+    pub async fn remove_old(&self) -> Result<Duration, Error> {
+        let Some(retention) = self.0.retention.get() else { return Ok(ROUND) };
+        let mut round = Round { store: self, in_vain: Duration::ZERO };
+        match round.run(retention, clock::now()).await {
+            Ok(()) | Err(Stop::Elsewhere) => Ok((round.in_vain * REST).max(ROUND)),
+            Err(Stop::Failed(error)) => Err(error),
+        }
+    }
+
+    /// Whether the attempts of a delivery are older than they are kept, and removed already or soon.
+    pub(super) fn has_forgotten_attempts(&self, row: &delivery::Model) -> bool {
+        let keep = self.0.retention.get().and_then(|retention| retention.attempts);
+        let ended_at_ms = row.last_attempt_at_ms.unwrap_or(row.created_at_ms);
+        keep.is_some_and(|keep| ended_at_ms < clock::now().before(keep).millis())
+            && row.status != DeliveryStatus::Pending.as_str()
+    }
+}
+
+impl Round<'_> {
+    async fn run(&mut self, retention: &Retention, now: Timestamp) -> Result<(), Stop> {
+        if let Some(keep) = retention.deliveries {
+            let old = now.before(keep);
+            self.walk(What::Everything, [Timestamp::from_millis(0), old], old).await?;
+        }
+        if let Some(keep) = retention.attempts {
+            self.forget_attempts(now.before(keep)).await?;
+        }
+        if let Some(keep) = retention.payloads() {
+            self.remove_events(now.before(keep)).await?;
+        }
+        Ok(())
+    }
+
+    /// Goes through the deliveries made between two times, and removes `what` of those that ended before `old`.
+    async fn walk(&mut self, what: What, made: [Timestamp; 2], old: Timestamp) -> Result<(), Stop> {
+        let [from, to] = made.map(|at| clock::first_id("del", at));
+        let mut after = String::new();
+        loop {
+            let webhooks = self.webhooks_between(&after, &from, &to).await?;
+            let Some(last) = webhooks.last() else { return Ok(()) };
+            for webhook_id in &webhooks {
+                self.walk_webhook(what, webhook_id, [&from, &to], old).await?;
+            }
+            after.clone_from(last);
+        }
+    }
+
+    async fn walk_webhook(
+        &mut self,
+        what: What,
+        webhook_id: &str,
+        [from, to]: [&str; 2],
+        old: Timestamp,
+    ) -> Result<(), Stop> {
+        let mut after = from.to_owned();
+        loop {
+            let began = clock::stopwatch();
+            let mut sql = Sql::new("SELECT id, attempts, CASE WHEN ");
+            ended_before(&mut sql, old)
+                .text(" THEN 1 ELSE 0 END FROM deliveries WHERE webhook_id = ")
+                .value(webhook_id);
+            sql.text(" AND id >= ").value(after.as_str()).text(" AND id < ").value(to);
+            sql.text(" ORDER BY id LIMIT ").value(MAX_READ);
+            let found = self.read(sql).await?;
+            let rows = found.iter().map(QueryResult::try_get_many_by_index);
+            let rows = rows.collect::<Result<Vec<(String, i32, i32)>, _>>()?;
+            let due = rows.iter().filter(|(_, _, due)| *due == 1);
+            let due: Vec<(&str, usize)> = due.map(|(id, attempts, _)| (id.as_str(), weight(*attempts))).collect();
+            if due.is_empty() {
+                self.in_vain += began.elapsed();
+            }
+            for step in steps(&due) {
+                let run = Run { webhook_id, first: step[0].0, last: step[step.len() - 1].0 };
+                self.remove(what, &[run], old).await?;
+            }
+            match rows.last() {
+                // No id is between one and the same with a letter more.
+                Some((last, ..)) if rows.len() as i64 == MAX_READ => after = format!("{last}0"),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    /// Removes the attempts of deliveries that ended before `old`: of those that ended soon after they were made, by when
+    /// they were made, and of the others by when they ended. What was gone through once is not gone through again: a
+    /// delivery that was pending then will be among the others.
+    async fn forget_attempts(&mut self, old: Timestamp) -> Result<(), Stop> {
+        let made = [self.mark(FORGOTTEN).await?, old.before(LATE)];
+        if made[0] < made[1] {
+            self.walk(What::Attempts, made, old).await?;
+            self.set_mark(FORGOTTEN, made[1]).await?;
+        }
+        let mut after = (self.mark(FORGOTTEN_LATE).await?.millis(), String::new(), String::new());
+        loop {
+            let mut sql = Sql::new(
+                "SELECT last_attempt_at_ms, webhook_id, id, attempts FROM deliveries \
+                 WHERE status <> 'pending' AND last_attempt_at_ms > created_at_ms + 3600000 AND last_attempt_at_ms < ",
+            );
+            sql.value(old.millis()).text(" AND (last_attempt_at_ms, webhook_id, id) > ");
+            sql.row([after.0.into(), after.1.as_str().into(), after.2.as_str().into()]);
+            sql.text(" ORDER BY last_attempt_at_ms, webhook_id, id LIMIT ").value(MAX_READ);
+            let found = self.read(sql).await?;
+            let rows = found.iter().map(QueryResult::try_get_many_by_index);
+            let rows = rows.collect::<Result<Vec<(i64, String, String, i32)>, _>>()?;
+            let due: Vec<(Run<'_>, usize)> = rows
+                .iter()
+                .map(|(_, webhook_id, id, attempts)| (Run { webhook_id, first: id, last: id }, weight(*attempts)))
+                .collect();
+            for step in steps(&due) {
+                let runs: Vec<Run<'_>> = step.iter().map(|(run, _)| Run { ..*run }).collect();
+                self.remove(What::Attempts, &runs, old).await?;
+            }
+            match rows.into_iter().next_back() {
+                Some((at, webhook_id, id, _)) => after = (at, webhook_id, id),
+                None => return self.set_mark(FORGOTTEN_LATE, old).await,
+            }
+        }
+    }
+
+    /// Removes `what` of the deliveries in `runs` that ended before `old`, as one step.
+    async fn remove(&self, what: What, runs: &[Run<'_>], old: Timestamp) -> Result<(), Stop> {
+        let began = clock::stopwatch();
+        let transaction = self.begin().await?;
+        let backend = transaction.get_database_backend();
+        let mut attempts = Rows::new(backend, DELIVERY_IDS);
+        let mut removed: BTreeMap<(&str, String, String), i64> = BTreeMap::new();
+        for Run { webhook_id, first, last } in runs {
+            let mut sql = Sql::new(match what {
+                What::Everything => "DELETE FROM deliveries",
+                What::Attempts => "UPDATE deliveries SET response = NULL",
+            });
+            sql.text(" WHERE webhook_id = ").value(*webhook_id);
+            sql.text(" AND id >= ").value(*first).text(" AND id <= ").value(*last).text(" AND ");
+            ended_before(&mut sql, old).text(" RETURNING id, event_type, status, attempts");
+            for row in transaction.query_all_raw(sql.build(backend)).await? {
+                let (id, event_type, status, count): (String, String, String, i32) = row.try_get_many_by_index()?;
+                // What succeeded at once has no others.
+                if count > 1 || status == DeliveryStatus::Failed.as_str() {
+                    attempts.push([(&id).into()]);
+                }
+                *removed.entry((webhook_id, event_type, status)).or_default() += 1;
+            }
+        }
+        attempts.execute(&transaction, REMOVE_ATTEMPTS).await?;
+        if what == What::Everything {
+            let mut counts = Rows::new(backend, COUNTS);
+            for ((webhook_id, event_type, status), count) in &removed {
+                counts.push([(*webhook_id).into(), event_type.into(), status.into(), (*count).into()]);
+            }
+            counts.execute(&transaction, COUNT_REMOVED).await?;
+        }
+        transaction.commit().await?;
+        tokio::time::sleep(began.elapsed()).await;
+        Ok(())
+    }
+
+    /// Removes events from before `old` that no delivery needs: each that there still is ended before `old`.
+    async fn remove_events(&mut self, old: Timestamp) -> Result<(), Stop> {
+        let (mut after, end) = (String::new(), clock::first_id("evt", old));
+        loop {
+            let began = clock::stopwatch();
+            let mut sql = Sql::new("SELECT id, octet_length(data) FROM events WHERE id > ");
+            sql.value(after.as_str())
+                .text(" AND id < ")
+                .value(end.as_str())
+                .text(" ORDER BY id LIMIT ")
+                .value(MAX_READ);
+            let found = self.read(sql).await?;
+            let rows = found.iter().map(QueryResult::try_get_many_by_index);
+            let rows = rows.collect::<Result<Vec<(String, i32)>, _>>()?;
+            let (Some((first, _)), Some((last, _))) = (rows.first(), rows.last()) else { return Ok(()) };
+            let needed = self.needed(first, last, old).await?;
+            let due = rows.iter().filter(|(id, _)| !needed.contains(id));
+            let pages = |bytes: &i32| 1 + usize::try_from(*bytes).unwrap_or(0) / PAGE_BYTES;
+            let due: Vec<(&str, usize)> = due.map(|(id, bytes)| (id.as_str(), pages(bytes))).collect();
+            if due.is_empty() {
+                self.in_vain += began.elapsed();
+            }
+            for step in steps(&due) {
+                self.remove_events_in(step, old).await?;
+            }
+            if (rows.len() as i64) < MAX_READ {
+                return Ok(());
+            }
+            after.clone_from(last);
+        }
+    }
+
+    /// The events from one to another whose data a delivery still needs: it is pending, or ended since `old`.
+    async fn needed(&self, first: &str, last: &str, old: Timestamp) -> Result<HashSet<String>, Stop> {
+        let [first, last] = [first, last].map(|id| clock::made_at(id).ok_or(Error::Corrupt("id of an event")));
+        let (from, to) = (clock::first_id("del", first?.before(SPREAD)), clock::first_id("del", last?.after(SPREAD)));
+        let (mut needed, mut after) = (HashSet::new(), String::new());
+        loop {
+            let webhooks = self.webhooks_between(&after, &from, &to).await?;
+            let Some(last) = webhooks.last() else { return Ok(needed) };
+            for webhook_id in &webhooks {
+                let mut sql = Sql::new("SELECT event_id FROM deliveries WHERE webhook_id = ");
+                sql.value(webhook_id.as_str()).text(" AND id >= ").value(from.as_str());
+                sql.text(" AND id < ").value(to.as_str()).text(" AND NOT (");
+                ended_before(&mut sql, old).text(")");
+                for row in self.read(sql).await? {
+                    needed.insert(row.try_get_by_index(0)?);
+                }
+            }
+            after.clone_from(last);
+        }
+    }
+
+    async fn remove_events_in(&self, step: &[(&str, usize)], old: Timestamp) -> Result<(), Stop> {
+        let began = clock::stopwatch();
+        let transaction = self.begin().await?;
+        let mut sql = Sql::new("DELETE FROM events WHERE id IN ");
+        sql.list("(", step.iter().map(|(id, _)| (*id).into()), ")");
+        // A retry by hand needs what nobody needed when this was read.
+        sql.text(" AND (retried_at_ms IS NULL OR retried_at_ms < ").value(old.millis()).text(")");
+        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+        transaction.commit().await?;
+        tokio::time::sleep(began.elapsed()).await;
+        Ok(())
+    }
+
+    /// The next webhooks, after one, that have deliveries whose ids are from `from` to before `to`.
+    async fn webhooks_between(&self, after: &str, from: &str, to: &str) -> Result<Vec<String>, Stop> {
+        let mut sql = Sql::new("SELECT w.id FROM webhooks w WHERE w.id > ");
+        // A look-up for each webhook, and nothing that a planner could turn into a scan of the deliveries.
+        sql.value(after).text(" AND (SELECT min(d.id) FROM deliveries d WHERE d.webhook_id = w.id AND d.id >= ");
+        sql.value(from).text(") < ").value(to).text(" ORDER BY w.id LIMIT ").value(MAX_READ);
+        Ok(self.read(sql).await?.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
+    }
+
+    /// Begins a step. On PostgreSQL the others do not have one at the same time: whoever finds a node at it leaves the
+    /// round to that one. Nothing is lost when a step is, so no step waits for the disk there.
+    async fn begin(&self) -> Result<DatabaseTransaction, Stop> {
+        let transaction = self.store.write().await?;
+        if !self.store.sqlite() {
+            let lock = Sql::new(&format!("SELECT pg_try_advisory_xact_lock({LOCK})"));
+            let row = transaction.query_one_raw(lock.build(transaction.get_database_backend())).await?;
+            if !row.map(|row| row.try_get_by_index(0)).transpose()?.unwrap_or(false) {
+                return Err(Stop::Elsewhere);
+            }
+            transaction.execute_unprepared(&format!("{BY_KEY}; SET LOCAL synchronous_commit TO off")).await?;
+        }
+        Ok(transaction)
+    }
+
+    async fn read(&self, sql: Sql) -> Result<Vec<QueryResult>, Stop> {
+        let read = &self.store.0.read;
+        let statement = sql.build(read.get_database_backend());
+        if self.store.sqlite() {
+            return Ok(read.query_all_raw(statement).await?);
+        }
+        let transaction = read.begin().await?;
+        transaction.execute_unprepared(BY_KEY).await?;
+        let rows = transaction.query_all_raw(statement).await?;
+        transaction.commit().await?;
+        Ok(rows)
+    }
+
+    async fn mark(&self, name: &str) -> Result<Timestamp, Stop> {
+        let mut sql = Sql::new("SELECT value FROM settings WHERE name = ");
+        sql.value(name);
+        let value = self.read(sql).await?.first().map(|row| row.try_get_by_index::<String>(0)).transpose()?;
+        let millis = value.map_or(Ok(0), |value| value.parse().map_err(|_| Error::Corrupt("time in settings")))?;
+        Ok(Timestamp::from_millis(millis))
+    }
+
+    async fn set_mark(&self, name: &str, at: Timestamp) -> Result<(), Stop> {
+        let mut sql = Sql::new("INSERT INTO settings (name, value) VALUES ");
+        sql.row([name.into(), at.millis().to_string().into()]);
+        sql.text(" ON CONFLICT (name) DO UPDATE SET value = excluded.value");
+        self.store.run(sql).await?;
+        Ok(())
+    }
+}
+
+/// Adds the condition that a delivery is finished, and was before `old`: when its last attempt began, since only that is
+/// stored, and it took no longer than an attempt may.
+fn ended_before(sql: &mut Sql, old: Timestamp) -> &mut Sql {
+    sql.text("status <> 'pending' AND COALESCE(last_attempt_at_ms, created_at_ms) < ").value(old.millis())
+}
+
+/// A delivery counts as one row for each of its attempts.
+fn weight(attempts: i32) -> usize {
+    usize::try_from(attempts).unwrap_or(1).max(1)
+}
+
+/// Cuts what is to be removed, each with its weight, into steps.
+fn steps<T>(due: &[(T, usize)]) -> impl Iterator<Item = &[(T, usize)]> {
+    let mut sum = 0;
+    due.chunk_by(move |(_, one), (_, next)| {
+        sum += one;
+        let together = sum + next <= MAX_STEP;
+        if !together {
+            sum = 0;
+        }
+        together
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_small_and_leave_nothing_out() {
+        let lengths = |weights: &[usize]| {
+            let due: Vec<((), usize)> = weights.iter().map(|weight| ((), *weight)).collect();
+            steps(&due).map(<[_]>::len).collect::<Vec<_>>()
+        };
+        assert_eq!(lengths(&[]), [0; 0]);
+        assert_eq!(lengths(&[1; 600]), [256, 256, 88]);
+        assert_eq!(lengths(&[255, 1, 1, 1000, 2, 254]), [2, 1, 1, 2]);
+    }
+
+    #[test]
+    fn late_is_what_the_index_says() {
+        let migration = include_str!("../../migrations/m0007_retention.rs");
+        assert!(migration.contains(&format!("created_at_ms + {};", LATE.as_millis())));
+    }
+}
