@@ -1,5 +1,8 @@
 //! Counts frames of HTTP/2 that carry no request: the protocol lets a peer send as many as it likes, and each costs work
 //! (CVE-2019-9512, 9513, 9515). What carries a request is bounded by hyper and h2.
+//!
+//! Two kinds have a use that grows with what goes on: windows are opened for what was sent, and streams reset that were
+//! begun. Those count only beyond that.
 
 use std::time::{Duration, Instant};
 
@@ -9,6 +12,9 @@ use crate::clock;
 pub(super) const MAX_IDLE_FRAMES: u32 = 1_000;
 /// … within this time. An honest peer sends a ping now and then, and its settings once.
 const WITHIN: Duration = Duration::from_secs(10);
+/// Bytes that were sent to the peer for each frame of it that opens a window and does not count. Clients open two windows
+/// after some KiB; even one that does so for every short message of a stream has got more than this for each.
+const BYTES_PER_WINDOW_UPDATE: u64 = 64;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const HEAD_BYTES: usize = 9;
@@ -23,8 +29,13 @@ const CONTINUATION: u8 = 0x9;
 /// The incoming half of a connection, as far as it is read.
 pub(super) struct Frames {
     state: State,
+    /// Frames that count, since then.
     count: u32,
     since: Instant,
+    /// Bytes sent, less those that windows were opened for.
+    sent: u64,
+    /// Streams begun and not reset.
+    begun: u64,
 }
 
 enum State {
@@ -40,7 +51,12 @@ enum State {
 
 impl Frames {
     pub(super) fn new() -> Self {
-        Self { state: State::Preface(0), count: 0, since: clock::stopwatch() }
+        Self { state: State::Preface(0), count: 0, since: clock::stopwatch(), sent: 0, begun: 0 }
+    }
+
+    /// Notes what was sent to the peer.
+    pub(super) fn wrote(&mut self, bytes: usize) {
+        self.sent = self.sent.saturating_add(bytes as u64);
     }
 
     /// Reads on; whether the peer is still within its bounds.
@@ -75,9 +91,7 @@ impl Frames {
                         let [high, middle, low, kind, ..] = *head;
                         let length = u32::from_be_bytes([0, high, middle, low]) as usize;
                         self.state = if length == 0 { State::Head([0; HEAD_BYTES], 0) } else { State::Payload(length) };
-                        if !matches!(kind, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE | CONTINUATION)
-                            && !self.one_more()
-                        {
+                        if !self.is_of_use(kind) && !self.one_more() {
                             return false;
                         }
                     }
@@ -85,6 +99,20 @@ impl Frames {
             }
         }
         true
+    }
+
+    /// Whether a frame of this type has to do with a request, as far as such frames go.
+    fn is_of_use(&mut self, kind: u8) -> bool {
+        match kind {
+            DATA | CONTINUATION => true,
+            HEADERS => {
+                self.begun += 1;
+                true
+            }
+            RST_STREAM => take(&mut self.begun, 1),
+            WINDOW_UPDATE => take(&mut self.sent, BYTES_PER_WINDOW_UPDATE),
+            _ => false,
+        }
     }
 
     fn one_more(&mut self) -> bool {
@@ -99,6 +127,12 @@ impl Frames {
     }
 }
 
+fn take(from: &mut u64, amount: u64) -> bool {
+    let left = from.checked_sub(amount);
+    *from = left.unwrap_or(*from);
+    left.is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,16 +144,35 @@ mod tests {
         frame
     }
 
+    /// Whether all of it is within the bounds, read so many bytes at a time.
+    fn passes(frames: &mut Frames, bytes: &[u8], step: usize) -> bool {
+        bytes.chunks(step).all(|chunk| frames.read(chunk))
+    }
+
     #[test]
     fn only_frames_without_a_request_count() {
         for step in [1, 7, 4096] {
             let mut frames = Frames::new();
-            let fine = [frame(DATA, 300), frame(HEADERS, 5), frame(WINDOW_UPDATE, 4), frame(RST_STREAM, 4)].concat();
-            let bytes = [PREFACE, &fine.repeat(2_000)].concat();
-            assert!(bytes.chunks(step).all(|chunk| frames.read(chunk)));
-            let pings = frame(0x6, 8).repeat(MAX_IDLE_FRAMES as usize);
-            assert!(pings.chunks(step).all(|chunk| frames.read(chunk)));
-            assert!(!frame(0x4, 0).chunks(step).all(|chunk| frames.read(chunk)), "the frame after the last one");
+            let fine = [frame(DATA, 300), frame(HEADERS, 5), frame(CONTINUATION, 4), frame(RST_STREAM, 4)].concat();
+            assert!(passes(&mut frames, &[PREFACE, &fine.repeat(2_000)].concat(), step));
+            assert!(passes(&mut frames, &frame(0x6, 8).repeat(MAX_IDLE_FRAMES as usize), step));
+            assert!(!passes(&mut frames, &frame(0x4, 0), step), "the frame after the last one");
+        }
+    }
+
+    #[test]
+    fn windows_and_resets_count_beyond_their_use() {
+        let most = MAX_IDLE_FRAMES as usize;
+        for (kind, useful) in [(WINDOW_UPDATE, 5_000), (RST_STREAM, 5_000), (WINDOW_UPDATE, 0), (RST_STREAM, 0)] {
+            let mut frames = Frames::new();
+            assert!(frames.read(PREFACE));
+            if kind == RST_STREAM {
+                assert!(frames.read(&frame(HEADERS, 1).repeat(useful)));
+            } else {
+                frames.wrote(useful * 64);
+            }
+            assert!(frames.read(&frame(kind, 4).repeat(useful + most)), "{kind} {useful}");
+            assert!(!frames.read(&frame(kind, 4)), "{kind} {useful}");
         }
     }
 

@@ -28,6 +28,14 @@ impl<S> Watched<S> {
         Self { stream, frames: Frames::new(), write_time, stalled: None }
     }
 
+    /// Notes how much went out.
+    fn written(&mut self, context: &mut Context<'_>, written: Poll<Result<usize>>) -> Poll<Result<usize>> {
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.frames.wrote(bytes);
+        }
+        self.in_time(context, written)
+    }
+
     /// Passes on what became of a write, unless it has been waiting for too long.
     fn in_time<T>(&mut self, context: &mut Context<'_>, written: Poll<Result<T>>) -> Poll<Result<T>> {
         if written.is_ready() {
@@ -54,7 +62,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.in_time(context, written)
+        self.written(context, written)
     }
 
     fn poll_write_vectored(
@@ -63,7 +71,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         slices: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.in_time(context, written)
+        self.written(context, written)
     }
 
     fn is_write_vectored(&self) -> bool {
