@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashSet,
+    error::Error,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -134,7 +135,7 @@ impl Shared {
         let key = key(head.headers.get_all(IDEMPOTENCY_KEY).iter())?;
         let principal = head.extensions.get::<Principal>().ok_or_else(|| grpc::internal("no principal"))?;
         let message = Limited::new(body, MAX_MESSAGE_BYTES + PREFIX_BYTES).collect().await;
-        let message = message.map_err(|_| grpc::message_too_long(MAX_MESSAGE_BYTES))?.to_bytes();
+        let message = message.map_err(unread)?.to_bytes();
         let named = Arc::new(NamedRequest {
             tenant: principal.tenant.clone(),
             call: head.uri.path().to_owned(),
@@ -268,6 +269,11 @@ fn key(mut values: ValueIter<'_, HeaderValue>) -> Result<String, Status> {
     })
 }
 
+/// Why there is no message: it is too long, or whoever hands it in has a reason of its own not to go on.
+fn unread(error: Box<dyn Error + Send + Sync>) -> Status {
+    error.downcast().map_or_else(|_| grpc::message_too_long(MAX_MESSAGE_BYTES), |status| *status)
+}
+
 /// The request again, with its message in one piece.
 fn rebuilt(head: Parts, message: Bytes) -> Request<Body> {
     Request::from_parts(head, Body::new(http_body_util::Full::new(message)))
@@ -286,4 +292,18 @@ fn replay(message: &[u8]) -> Response<Body> {
     head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     head.headers.insert(REPLAYED, HeaderValue::from_static("true"));
     Reply { head, frame: frame.freeze(), trailers }.response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_that_fails_says_why() {
+        let late = stream::once(async { Err::<Frame<Bytes>, _>(Status::deadline_exceeded("too late")) });
+        let read = Limited::new(Body::new(StreamBody::new(late)), 8).collect().await;
+        assert_eq!(unread(read.unwrap_err()).code(), Code::DeadlineExceeded);
+        let long = Limited::new(Body::new(http_body_util::Full::from("123456789")), 8).collect().await;
+        assert_eq!(unread(long.unwrap_err()).code(), Code::OutOfRange);
+    }
 }

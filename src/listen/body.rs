@@ -11,9 +11,14 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::{Request, Version, header::EXPECT};
 use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use tokio::time::{Sleep, sleep};
+use tokio::{
+    sync::oneshot,
+    time::{Sleep, sleep, timeout},
+};
 use tonic::{Status, body::Body};
 
 use super::{connection::Call, peers::Reserved};
@@ -22,30 +27,73 @@ use super::{connection::Call, peers::Reserved};
 /// piece and what the service holds is all that waits for a slow reader.
 const PIECE_BYTES: usize = 16 * 1024;
 
-/// Bytes of a body that is refused which are read for nothing: a client that is still writing would not see the answer.
+/// Bytes of a body that nobody wants which are read for nothing; when there are more, the connection ends.
 const MAX_DISCARDED_BYTES: usize = 1024 * 1024;
 
 /// A request's body on its way in.
 pub(super) struct Receiving {
-    body: Incoming,
+    /// None at its end.
+    body: Option<Incoming>,
     reserved: Arc<Reserved>,
     time: Duration,
     /// Runs from the first time that there is nothing to read.
     late: Option<Pin<Box<Sleep>>>,
-    refused: Option<Status>,
-    discarded: usize,
-    ended: bool,
+    /// Where the body goes when it is dropped before its end.
+    unread: Option<oneshot::Sender<Unread>>,
+}
+
+/// What is left of a body that the service did not want.
+pub(super) struct Unread {
+    body: Incoming,
+    time: Duration,
 }
 
 impl Receiving {
-    pub(super) fn new(body: Incoming, reserved: Arc<Reserved>, time: Duration) -> Self {
-        Self { body, reserved, time, late: None, refused: None, discarded: 0, ended: false }
+    /// With where to find what is left of the body once this is dropped.
+    pub(super) fn new(
+        request: Request<Incoming>,
+        reserved: Arc<Reserved>,
+        time: Duration,
+    ) -> (Request<Self>, oneshot::Receiver<Unread>) {
+        let (unread, left) = oneshot::channel();
+        // HTTP/2 can end one stream, and a client that waits to be asked for the body has sent none.
+        let kept = request.version() < Version::HTTP_2 && !request.headers().contains_key(EXPECT);
+        let unread = kept.then_some(unread);
+        (request.map(|body| Self { body: Some(body), reserved, time, late: None, unread }), left)
     }
 
     fn poll_late(&mut self, context: &mut Context<'_>) -> Poll<Status> {
         let time = self.time;
         let late = self.late.get_or_insert_with(|| Box::pin(sleep(time)));
         late.as_mut().poll(context).map(|()| Status::deadline_exceeded("the body of the request took too long"))
+    }
+
+    fn give_up(&mut self) {
+        let body = self.body.take().filter(|body| !http_body::Body::is_end_stream(body));
+        if let Some((body, unread)) = body.zip(self.unread.take()) {
+            let _ = unread.send(Unread { body, time: self.time });
+        }
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}
+
+impl Unread {
+    /// Reads it for nothing: over HTTP/1.1 a client that is still writing would not see the answer.
+    pub(super) async fn discard(mut self) {
+        let whole = async {
+            let mut discarded = 0;
+            while let Some(Ok(frame)) = self.body.frame().await
+                && discarded <= MAX_DISCARDED_BYTES
+            {
+                discarded += frame.data_ref().map_or(0, Bytes::len);
+            }
+        };
+        let _ = timeout(self.time, whole).await;
     }
 }
 
@@ -54,37 +102,29 @@ impl http_body::Body for Receiving {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        while !self.ended {
-            let failure = match Pin::new(&mut self.body).poll_frame(context) {
-                Poll::Ready(Some(Ok(frame))) => {
-                    let bytes = frame.data_ref().map_or(0, Bytes::len);
-                    if self.refused.is_none() && self.reserved.grow(bytes) {
-                        return Poll::Ready(Some(Ok(frame)));
-                    }
-                    let refuse = || Status::unavailable("too many requests are being received; try again");
-                    self.refused.get_or_insert_with(refuse);
-                    self.discarded += bytes;
-                    if self.discarded <= MAX_DISCARDED_BYTES {
-                        continue;
-                    }
-                    None
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let ended = match Pin::new(body).poll_frame(context) {
+            Poll::Ready(Some(Ok(frame))) => {
+                if self.reserved.grow(frame.data_ref().map_or(0, Bytes::len)) {
+                    return Poll::Ready(Some(Ok(frame)));
                 }
-                Poll::Ready(Some(Err(error))) => Some(Status::from_error(error.into())),
-                Poll::Ready(None) => None,
-                Poll::Pending => Some(std::task::ready!(self.poll_late(context))),
-            };
-            self.ended = true;
-            return Poll::Ready(self.refused.take().or(failure).map(Err));
-        }
-        Poll::Ready(None)
+                self.give_up();
+                Some(Status::unavailable("too many requests are being received; try again"))
+            }
+            Poll::Ready(Some(Err(error))) => Some(Status::from_error(error.into())),
+            Poll::Ready(None) => None,
+            Poll::Pending => Some(std::task::ready!(self.poll_late(context))),
+        };
+        self.body = None;
+        Poll::Ready(ended.map(Err))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.ended || (self.refused.is_none() && self.body.is_end_stream())
+        self.body.as_ref().is_none_or(http_body::Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint)
     }
 }
 

@@ -162,7 +162,8 @@ impl Protocols {
             let call = Call::begin(&of_calls);
             let reserved = Arc::new(Reserved::new(Arc::clone(&admitted)));
             let held = Arc::clone(&reserved);
-            let mut request = request.map(|body| Body::new(Receiving::new(body, held, body_time)));
+            let (request, mut unread) = Receiving::new(request, held, body_time);
+            let mut request = request.map(Body::new);
             request.extensions_mut().insert(origin.addresses.clone());
             if let Some(certificate) = origin.certificate {
                 request.extensions_mut().insert(certificate);
@@ -171,6 +172,9 @@ impl Protocols {
             async move {
                 std::future::poll_fn(|context| service.poll_ready(context)).await?;
                 let response = service.call(request).await?;
+                if let Ok(unread) = unread.try_recv() {
+                    unread.discard().await;
+                }
                 // The body has been read, and what was made of it has been answered.
                 drop(reserved);
                 Ok::<_, Infallible>(response.map(|body| Sending::new(body, call)))

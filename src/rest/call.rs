@@ -1,11 +1,14 @@
 //! The call of the service inside, as one gRPC frame.
 
 use bytes::{Buf, Bytes};
+use futures_util::stream;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
-use http_body_util::{BodyExt, Full};
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
+use tokio::sync::oneshot;
 use tonic::{Status, body::Body};
 
-use super::routes::Route;
+use super::{error::Failure, request::Source, routes::Route};
 
 /// Length of what stands before a message: a flag, and the length in four bytes.
 pub(super) const PREFIX: usize = 5;
@@ -36,14 +39,9 @@ const LEFT_OUT: [HeaderName; 13] = [
     header::UPGRADE,
 ];
 
-/// The request for the service inside, with the caller's headers and extensions. The frame has room for its prefix.
-pub(super) fn request(route: &Route, parts: http::request::Parts, mut frame: Vec<u8>) -> Request<Body> {
-    // A body is so bounded that its message cannot exceed four bytes of length.
-    let length = u32::try_from(frame.len().saturating_sub(PREFIX)).unwrap_or(u32::MAX);
-    if let Some(place) = frame.get_mut(1..PREFIX) {
-        place.copy_from_slice(&length.to_be_bytes());
-    }
-    let mut request = Request::new(Body::new(Full::new(Bytes::from(frame))));
+/// The request for the service inside, with the caller's headers and extensions.
+pub(super) fn request(route: &Route, parts: http::request::Parts, body: Body) -> Request<Body> {
+    let mut request = Request::new(body);
     *request.method_mut() = Method::POST;
     *request.version_mut() = Version::HTTP_2;
     *request.uri_mut() = route.uri.clone();
@@ -54,6 +52,34 @@ pub(super) fn request(route: &Route, parts: http::request::Parts, mut frame: Vec
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(header::TE, HeaderValue::from_static("trailers"));
     request
+}
+
+/// The body of a call, whose message is made when the service asks for it: a caller whom it refuses before that has nothing
+/// read, and learns nothing of what is wrong with the rest of the request. Why no message could be made is reported beside
+/// the service, since a status cannot carry all of it.
+pub(super) fn body(source: Source) -> (Body, oneshot::Receiver<Failure>) {
+    let (report, fault) = oneshot::channel();
+    let frame = async move {
+        match source.message().await {
+            Ok(frame) => Ok(Frame::data(filled(frame))),
+            Err(failure) => {
+                // Nobody waits for it when the caller has left.
+                let _ = report.send(failure);
+                Err(Status::invalid_argument("the request has no message"))
+            }
+        }
+    };
+    (Body::new(StreamBody::new(stream::once(frame))), fault)
+}
+
+/// A frame with its prefix, for which it has room.
+fn filled(mut frame: Vec<u8>) -> Bytes {
+    // A body is so bounded that its message cannot exceed four bytes of length.
+    let length = u32::try_from(frame.len().saturating_sub(PREFIX)).unwrap_or(u32::MAX);
+    if let Some(place) = frame.get_mut(1..PREFIX) {
+        place.copy_from_slice(&length.to_be_bytes());
+    }
+    Bytes::from(frame)
 }
 
 /// The status that headers or trailers carry when the call failed.

@@ -1,9 +1,9 @@
 //! A REST request as the message of its call.
 
-use std::io::Read;
+use std::{io::Read, sync::Arc};
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, header};
+use http::{HeaderValue, Uri, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::value::RawValue;
 use tonic::{Code, Status, body::Body};
@@ -20,46 +20,74 @@ use super::{
 /// The number of `paths` in `google.protobuf.FieldMask`.
 const MASK_PATHS: u32 = 1;
 
-/// Reads the body and appends what query, headers and path say; what stands later counts. The frame's prefix is still
-/// to be filled.
-pub(super) async fn message(
-    route: &Route,
-    bound: Bound<'_>,
-    query: &str,
-    headers: &HeaderMap,
+/// What a message is made of.
+pub(super) struct Source {
+    route: Arc<Route>,
+    uri: Uri,
+    /// For each variable of the path.
+    bound: Vec<String>,
+    content_type: Option<HeaderValue>,
+    content_encoding: Option<HeaderValue>,
+    last_event_id: Option<HeaderValue>,
     body: Body,
-) -> Result<Vec<u8>, Failure> {
-    let body = read(route, headers, body).await?;
-    let mut out = Vec::with_capacity(call::PREFIX + body.len() + query.len() + 64);
-    out.resize(call::PREFIX, 0);
-    append_body(&mut out, route, headers, &body)?;
-    query::append(&mut out, query, route)?;
-    let table = route.tables.message(route.input);
-    if route.streaming
-        && let Some(id) = headers.get("last-event-id")
-        && let Some(field) = table.last_event_id
-    {
-        let field = &table.fields[field];
-        // Taken for no id at all, it would make the reader miss what it came back for.
-        let refuse = |_| Failure::parameter(&field.json_name, "invalid", "is not text");
-        let id = id.to_str().map_err(refuse)?;
-        wire::field(&mut out, field.number, Value::Bytes(id.as_bytes()));
-    }
-    for (path, (_, text)) in route.variables.iter().zip(bound) {
-        let shown = route.tables.last(route.input, path).map_or("", |field| field.json_name.as_str());
-        query::set(&mut out, route, path, shown, &text)?;
-    }
-    Ok(out)
 }
 
-fn append_body(out: &mut Vec<u8>, route: &Route, headers: &HeaderMap, body: &Bytes) -> Result<(), Failure> {
+impl Source {
+    pub(super) fn new(route: &Arc<Route>, bound: Bound<'_>, head: &Parts, body: Body) -> Self {
+        let header = |name: &str| head.headers.get(name).cloned();
+        Self {
+            route: Arc::clone(route),
+            uri: head.uri.clone(),
+            bound: bound.into_iter().map(|(_, text)| text).collect(),
+            content_type: header("content-type"),
+            content_encoding: header("content-encoding"),
+            last_event_id: header("last-event-id"),
+            body,
+        }
+    }
+
+    /// Reads the body and appends what query, headers and path say; what stands later counts. The frame's prefix is still
+    /// to be filled.
+    pub(super) async fn message(self) -> Result<Vec<u8>, Failure> {
+        let route = &self.route;
+        let query = self.uri.query().unwrap_or_default();
+        let body = read(route, self.content_encoding.as_ref(), self.body).await?;
+        let mut out = Vec::with_capacity(call::PREFIX + body.len() + query.len() + 64);
+        out.resize(call::PREFIX, 0);
+        append_body(&mut out, route, self.content_type.as_ref(), &body)?;
+        query::append(&mut out, query, route)?;
+        let table = route.tables.message(route.input);
+        if route.streaming
+            && let Some(id) = self.last_event_id
+            && let Some(field) = table.last_event_id
+        {
+            let field = &table.fields[field];
+            // Taken for no id at all, it would make the reader miss what it came back for.
+            let refuse = |_| Failure::parameter(&field.json_name, "invalid", "is not text");
+            let id = id.to_str().map_err(refuse)?;
+            wire::field(&mut out, field.number, Value::Bytes(id.as_bytes()));
+        }
+        for (path, text) in route.variables.iter().zip(&self.bound) {
+            let shown = route.tables.last(route.input, path).map_or("", |field| field.json_name.as_str());
+            query::set(&mut out, route, path, shown, text)?;
+        }
+        Ok(out)
+    }
+}
+
+fn append_body(
+    out: &mut Vec<u8>,
+    route: &Route,
+    content_type: Option<&HeaderValue>,
+    body: &Bytes,
+) -> Result<(), Failure> {
     if body.is_empty() {
         return if route.update_mask.is_some() { Err(nothing_to_change()) } else { Ok(()) };
     }
     if matches!(route.body, BodyRule::None) {
         return Err(Failure::request("this call takes no body"));
     }
-    if !is_json(headers) {
+    if !is_json(content_type) {
         return Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "the body must be application/json in UTF-8"));
     }
     let text = std::str::from_utf8(body).map_err(|error| {
@@ -98,7 +126,7 @@ fn nothing_to_change() -> Failure {
     Failure::new("VALIDATION_ERROR", "name at least one field to change")
 }
 
-async fn read(route: &Route, headers: &HeaderMap, body: Body) -> Result<Bytes, Failure> {
+async fn read(route: &Route, encoding: Option<&HeaderValue>, body: Body) -> Result<Bytes, Failure> {
     let too_large = || Failure::new("PAYLOAD_TOO_LARGE", format!("the body must be at most {MAX_BODY_BYTES} bytes"));
     let collected = Limited::new(body, MAX_BODY_BYTES).collect().await.map_err(|error| {
         if error.is::<LengthLimitError>() {
@@ -113,7 +141,7 @@ async fn read(route: &Route, headers: &HeaderMap, body: Body) -> Result<Bytes, F
         }
     })?;
     let bytes = collected.to_bytes();
-    match headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or_default().trim()) {
+    match encoding.map(|value| value.to_str().unwrap_or_default().trim()) {
         None | Some("" | "identity") => Ok(bytes),
         Some(encoding) if encoding.eq_ignore_ascii_case("gzip") => {
             let mut unpacked = Vec::new();
@@ -130,8 +158,8 @@ async fn read(route: &Route, headers: &HeaderMap, body: Body) -> Result<Bytes, F
 }
 
 /// `application/json`, in any spelling of UTF-8 or in none.
-fn is_json(headers: &HeaderMap) -> bool {
-    let Some(value) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
+fn is_json(content_type: Option<&HeaderValue>) -> bool {
+    let Some(value) = content_type.and_then(|value| value.to_str().ok()) else { return false };
     let mut parts = value.split(';').map(str::trim);
     let essence = parts.next().unwrap_or_default();
     essence.eq_ignore_ascii_case("application/json")

@@ -13,7 +13,7 @@ use tower::{Service, ServiceExt};
 use super::{
     Plan, answer, call,
     error::Failure,
-    request,
+    request::Source,
     routes::{Found, Route},
     sse,
     template::Bound,
@@ -97,14 +97,16 @@ where
         let (parts, body) = request.into_parts();
         let deadline = self.plan.limits.deadline;
         let whole = async {
-            let query = parts.uri.query().unwrap_or_default();
-            let frame = request::message(route, bound, query, &parts.headers, body).await?;
-            let called = self.inner.oneshot(call::request(route, parts, frame)).await;
+            let (body, mut fault) = call::body(Source::new(route, bound, &parts, body));
+            let called = self.inner.oneshot(call::request(route, parts, body)).await;
             let response = match called {
                 Ok(response) => response,
                 Err(error) => return Ok(Err(error)),
             };
             let (parts, body) = response.into_parts();
+            if let Ok(failure) = fault.try_recv() {
+                return Err(failure.with_headers(answer::passed_on(parts.headers)));
+            }
             if route.streaming {
                 if let Some(status) = call::refusal(&parts.headers) {
                     return Err(Failure::from_status(&status, route).with_headers(answer::passed_on(parts.headers)));

@@ -271,6 +271,26 @@ fn frame(flag: u8, message: &[u8]) -> Vec<u8> {
 
 /// Errors that come before any code of ours is called.
 #[tokio::test]
+async fn who_calls_comes_before_what_is_asked() {
+    let server = TestServer::on_sqlite().await;
+    for (method, path, content_type, body) in [
+        (Method::POST, "/v1/webhooks", "application/json", "{"),
+        (Method::POST, "/v1/events", "text/plain", "x"),
+        (Method::PATCH, "/v1/webhooks/whk_none", "application/json", ""),
+        (Method::GET, "/v1/webhooks?nonsense=1", "application/json", ""),
+        (Method::GET, "/v1/webhooks", "application/json", "{}"),
+    ] {
+        let stranger = server.anonymous(method.clone(), path).header("content-type", content_type).body(body);
+        let refused = server.send(stranger).await;
+        assert_eq!((refused.status, &refused.json()["error"]["code"]), (401, &json!("UNAUTHORIZED")), "{path} {body}");
+        let known = server.request(method, path).header("content-type", content_type).body(body);
+        let status = server.send(known).await.status;
+        assert!(matches!(status, 400 | 415), "{path} {body}: {status}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn what_the_grpc_library_refuses_is_explained_too() {
     let server = TestServer::on_sqlite().await;
     let create = "/shortkit.webhooks.v1.WebhookService/CreateWebhook";

@@ -15,7 +15,10 @@ use self::wire::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PRIORITY, PUSH_PROMISE, RST_STREAM, SETTINGS,
     WINDOW_UPDATE, frame, get, opening, post,
 };
-use crate::support::{Database, Kind, TestServer, config, soon};
+use crate::{
+    support::{Database, Kind, TestServer, config, soon},
+    transport::response,
+};
 
 /// What takes long by default takes this long here.
 const SHORT: Duration = Duration::from_millis(500);
@@ -112,6 +115,15 @@ async fn floods_end_their_connection() {
         _ => frame(DATA, 0, 1, &[]),
     })
     .await;
+    // Windows by one byte, so that they do not overflow for long, for nothing that was sent; and one stream that is gone,
+    // reset again and again.
+    flooded(&server, |_| frame(WINDOW_UPDATE, 0, 0, &1_u32.to_be_bytes())).await;
+    flooded(&server, |index| match index {
+        0 => frame(HEADERS, END_HEADERS | END_STREAM, 1, &get("/v1/webhooks", "")),
+        _ => frame(RST_STREAM, 0, 1, &8_u32.to_be_bytes()),
+    })
+    .await;
+    // A window that overflows.
     flooded(&server, |_| frame(WINDOW_UPDATE, 0, 0, &0x7fff_ffff_u32.to_be_bytes())).await;
     flooded(&server, |_| frame(PUSH_PROMISE, END_HEADERS, 1, &[0, 0, 0, 2])).await;
     assert_serves(server).await;
@@ -288,6 +300,44 @@ async fn connections_beyond_the_limit() {
     let mut first = open.remove(0);
     first.shutdown().await.unwrap();
     closed(&mut first).await;
+    assert_serves(server).await;
+}
+
+/// A stranger is refused before its body is read, and a body that is there already does not hide the answer.
+#[tokio::test]
+async fn bodies_without_a_key() {
+    let (server, _database) = server(Limits::default()).await;
+    let mut client = connect(&server).await;
+    let head = frame(HEADERS, END_HEADERS, 1, &post("/v1/events", "sk_test_nobody"));
+    client.write_all(&[opening(None), head].concat()).await.unwrap();
+    loop {
+        let (kind, _, stream, payload) = read_frame(&mut client).await.expect("an answer");
+        if (kind, stream) == (HEADERS, 1) {
+            assert_eq!(payload[..4], [0x48, 0x82, 0x68, 0x01], "401 in the Huffman code of HPACK");
+            break;
+        }
+    }
+    let mut client = connect(&server).await;
+    for (headers, body) in [
+        ("expect: 100-continue\r\ncontent-length: 900000", String::new()),
+        ("content-length: 900000", "x".repeat(900_000)),
+    ] {
+        let mut client = connect(&server).await;
+        let head = format!("POST /v1/events HTTP/1.1\r\nhost: x\r\n{headers}\r\n\r\n");
+        client.write_all(head.as_bytes()).await.unwrap();
+        client.write_all(body.as_bytes()).await.unwrap();
+        let mut first = [0; 12];
+        soon("an answer", client.read_exact(&mut first)).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 401", "{headers}");
+    }
+    // What came too much is read for nothing, so that the connection goes on.
+    for (path, status) in [("/v1/events", "401"), ("/nowhere", "404"), ("/v1/events", "401")] {
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 900000\r\n\r\n");
+        client.write_all(head.as_bytes()).await.unwrap();
+        client.write_all(&[b'x'; 900_000]).await.unwrap();
+        assert_eq!(response(&mut client).await.0.to_string(), status);
+    }
+    drop(client);
     assert_serves(server).await;
 }
 

@@ -86,8 +86,10 @@ impl Kitchen {
                 assert_eq!(request.headers()["content-type"], "application/grpc");
                 assert!(request.headers().get("content-encoding").is_none());
                 let path = request.uri().path().to_owned();
-                let frame = request.into_body().collect().await.unwrap().to_bytes();
-                Ok(script(path, frame.slice(5..)).await)
+                Ok(match request.into_body().collect().await {
+                    Ok(frame) => script(path, frame.to_bytes().slice(5..)).await,
+                    Err(status) => status.into_http(),
+                })
             }
         });
         let layer = Transcode::new(&descriptors(), limits).unwrap();

@@ -24,7 +24,7 @@ async fn rest_over_cleartext_http2() {
 }
 
 /// Reads one HTTP/1.1 response with a content length.
-async fn response(stream: &mut TcpStream) -> (u16, String) {
+pub(crate) async fn response(stream: &mut TcpStream) -> (u16, String) {
     let mut text = Vec::new();
     loop {
         let mut byte = [0];

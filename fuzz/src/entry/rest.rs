@@ -123,7 +123,11 @@ impl Echo {
 /// Answers a call that must carry a message of its kind: with the same, where that is what the call answers with.
 async fn answer(pool: &DescriptorPool, request: Request<Body>) -> Response<Body> {
     let method = method(pool, request.uri().path());
-    let frame = request.into_body().collect().await.unwrap().to_bytes();
+    let frame = match request.into_body().collect().await {
+        Ok(frame) => frame.to_bytes(),
+        // What the layer says to its caller is another thing.
+        Err(status) => return status.into_http(),
+    };
     let (prefix, message) = frame.split_at(5);
     assert_eq!(prefix[1..], u32::try_from(message.len()).unwrap().to_be_bytes());
     DynamicMessage::decode(method.input(), message).expect("what is passed on is a message");
