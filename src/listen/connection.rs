@@ -51,10 +51,6 @@ const CONNECTION_WINDOW: u32 = 256 * 1024;
 const MAX_FRAME_BYTES: u32 = 16 * 1024;
 /// Bytes of answers that wait on one HTTP/2 stream beside the piece that is being sent.
 const MAX_SEND_BYTES: usize = 64 * 1024;
-/// An HTTP/2 connection is asked whether it is alive after this time of silence …
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
-/// … and closed when it does not answer within this.
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection that is asked to end has this time between two looks at whether anything is under way on it.
 const CLOSING: Duration = Duration::from_secs(5);
 
@@ -120,8 +116,8 @@ impl Protocols {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .adaptive_window(false)
             .max_send_buf_size(MAX_SEND_BYTES)
-            .keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
+            .keep_alive_interval(limits.silent_time)
+            .keep_alive_timeout(limits.ping_time);
         Self { tls, limits, builder }
     }
 

@@ -45,6 +45,10 @@ pub struct Limits {
     pub write_time: Duration,
     /// Without a request; the connection is then ended politely.
     pub idle_time: Duration,
+    /// Without a byte from an HTTP/2 peer; it is then asked whether it is there …
+    pub silent_time: Duration,
+    /// … and the connection closed when it does not answer within this.
+    pub ping_time: Duration,
     /// Of a connection; it is then ended politely, so that load spreads again. Up to a tenth longer, at random.
     pub age: Duration,
     /// For what is under way on a connection that has reached its age; streams are cut off then, and resume.
@@ -66,6 +70,8 @@ impl Default for Limits {
             body_time: Duration::from_secs(30),
             write_time: Duration::from_secs(30),
             idle_time: Duration::from_secs(5 * 60),
+            silent_time: Duration::from_secs(30),
+            ping_time: Duration::from_secs(10),
             age: Duration::from_secs(30 * 60),
             age_grace: Duration::from_secs(5 * 60),
         }

@@ -162,6 +162,7 @@ mod tests {
         assert!(a.grow(30) && b.grow(20) && !b.grow(1) && !a.grow(usize::MAX));
         let c = Reserved::new(second);
         assert!(c.grow(50) && !c.grow(1));
+        assert!(!Reserved::new(connection("192.0.2.3")).grow(1), "a hundred are all");
         drop(a);
         assert!(b.grow(30) && !b.grow(1));
         drop((b, c));

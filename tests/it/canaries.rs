@@ -35,7 +35,8 @@ on_both_databases!(secrets_are_seen_only_where_they_are_handed_out);
 struct Canaries(Vec<(String, Vec<u8>)>);
 
 impl Canaries {
-    /// A secret, and the forms in which it could slip through: what it encodes as bytes, in hex, and as `{:?}` shows them.
+    /// A secret, and the forms in which it could slip through: what it encodes as bytes, in hex, as `{:?}` shows them, and
+    /// once more in base64.
     fn add(&mut self, what: &str, secret: &str) {
         let encoded = secret.rsplit_once('_').map_or(secret, |(_, encoded)| encoded);
         // Keys are URL-safe, and may have a `_` in them.
@@ -45,7 +46,13 @@ impl Canaries {
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         let debug = |bytes: &[u8]| format!("{:?}", &bytes[..16]).trim_matches(['[', ']']).to_owned();
         let forms = [encoded.into(), hex.into(), debug(&bytes).into(), debug(encoded.as_bytes()).into(), bytes];
-        self.0.extend(forms.into_iter().map(|form| (what.to_owned(), form)));
+        // In base64 too, as what is sealed is stored: its letters depend on how many bytes stand before, modulo three.
+        let stored = (0..3).map(|before| {
+            let text = STANDARD.encode([&vec![0; before], encoded.as_bytes()].concat());
+            // Without the letters that what stands before and behind has a share in.
+            text.as_bytes()[4..text.len() - 4].to_vec()
+        });
+        self.0.extend(forms.into_iter().chain(stored).map(|form| (what.to_owned(), form)));
     }
 
     /// What is seen in `haystack`.
@@ -77,6 +84,8 @@ impl<'a> Service<'a> {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let line = soon("the first line", lines.next_line()).await.unwrap().expect("the service starts");
         let base = line.strip_prefix("listening on ").unwrap().to_owned();
+        // The first of the tests in this process installs it; the others find it there.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         Self { database_url, directory: directory.to_owned(), child, base, http }
     }

@@ -93,12 +93,13 @@ async fn floods_end_their_connection() {
         (50 * index..50 * (index + 1)).flat_map(|index| pair(stream(index))).collect()
     })
     .await;
-    // CVE-2024-27316 and its kin: a head without end.
-    flooded(&server, |index| match index {
+    // CVE-2024-27316 and its kin: a head without end, which is no more read than one that is a little too large.
+    let sent = flooded(&server, |index| match index {
         0 => frame(HEADERS, END_STREAM, 1, &get("/", "")),
-        _ => frame(CONTINUATION, 0, 1, &[0; 64]),
+        _ => frame(CONTINUATION, 0, 1, &wire::literal("x", "y")),
     })
     .await;
+    assert!(sent < 10_000, "{sent}");
     flooded(&server, |index| match index {
         0 => frame(HEADERS, END_STREAM, 1, &get("/", "")),
         _ => frame(CONTINUATION, 0, 1, &[]),
@@ -235,6 +236,21 @@ async fn clients_that_never_read() {
     assert_serves(server).await;
 }
 
+/// A peer that is gone without a word, while a stream is open for it and there is nothing to write.
+#[tokio::test]
+async fn peers_that_are_silent() {
+    let (server, _database) = server(Limits { silent_time: SHORT, ping_time: SHORT, ..Limits::default() }).await;
+    let mut client = connect(&server).await;
+    let watch = wire::grpc("/shortkit.webhooks.v1.DeliveryService/WatchDeliveries", &server.key);
+    let head = frame(HEADERS, END_HEADERS, 1, &watch);
+    let message = frame(DATA, END_STREAM, 1, &[0; 5]);
+    client.write_all(&[opening(None), head, message].concat()).await.unwrap();
+    let started = clock::stopwatch();
+    closed(&mut client).await;
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    assert_serves(server).await;
+}
+
 #[tokio::test]
 async fn heads_that_are_too_large() {
     let (server, _database) = server(Limits::default()).await;
@@ -296,6 +312,7 @@ async fn connections_beyond_the_limit() {
         assert_eq!(&first, b"HTTP/1.1 404");
     }
     let mut fourth = connect(&server).await;
+    let _ = fourth.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
     assert_eq!(closed(&mut fourth).await, b"", "one address has at most half");
     let mut first = open.remove(0);
     first.shutdown().await.unwrap();
@@ -381,16 +398,23 @@ async fn bodies_beyond_what_is_held() {
 #[tokio::test]
 async fn connections_do_not_last_for_ever() {
     let old = Limits { age: SHORT, age_grace: SHORT, ..Limits::default() };
+    // What is still under way when the grace is over is cut off.
+    let (of_streams, _database) = server(old.clone()).await;
+    let mut stream = of_streams.watch().await;
+    assert!(soon("the end of the stream", stream.0.message()).await.is_err());
+    assert_serves(of_streams).await;
     for limits in [old, Limits { idle_time: SHORT, head_time: SHORT, ..Limits::default() }] {
         let (server, _database) = server(limits).await;
         let mut client = connect(&server).await;
         let head = frame(HEADERS, END_HEADERS | END_STREAM, 1, &get("/v1/webhooks", &server.key));
         client.write_all(&[opening(None), head].concat()).await.unwrap();
-        let mut kinds = Vec::new();
+        let (started, mut kinds) = (clock::stopwatch(), Vec::new());
         while let Some((kind, _, _, _)) = read_frame(&mut client).await {
             kinds.push(kind);
         }
         assert!(kinds.contains(&HEADERS) && kinds.contains(&GOAWAY), "served, then asked to leave: {kinds:?}");
+        // Silence alone ends it too, but later.
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
         assert_serves(server).await;
     }
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use sea_orm::{ConnectionTrait, Database as SeaOrm, DbBackend, Statement};
+use sea_orm::{ConnectionTrait, Database as SeaOrm, DatabaseTransaction, DbBackend, Statement, TransactionTrait};
 use shortkit_webhooks::{
     clock,
     config::Config,
@@ -232,6 +232,57 @@ async fn a_stream_that_goes_on_elsewhere_misses_nothing() {
     }
     let created = wandered.iter().filter(|seen| seen.change() == DeliveryChange::Created).count();
     assert_eq!(created, CHANGES / 2);
+}
+
+/// A commit that stands still between its place in the log and its end: what another node writes meanwhile must not pass
+/// it, or a stream that has seen the later change would never look for the earlier one.
+#[tokio::test]
+async fn a_later_change_waits_for_an_earlier_commit() {
+    /// Of the trigger that makes a commit stand still.
+    const HELD: i64 = 4_711;
+    let database = Database::fresh(Kind::Postgres).await;
+    let nodes = nodes(&database, |config| config).await;
+    let receiver = Receiver::start().await;
+    let (slow, _) = nodes[0].webhook(&receiver.url(), &["content.ready"]).await;
+    let (quick, _) = nodes[0].webhook(&receiver.url(), &["content.errored"]).await;
+    let mut watch = nodes[2].watch().await;
+    let held = locked(&database, HELD).await;
+    database
+        .execute(&format!(
+            "CREATE FUNCTION stand_still() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = 0 AS \
+             'BEGIN PERFORM pg_advisory_xact_lock_shared({HELD}); RETURN NULL; END'; \
+             CREATE CONSTRAINT TRIGGER stand_still AFTER INSERT ON changes DEFERRABLE INITIALLY DEFERRED \
+             FOR EACH ROW WHEN (NEW.entries LIKE '%{slow}%') EXECUTE FUNCTION stand_still()"
+        ))
+        .await;
+    let waiting = async |count: i64| {
+        let sql = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = \
+                   (SELECT oid FROM pg_database WHERE datname = current_database())";
+        database.rows(sql).await[0].try_get_by_index::<i64>(0).unwrap() >= count
+    };
+    let publish = |node: usize, event: &'static str| {
+        let node = Arc::clone(&nodes[node]);
+        tokio::spawn(async move { node.publish(event, "{}").await })
+    };
+    let first = publish(0, "content.ready");
+    soon("the first commit", async { while !waiting(1).await {} }).await;
+    let second = publish(1, "content.errored");
+    soon("the second publish", async { while !second.is_finished() && !waiting(2).await {} }).await;
+    let mut seen = Vec::new();
+    if second.is_finished() {
+        seen.extend(watch.until(1, |seen| seen.webhook_id == quick).await);
+    }
+    held.rollback().await.unwrap();
+    assert_eq!((first.await.unwrap(), second.await.unwrap()), (1, 1));
+    seen.extend(watch.until(1, |seen| seen.webhook_id == slow).await);
+    assert_eq!(seen.len(), 1, "the later change was seen first");
+}
+
+/// A transaction that has an advisory lock.
+async fn locked(database: &Database, lock: i64) -> DatabaseTransaction {
+    let transaction = database.open().await.begin().await.unwrap();
+    transaction.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({lock})")).await.unwrap();
+    transaction
 }
 
 /// Which delivery, and what happened to it.

@@ -13,10 +13,11 @@ use http::{Request, Response};
 use http_body::Frame;
 use http_body_util::StreamBody;
 use serde_json::{Value, json};
-use shortkit_webhooks::rest::Limits;
+use shortkit_webhooks::rest::{Limits, MAX_BODY_BYTES};
 use tonic::{Code, Status, body::Body};
 
 use super::{Kitchen, message, reply, request};
+use crate::errors::gzip;
 
 /// The values that an echo has beside its defaults.
 fn said(answer: &super::Answer) -> Value {
@@ -109,6 +110,22 @@ async fn queries() {
     assert_eq!((bound.1.as_str(), bound.2.as_str()), ("INVALID_PARAMETER", "count"), "the body has it");
     let long = format!("/v1/items/mine?{}=1", "x".repeat(5_000));
     assert!(kitchen.call("GET", &long, "").await.text.len() < 500, "an answer does not grow with the question");
+}
+
+/// The layer by itself: behind it the service refuses what is too long as well, but only once it is there.
+#[tokio::test]
+async fn bodies_that_are_too_long() {
+    let kitchen = Kitchen::echo();
+    let of = |bytes: usize| format!(r#"{{"nextCursor":"{}"}}"#, "x".repeat(bytes - 17));
+    for (bytes, status) in [(MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413)] {
+        let body = of(bytes);
+        assert_eq!(body.len(), bytes);
+        let mut packed = request("POST", "/v1/items/a:cancel", "");
+        packed.headers_mut().insert("content-encoding", "gzip".parse().unwrap());
+        *packed.body_mut() = Body::new(http_body_util::Full::from(gzip(body.as_bytes())));
+        assert_eq!(kitchen.send(packed).await.status, status, "{bytes} packed");
+        assert_eq!(kitchen.call("POST", "/v1/items/a:cancel", &body).await.status, status, "{bytes}");
+    }
 }
 
 #[tokio::test]
