@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use self::{
     service::Service,
-    world::{ALLOWED, INSIDE, PORTS, PUBLIC_V4, PUBLIC_V6, UNREACHABLE, World},
+    world::{ALLOWED, HALF_DEAD, INSIDE, PORTS, PUBLIC_V4, PUBLIC_V6, UNREACHABLE, World},
 };
 
 /// Set for the process that runs inside the namespace.
@@ -58,6 +58,7 @@ async fn inside() {
     let service = Service::start(world.directory.path(), ALLOWED).await;
 
     the_allowed_are_reached(&world, &service).await;
+    a_dead_address_hides_no_live_one(&service).await;
     let refused = refused_at_creation(&world, &service).await;
     let turning = names_that_turn(&world, &service).await;
     let mixed = mixed_answers(&world, &service).await;
@@ -141,6 +142,16 @@ async fn the_allowed_are_reached(world: &World, service: &Service) {
         let heard = world.heard().await;
         assert_eq!(heard.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>(), [address], "{url}");
     }
+}
+
+/// Of a name's addresses each has its share of the time for connecting, in whichever order they come.
+async fn a_dead_address_hides_no_live_one(service: &Service) {
+    let names = (0..4).map(|index| async move {
+        let id = service.register(&format!("http://half-dead-{index}.example:{HALF_DEAD}/"), "export.ready").await;
+        assert_eq!(service.test(&id).await["status"], "success");
+        service.delete(&id).await;
+    });
+    join_all(names).await;
 }
 
 /// How many URLs were refused.

@@ -15,7 +15,7 @@ use serde_json::json;
 use shortkit_webhooks::{clock, config::Config};
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
 };
 
 use crate::support::{Database, Kind, Receiver, Reply, TestServer, config, soon};
@@ -101,6 +101,23 @@ async fn each_ends_in_time_with_its_reason() {
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     assert_ends(&server, &format!("http://{nobody}/"), failed("Connection refused")).await;
     assert_ends(&server, "https://nobody.invalid/", failed("DNS lookup failed")).await;
+    server.stop().await;
+}
+
+/// An address that neither refuses nor accepts.
+#[tokio::test]
+async fn what_cannot_be_reached_is_told_from_what_does_not_answer() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = server(&database).await;
+    let full = TcpSocket::new_v4().unwrap();
+    full.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let full = full.listen(0).unwrap();
+    let address = full.local_addr().unwrap();
+    // The one that a queue of no length holds: the system drops what comes after it.
+    let _waits = TcpStream::connect(address).await.unwrap();
+    for scheme in ["http", "https"] {
+        assert_ends(&server, &format!("{scheme}://{address}/"), failed("Connection timeout")).await;
+    }
     server.stop().await;
 }
 

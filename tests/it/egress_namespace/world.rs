@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     process::Command,
     sync::{
         Arc,
@@ -13,7 +13,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::watch,
 };
 
@@ -65,6 +65,9 @@ pub(super) const UNREACHABLE: [&str; 5] = ["224.0.0.1", "239.255.255.255", "255.
 /// Addresses of the public internet, as far as anybody here can tell.
 pub(super) const PUBLIC_V4: &str = "93.184.216.34";
 pub(super) const PUBLIC_V6: &str = "2606:2800:220:1::1";
+/// One of them that neither refuses nor accepts, on this port; another one that the same name has does.
+const DEAD_V4: &str = "93.184.216.99";
+pub(super) const HALF_DEAD: u16 = 9001;
 /// What the operator allows beside them.
 pub(super) const ALLOWED: &str = "10.77.0.0/16";
 /// Where somebody listens, on every address.
@@ -78,6 +81,7 @@ pub(super) struct World {
     silenced: watch::Receiver<usize>,
     heard: watch::Receiver<Vec<(IpAddr, u16)>>,
     taken: AtomicUsize,
+    _dead: (TcpListener, TcpStream),
 }
 
 /// Whether the service may open a connection there.
@@ -112,7 +116,9 @@ impl World {
             let listener = TcpListener::bind(("::", port)).await.unwrap();
             tokio::spawn(listen(listener, hear.clone()));
         }
-        Self { directory, turned, silenced, heard, taken: AtomicUsize::new(0) }
+        let live = TcpListener::bind((PUBLIC_V4, HALF_DEAD)).await.unwrap();
+        tokio::spawn(listen(live, hear));
+        Self { directory, turned, silenced, heard, taken: AtomicUsize::new(0), _dead: dead().await }
     }
 
     /// Whether names that turn now point inside.
@@ -144,6 +150,14 @@ impl World {
     }
 }
 
+/// A queue of no length and the one that it holds: the system drops what comes after it.
+async fn dead() -> (TcpListener, TcpStream) {
+    let address = SocketAddr::from((DEAD_V4.parse::<Ipv4Addr>().unwrap(), HALF_DEAD));
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(address).unwrap();
+    (socket.listen(0).unwrap(), TcpStream::connect(address).await.unwrap())
+}
+
 /// What the name server says.
 fn script(turned: Arc<AtomicBool>, silence: watch::Sender<usize>) -> impl Fn(&str, &str) -> Says + Send {
     let alternations = AtomicUsize::new(0);
@@ -159,6 +173,7 @@ fn script(turned: Arc<AtomicBool>, silence: watch::Sender<usize>) -> impl Fn(&st
                 Says::Silence
             }
             ("alias.example", true) => Says::Alias("inside-2.example"),
+            ("half-dead", _) => Says::Addresses([DEAD_V4, PUBLIC_V4].map(|address| address.parse().unwrap()).to_vec()),
             ("alternating.example", _) if family == "AAAA" => Says::Addresses(Vec::new()),
             // Public at first, when the webhook is registered.
             ("alternating.example", _) => match alternations.fetch_add(1, Ordering::SeqCst) % 2 {
