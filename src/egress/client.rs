@@ -1,25 +1,22 @@
 //! A POST that is bounded in time and size.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http::{
-    HeaderMap, HeaderValue, Request, StatusCode,
-    header::{InvalidHeaderValue, RETRY_AFTER, USER_AGENT},
-};
-use http_body_util::{BodyExt, Full};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use http::{HeaderMap, Method, StatusCode, header::RETRY_AFTER};
+use reqwest::{Request, redirect, retry};
+use tower::util::MapFutureLayer;
 use url::Url;
 
 use super::{
     Failure, Policy, RetryAfter, UrlError,
-    connector::{self, Connector},
+    connector::{self, Permitted},
     names::Names,
 };
 
 /// This much of an answer is read; then the connection is dropped.
 pub const MAX_ANSWER_BYTES: usize = 16 * 1024;
-/// The head of an answer is at most this long, over HTTP/1.1 and over HTTP/2; a longer one is no valid answer.
+/// The head of an answer over HTTP/2 is at most this long; a longer one is no valid answer. Over HTTP/1.1 reqwest leaves
+/// hyper its own limits: 100 lines and 408 KiB.
 const MAX_HEAD_BYTES: u32 = 64 * 1024;
 /// So much of an answer a receiver may send over HTTP/2 before it is read.
 const MAX_UNREAD_BYTES: u32 = 64 * 1024;
@@ -43,9 +40,7 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Client {
     policy: Arc<Policy>,
     names: Arc<Names>,
-    http: hyper_util::client::legacy::Client<Connector, Full<Bytes>>,
-    user_agent: HeaderValue,
-    timeout: Duration,
+    http: reqwest::Client,
 }
 
 /// What an operator can set.
@@ -71,9 +66,9 @@ pub enum StartError {
     /// Names cannot be looked up.
     #[error("names cannot be looked up: {0}")]
     Names(String),
-    /// The product's name is no value of a header.
-    #[error("the user agent cannot be sent: {0}")]
-    UserAgent(#[from] InvalidHeaderValue),
+    /// The client cannot be made, for example because the product's name is no value of a header.
+    #[error("the HTTP client cannot be made: {0:?}")]
+    Client(#[from] reqwest::Error),
 }
 
 /// How a request ended.
@@ -101,22 +96,9 @@ impl Client {
     pub fn new(policy: Policy, settings: &Settings) -> Result<Self, StartError> {
         let policy = Arc::new(policy);
         let names = Arc::new(Names::system().map_err(|error| StartError::Names(error.to_string()))?);
-        let connect = MAX_CONNECT.min(settings.request_timeout.saturating_sub(TO_NAME));
-        let tls = connector::tls(&settings.extra_roots)?;
-        let connector = Connector::new(Arc::clone(&names), Arc::clone(&policy), tls, connect);
-        let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(MAX_IDLE)
-            .pool_max_idle_per_host(MAX_IDLE_PER_HOST)
-            .http1_max_buf_size(MAX_HEAD_BYTES as usize)
-            .http2_max_header_list_size(MAX_HEAD_BYTES)
-            .http2_initial_stream_window_size(MAX_UNREAD_BYTES)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .build(connector);
-        let user_agent = HeaderValue::try_from(&settings.user_agent)?;
-        Ok(Self { policy, names, http, user_agent, timeout: settings.request_timeout })
+        let permitted = Permitted { names: Arc::clone(&names), policy: Arc::clone(&policy) };
+        let http = http(permitted, Arc::clone(&policy), settings)?;
+        Ok(Self { policy, names, http })
     }
 
     /// Judges a URL as it will be used: its text, and every address that its name has now. A name that cannot be looked
@@ -135,37 +117,152 @@ impl Client {
     }
 
     /// Sends `body` and reads the answer. A refusal, a block and a timeout are outcomes like any other.
-    pub async fn post(&self, url: &str, headers: HeaderMap, body: Vec<u8>) -> Outcome {
-        let url = match self.policy.parse(url) {
-            Ok(url) => url,
+    pub async fn post(&self, url: &Url, headers: HeaderMap, body: Vec<u8>) -> Outcome {
+        match self.policy.judge(url) {
+            Ok(()) => {}
             Err(UrlError::Blocked) => return Outcome::Failed(Failure::BlockedAddress),
             Err(_) => return Outcome::Failed(Failure::InvalidUrl),
-        };
-        match tokio::time::timeout(self.timeout, self.exchange(url, headers, body)).await {
-            Ok(Ok(answer)) => Outcome::Answered(answer),
-            Ok(Err(error)) => Outcome::Failed(Failure::exchanging(error.as_ref())),
-            Err(_) => Outcome::Failed(Failure::RequestTimeout),
+        }
+        match self.exchange(url.clone(), headers, body).await {
+            Ok(answer) => Outcome::Answered(answer),
+            Err(error) => Outcome::Failed(Failure::exchanging(&error)),
         }
     }
 
-    async fn exchange(&self, url: Url, mut headers: HeaderMap, body: Vec<u8>) -> Result<Answer, Box<dyn Error>> {
-        headers.insert(USER_AGENT, self.user_agent.clone());
-        let mut request = Request::post(url.as_str()).body(Full::from(body))?;
+    async fn exchange(&self, url: Url, headers: HeaderMap, body: Vec<u8>) -> reqwest::Result<Answer> {
+        let mut request = Request::new(Method::POST, url);
         *request.headers_mut() = headers;
-        let mut response = self.http.request(request).await?;
+        *request.body_mut() = Some(body.into());
+        let mut response = self.http.execute(request).await?;
         let status = response.status();
         let asks = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
         let retry_after = response.headers().get(RETRY_AFTER).filter(|_| asks);
         let retry_after = retry_after.and_then(|value| RetryAfter::parse(value.to_str().ok()?));
         let mut kept = Vec::new();
-        while let Some(frame) = response.frame().await {
-            let Ok(chunk) = frame?.into_data() else { continue };
+        while kept.len() < MAX_ANSWER_BYTES
+            && let Some(chunk) = response.chunk().await?
+        {
             let room = MAX_ANSWER_BYTES - kept.len();
             kept.extend_from_slice(&chunk[..chunk.len().min(room)]);
-            if kept.len() == MAX_ANSWER_BYTES {
-                break;
-            }
         }
         Ok(Answer { status: status.as_u16(), retry_after, body: kept })
+    }
+}
+
+/// The client that all requests share. It asks `permitted` whom to dial, and `policy` whom it has reached.
+fn http(permitted: Permitted, policy: Arc<Policy>, settings: &Settings) -> Result<reqwest::Client, StartError> {
+    let connect = MAX_CONNECT.min(settings.request_timeout.saturating_sub(TO_NAME));
+    let client = reqwest::Client::builder()
+        .dns_resolver(permitted)
+        .tls_backend_preconfigured(connector::tls(&settings.extra_roots)?)
+        .connector_layer(MapFutureLayer::new(move |connecting| {
+            connector::watch(connecting, Arc::clone(&policy), connect)
+        }))
+        // Divided between the addresses of a name, so that one that is dead does not hide one that lives.
+        .connect_timeout(connect)
+        .timeout(settings.request_timeout)
+        // Nobody but the receiver hears of a request, wherever the environment or an answer points.
+        .no_proxy()
+        .redirect(redirect::Policy::none())
+        .referer(false)
+        // An attempt is one request, of which no copy is kept: what may follow it is for the schedule to say.
+        .retry(retry::never().max_retries_per_request(0))
+        .user_agent(&settings.user_agent)
+        .pool_idle_timeout(MAX_IDLE)
+        .pool_max_idle_per_host(MAX_IDLE_PER_HOST)
+        // The limits above end what hangs; the system's own would end it with another reason.
+        .tcp_keepalive(None)
+        .tcp_user_timeout(None)
+        .http2_max_header_list_size(MAX_HEAD_BYTES)
+        .http2_initial_stream_window_size(MAX_UNREAD_BYTES)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .build()?;
+    Ok(client)
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    use rustls::{ServerConfig, pki_types::PrivateKeyDer};
+    use tokio::{
+        io::{AsyncRead, AsyncReadExt},
+        net::TcpListener,
+    };
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+
+    fn settings() -> Settings {
+        Settings { request_timeout: Duration::from_secs(30), user_agent: "test/1".to_owned(), extra_roots: Vec::new() }
+    }
+
+    fn policy(allow_loopback: bool) -> Policy {
+        Policy { allow_loopback, allow_http: true, ..Policy::default() }
+    }
+
+    async fn post(client: &Client, url: String) -> Outcome {
+        client.post(&url.parse().unwrap(), HeaderMap::new(), b"{}".to_vec()).await
+    }
+
+    #[tokio::test]
+    async fn what_is_blocked_is_not_dialled() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"] {
+            let url = format!("http://{host}:{port}/");
+            let blocked = Client::new(policy(false), &settings()).unwrap();
+            assert_eq!(post(&blocked, url.clone()).await, Outcome::Failed(Failure::BlockedAddress), "{host}");
+            // Connections are accepted in their order: the first one is the one that may be made.
+            let allowed = Client::new(policy(true), &settings()).unwrap();
+            let (outcome, heard) = tokio::join!(post(&allowed, url), async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                heard(&mut stream).await
+            });
+            assert_eq!((outcome, heard > 0), (Outcome::Failed(Failure::ConnectionReset), true), "{host}");
+        }
+    }
+
+    /// Should a look-up ever let something through: the address at the other end is asked for, and told nothing of the
+    /// request.
+    #[tokio::test]
+    async fn what_was_dialled_is_judged_once_more() {
+        let (acceptor, root) = certified();
+        let settings = Settings { extra_roots: vec![root], ..settings() };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut client = Client::new(policy(true), &settings).unwrap();
+        let leaky = Permitted { names: Arc::clone(&client.names), policy: Arc::clone(&client.policy) };
+        client.http = http(leaky, Arc::new(policy(false)), &settings).unwrap();
+        for scheme in ["http", "https"] {
+            let (outcome, heard) = tokio::join!(post(&client, format!("{scheme}://localhost:{port}/")), async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                match scheme {
+                    "http" => heard(&mut stream).await,
+                    _ => heard(&mut acceptor.accept(stream).await.unwrap()).await,
+                }
+            });
+            assert_eq!((outcome, heard), (Outcome::Failed(Failure::BlockedAddress), 0), "{scheme}");
+        }
+    }
+
+    /// How much is said first; none when the other side just leaves.
+    async fn heard(stream: &mut (impl AsyncRead + Unpin)) -> usize {
+        stream.read(&mut [0; 64]).await.unwrap_or(0)
+    }
+
+    /// A server for `localhost`, and the authority that vouches for it.
+    fn certified() -> (TlsAcceptor, Vec<u8>) {
+        let (key, authority_key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+        let mut authority = CertificateParams::default();
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = authority.self_signed(&authority_key).unwrap();
+        let params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &Issuer::new(authority, authority_key)).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let config = config.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).unwrap();
+        (TlsAcceptor::from(Arc::new(config)), root.pem().into_bytes())
     }
 }

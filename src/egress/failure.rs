@@ -2,7 +2,7 @@
 
 use std::{error, fmt, io};
 
-use rustls::{CertificateError, Error as TlsError};
+use rustls::{CertificateError, Error as TlsError, pki_types::InvalidDnsNameError};
 
 /// What kept a request from being answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,8 +79,8 @@ impl Failure {
     }
 
     /// Why a connection could not be encrypted.
-    pub(super) fn handshake(error: &io::Error) -> Self {
-        match error.get_ref().and_then(|inside| inside.downcast_ref::<TlsError>()) {
+    pub(super) fn handshake(error: &(dyn error::Error + 'static)) -> Self {
+        match causes(error).find_map(|cause| cause.downcast_ref::<TlsError>()) {
             Some(TlsError::InvalidCertificate(fault)) => certificate(fault),
             Some(_) => Self::TlsProtocol,
             // Only the connection itself fails without a word of TLS.
@@ -89,24 +89,25 @@ impl Failure {
     }
 
     /// Why an exchange ended without an answer.
-    pub(super) fn exchanging(error: &(dyn error::Error + 'static)) -> Self {
-        known(error).unwrap_or(Self::InvalidResponse)
+    pub(super) fn exchanging(error: &reqwest::Error) -> Self {
+        known(error).unwrap_or(if error.is_timeout() { Self::RequestTimeout } else { Self::InvalidResponse })
     }
 }
 
 /// The innermost cause that has a name here.
 fn known(error: &(dyn error::Error + 'static)) -> Option<Failure> {
-    let mut cause = Some(error);
-    let mut found = None;
-    while let Some(error) = cause {
-        found = named(error).or(found);
+    causes(error).filter_map(named).last()
+}
+
+/// An error and what it was made of, from the outside in.
+fn causes<'a>(error: &'a (dyn error::Error + 'static)) -> impl Iterator<Item = &'a (dyn error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| {
         // An io::Error shows what it wraps not as its source but as its inside.
-        cause = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
             Some(inside) => Some(inside),
             None => error.source(),
-        };
-    }
-    found
+        }
+    })
 }
 
 fn named(error: &(dyn error::Error + 'static)) -> Option<Failure> {
@@ -114,7 +115,11 @@ fn named(error: &(dyn error::Error + 'static)) -> Option<Failure> {
         return Some(*failure);
     }
     if let Some(http) = error.downcast_ref::<hyper::Error>() {
-        return http.is_incomplete_message().then_some(Failure::ConnectionReset);
+        let incomplete = http.is_incomplete_message();
+        return Some(if incomplete { Failure::ConnectionReset } else { Failure::InvalidResponse });
+    }
+    if error.is::<InvalidDnsNameError>() {
+        return Some(Failure::InvalidUrl);
     }
     match error.downcast_ref::<io::Error>()?.kind() {
         io::ErrorKind::ConnectionRefused => Some(Failure::ConnectionRefused),

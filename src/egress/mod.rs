@@ -1,14 +1,15 @@
 //! The one door to the outside: which addresses may be dialled, and a POST that is bounded in time and size.
 //!
-//! `policy` judges URLs and addresses. `connector` is the only place that dials: it judges the address that it dials,
-//! whether it stands in the URL or `names` found it, at that moment. `client` sends over its connections.
+//! `policy` judges URLs and addresses. `connector` is what reqwest is given to make connections with: it judges what
+//! `names` found, at that moment, and once more whom the connection has reached. `client` sends over its connections, and
+//! judges the addresses that stand in a URL, since nobody looks those up.
 //!
 //! A client is bound to one policy, and neither can be changed, so a connection that is kept open never outlives the
 //! rules under which it was made: other rules are another client. One client serves all organisations, because the
 //! operator's rules are those of all; rules of an organisation's own would need a client of its own.
 //!
-//! There are no proxies and no redirects here, and nothing that could be told to use them: no code reads the proxy
-//! variables of the environment, and an answer is an answer, wherever its `Location` points.
+//! Proxies and redirects are switched off: the variables of the environment are not read, and an answer is an answer,
+//! wherever its `Location` points.
 
 mod address;
 mod client;

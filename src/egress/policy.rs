@@ -1,10 +1,10 @@
 //! Which URLs and addresses the operator lets requests go to.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use http::Uri;
 use ipnet::IpNet;
-use url::Url;
+use url::{Host, Url};
 
 use super::is_public;
 
@@ -76,7 +76,7 @@ impl Policy {
             || self.allow.iter().any(|range| range.contains(&address))
     }
 
-    /// Reads a URL as requests will use it; a host that is an address is judged here, a name when it is resolved.
+    /// Reads a URL as requests will use it, and judges it.
     pub fn parse(&self, text: &str) -> Result<Url, UrlError> {
         if text.is_empty() {
             return Err(UrlError::Missing);
@@ -85,6 +85,20 @@ impl Policy {
             return Err(UrlError::TooLong);
         }
         let url = Url::parse(text).map_err(|_| UrlError::Invalid)?;
+        self.judge(&url)?;
+        if url.as_str().len() > MAX_URL_BYTES {
+            return Err(UrlError::TooLong);
+        }
+        // The few characters that a request line cannot hold.
+        if Uri::try_from(url.as_str()).is_err() {
+            return Err(UrlError::Invalid);
+        }
+        Ok(url)
+    }
+
+    /// Judges a URL that was read before, maybe under other rules. A host that is an address is judged here, since nobody
+    /// looks it up; a name is judged when it is.
+    pub fn judge(&self, url: &Url) -> Result<(), UrlError> {
         if url.scheme() != "https" && !(url.scheme() == "http" && self.allow_http) {
             return Err(UrlError::Scheme);
         }
@@ -97,27 +111,20 @@ impl Policy {
         if !matches!(url.port_or_known_default(), Some(80 | 443 | 1024..)) {
             return Err(UrlError::Port);
         }
-        if url.as_str().len() > MAX_URL_BYTES {
-            return Err(UrlError::TooLong);
-        }
-        // The few characters that a request line cannot hold.
-        if Uri::try_from(url.as_str()).is_err() {
-            return Err(UrlError::Invalid);
-        }
-        let host = url.host_str().ok_or(UrlError::Invalid)?;
         // The parser has already turned every spelling of an address into one.
-        let bare = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.');
-        match bare.parse::<IpAddr>() {
-            Ok(address) if !self.permits(address) => Err(UrlError::Blocked),
-            Err(_) if is_localhost(bare) && !self.permits(IpAddr::from([127, 0, 0, 1])) => Err(UrlError::Blocked),
-            _ => Ok(url),
-        }
+        let permitted = match url.host().ok_or(UrlError::Invalid)? {
+            Host::Ipv4(address) => self.permits(address.into()),
+            Host::Ipv6(address) => self.permits(address.into()),
+            Host::Domain(name) => !is_localhost(name) || self.permits(Ipv4Addr::LOCALHOST.into()),
+        };
+        if permitted { Ok(()) } else { Err(UrlError::Blocked) }
     }
 }
 
 /// Names that always mean this machine (RFC 6761).
-fn is_localhost(host: &str) -> bool {
-    host == "localhost" || host.ends_with(".localhost")
+fn is_localhost(name: &str) -> bool {
+    let name = name.trim_end_matches('.');
+    name == "localhost" || name.ends_with(".localhost")
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::{
 };
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
+use url::Url;
 
 use super::{Error, Store, entity::webhook, secrets, sql::Sql};
 use crate::{
@@ -23,8 +24,8 @@ const MAX_ENTRIES: usize = 10_000;
 pub struct Target {
     /// Id of the webhook.
     pub webhook_id: String,
-    /// Where to send.
-    pub url: String,
+    /// Where to send; read once, and judged by whoever sends.
+    pub url: Url,
     /// Whether deliveries go out.
     pub status: WebhookStatus,
     key: SigningKey,
@@ -171,6 +172,6 @@ fn target(vault: &Vault, row: webhook::Model) -> Result<Target, Error> {
         previous,
         status: WebhookStatus::parse(&row.status).ok_or(Error::Corrupt("webhook status"))?,
         webhook_id: row.id,
-        url: row.url,
+        url: Url::parse(&row.url).map_err(|_| Error::Corrupt("webhook url"))?,
     })
 }

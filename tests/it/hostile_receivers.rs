@@ -274,7 +274,7 @@ async fn a_url_adds_no_lines_to_a_request() {
             "{first}"
         );
         let names: Vec<&str> = lines.map(|line| line.split_once(": ").unwrap().0).collect();
-        assert_eq!(names.len(), 12, "{names:?}");
+        assert_eq!(names.len(), 13, "{names:?}");
         assert!(!names.contains(&"x-evil"), "{names:?}");
     }
     server.stop().await;
