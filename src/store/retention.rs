@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// One step removes at most this many rows, or pages of 4 KiB.
-const MAX_STEP: usize = 256;
+const MAX_STEP: usize = 128;
 /// One read looks at no more than this many rows.
 const MAX_READ: i64 = 5_000;
 const PAGE_BYTES: usize = 4096;
@@ -411,8 +411,8 @@ mod tests {
             steps(&due).map(<[_]>::len).collect::<Vec<_>>()
         };
         assert_eq!(lengths(&[]), [0; 0]);
-        assert_eq!(lengths(&[1; 600]), [256, 256, 88]);
-        assert_eq!(lengths(&[255, 1, 1, 1000, 2, 254]), [2, 1, 1, 2]);
+        assert_eq!(lengths(&[1; 300]), [128, 128, 44]);
+        assert_eq!(lengths(&[127, 1, 1, 1000, 2, 126]), [2, 1, 1, 2]);
     }
 
     #[test]

@@ -315,7 +315,7 @@ async fn publishing_goes_on_meanwhile(database: Database) {
         }
         published += 1;
     }
-    // There are 32 steps for the deliveries and 32 for the events: it waited for some of them, and never for all.
+    // There are 63 steps for the deliveries and 63 for the events: it waited for some of them, and never for all.
     assert!(meanwhile > Some(10), "{meanwhile:?}");
     assert_eq!(receiver.wait_for(published).await.len(), published);
     server.stop().await;
