@@ -4,8 +4,9 @@
 //! takes two of three, and then reads over REST: the same calls for the full webhook and for an empty one, so that the
 //! ratio says what the history costs.
 
+mod support;
+
 use std::{
-    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -18,11 +19,9 @@ use futures_util::{StreamExt, stream};
 use http::StatusCode;
 use serde_json::{Value, json};
 use shortkit_webhooks::clock;
-use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    net::TcpListener,
-    process::{Child, Command},
-};
+use tokio::net::TcpListener;
+
+use self::support::service::Service;
 
 /// Deliveries when the command line names no number.
 const DEFAULT_COUNT: usize = 100_000;
@@ -31,56 +30,29 @@ const CALLS: usize = 200;
 /// Publishes under way at a time.
 const PUBLISHERS: usize = 64;
 
-struct Service {
-    _child: Child,
-    base: String,
-    key: String,
+/// The service, and a caller of it over REST.
+struct Caller {
+    service: Service,
     http: reqwest::Client,
 }
 
-impl Service {
+impl Caller {
     async fn start(directory: &std::path::Path) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"))
-            .args([
-                "serve",
-                "--dev",
-                "--listen",
-                "127.0.0.1:0",
-                "--log",
-                "warn",
-                "--retry-schedule",
-                "0s",
-                "--rate-limit",
-                "off",
-            ])
-            .current_dir(directory)
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the service starts");
-        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-        let (mut base, mut key) = (None, None);
-        while let Some(line) = lines.next_line().await.expect("the service prints") {
-            base = base.or(line.strip_prefix("listening on ").map(str::to_owned));
-            let rest = line.trim().strip_prefix("secret key");
-            key = key.or(rest.and_then(|rest| rest.split_whitespace().next()).map(str::to_owned));
-            if key.is_some() {
-                break;
-            }
-        }
+        let service = Service::start(directory, None, &["--log", "warn", "--retry-schedule", "0s"]).await;
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().no_proxy().tcp_nodelay(true).build().expect("a client");
-        Self { _child: child, base: base.expect("an address"), key: key.expect("a key"), http }
+        Self { service, http }
     }
 
     async fn get(&self, path: &str) -> Value {
-        let request = self.http.get(format!("{}{path}", self.base)).bearer_auth(&self.key);
+        let request = self.http.get(format!("{}{path}", self.service.base)).bearer_auth(&self.service.secret_key);
         let text = request.send().await.expect("an answer").error_for_status().expect("a success").text().await;
         serde_json::from_str(&text.expect("a body")).expect("JSON")
     }
 
     async fn post(&self, path: &str, body: String) -> Value {
-        let request = self.http.post(format!("{}{path}", self.base)).bearer_auth(&self.key).body(body);
+        let request =
+            self.http.post(format!("{}{path}", self.service.base)).bearer_auth(&self.service.secret_key).body(body);
         let request = request.header("content-type", "application/json");
         let text = request.send().await.expect("an answer").error_for_status().expect("a success").text().await;
         serde_json::from_str(&text.expect("a body")).expect("JSON")
@@ -120,14 +92,14 @@ async fn receiver() -> String {
 async fn main() {
     let count = std::env::args().find_map(|argument| argument.parse().ok()).unwrap_or(DEFAULT_COUNT);
     let directory = tempfile::tempdir().expect("a directory");
-    let service = Service::start(directory.path()).await;
+    let caller = Caller::start(directory.path()).await;
     let url = receiver().await;
-    let full = service.webhook(&url, "content.ready").await;
-    let empty = service.webhook(&url, "export.ready").await;
+    let full = caller.webhook(&url, "content.ready").await;
+    let empty = caller.webhook(&url, "export.ready").await;
 
     let body = r#"{"event":"content.ready","data":{"contentId":"cnt_abc123","title":"My Video","duration":45.2}}"#;
     let mut published =
-        stream::iter(0..count).map(|_| service.post("/v1/events", body.to_owned())).buffer_unordered(PUBLISHERS);
+        stream::iter(0..count).map(|_| caller.post("/v1/events", body.to_owned())).buffer_unordered(PUBLISHERS);
     let mut done = 0;
     while published.next().await.is_some() {
         done += 1;
@@ -137,7 +109,7 @@ async fn main() {
     }
     drop(published);
     loop {
-        let stats = service.get(&format!("/v1/webhooks/{full}")).await["data"]["stats"].clone();
+        let stats = caller.get(&format!("/v1/webhooks/{full}")).await["data"]["stats"].clone();
         let ended =
             stats["successfulDeliveries"].as_u64().unwrap_or(0) + stats["failedDeliveries"].as_u64().unwrap_or(0);
         if ended >= count as u64 {
@@ -150,7 +122,7 @@ async fn main() {
     let deep = {
         let mut path = format!("/v1/webhooks/{full}/deliveries?limit=100");
         for _ in 0..50 {
-            let page = service.get(&path).await;
+            let page = caller.get(&path).await;
             let cursor = page["meta"]["nextCursor"].as_str().expect("more pages").to_owned();
             path = format!("/v1/webhooks/{full}/deliveries?limit=100&cursor={cursor}");
         }
@@ -170,8 +142,8 @@ async fn main() {
             "deep" => (deep.clone(), format!("/v1/webhooks/{empty}/deliveries?limit=100")),
             _ => (format!("/v1/webhooks/{full}{path}"), format!("/v1/webhooks/{empty}{path}")),
         };
-        let (p50, p99) = service.time(&of_full).await;
-        let (base, _) = service.time(&of_empty).await;
+        let (p50, p99) = caller.time(&of_full).await;
+        let (base, _) = caller.time(&of_empty).await;
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         println!("{name:34} {:10.2} {:10.2} {:10.2} {:7.2}", ms(p50), ms(p99), ms(base), ms(p50) / ms(base));
         results.push(json!({ "call": name, "p50_ms": ms(p50), "p99_ms": ms(p99), "empty_p50_ms": ms(base) }));

@@ -10,8 +10,10 @@
 //!
 //! Prints a line for each bar, PASS or FAIL, and one JSON line. Ends with 1 when a bar is missed.
 
+mod caller;
 mod receiver;
-mod service;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::{
     process::ExitCode,
@@ -26,8 +28,9 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use self::{
+    caller::Caller,
     receiver::{Manners, nanoseconds, never_accepts, now, serve},
-    service::{Caller, Service},
+    support::service::Service,
 };
 
 /// Events a second of those who are not to be disturbed, each for four webhooks …
@@ -92,6 +95,8 @@ struct Latency {
 /// Everything a scenario needs.
 struct Stage {
     service: Arc<Service>,
+    /// Goes last: the service works in it.
+    _directory: tempfile::TempDir,
     manners: Arc<Manners>,
     base: String,
     others: Caller,
@@ -147,13 +152,15 @@ impl Stage {
         let database = std::env::var("SHORTKIT_BENCH_POSTGRES").ok();
         let groups: Vec<String> = (0..GROUPS).map(group).collect();
         let types = format!("content.ready,content.errored,export.ready,{}", groups.join(","));
-        let arguments = [&["--event-types", &types], arguments].concat();
-        let service = Arc::new(Service::start(database.as_deref(), &arguments).await);
-        let others = service.caller("others").await;
+        let arguments = [&["--log", "error", "--event-types", &types], arguments].concat();
+        let directory = tempfile::tempdir().expect("a directory");
+        let service = Arc::new(Service::start(directory.path(), database.as_deref(), &arguments).await);
+        let others = Caller::connect(&service, "others").await;
         for _ in 0..4 {
             others.webhook(format!("{base}/counted"), "content.ready").await;
         }
-        let mut stage = Self { service, manners, base, others, runs: 0, report: Report::default() };
+        let mut stage =
+            Self { service, _directory: directory, manners, base, others, runs: 0, report: Report::default() };
         stage.measure(WARM_UP, PACE).await;
         stage
     }
@@ -239,7 +246,7 @@ async fn publish_all(caller: &Caller, count: usize, event: &'static str, until: 
 async fn dead(size: &Size) -> Report {
     let mut stage = Stage::new(size, &[]).await;
     let without = stage.measure(size.measure, PACE).await;
-    let caller = stage.service.caller("dead").await;
+    let caller = Caller::connect(&stage.service, "dead").await;
     let (deaf, _listener) = never_accepts();
     for number in 0..DEAD {
         let url = if number % 2 == 0 { format!("{}/hang", stage.base) } else { deaf.clone() };
@@ -260,7 +267,7 @@ async fn dead(size: &Size) -> Report {
 /// A thousand receivers that answer, but late.
 async fn slow(size: &Size) -> Report {
     let mut stage = Stage::new(size, &[]).await;
-    let caller = stage.service.caller("slow").await;
+    let caller = Caller::connect(&stage.service, "slow").await;
     for number in 0..SLOW {
         caller.webhook(format!("{}/slow", stage.base), &group(number % GROUPS)).await;
     }
@@ -281,7 +288,7 @@ async fn flood(size: &Size) -> Report {
     let mut stage = Stage::new(size, &[]).await;
     let without = stage.measure(size.measure, QUIET_PACE).await;
     let memory = stage.service.resident_mib();
-    let loud = stage.service.caller("loud").await;
+    let loud = Caller::connect(&stage.service, "loud").await;
     loud.webhook(format!("{}/loud", stage.base), "content.ready").await;
     let until = Arc::new(AtomicBool::new(false));
     let events = size.flood_events;
@@ -311,7 +318,7 @@ async fn recovery(size: &Size) -> Report {
     let recovering = &stage.manners.recovering;
     let back_at = now() + size.down;
     *recovering.back_at.lock().expect("no panic") = back_at;
-    let caller = stage.service.caller("recovering").await;
+    let caller = Caller::connect(&stage.service, "recovering").await;
     for _ in 0..RECOVERING {
         caller.webhook(format!("{}/down", stage.base), "export.ready").await;
     }

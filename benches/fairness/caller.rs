@@ -1,0 +1,63 @@
+//! Callers of the service.
+
+use std::time::Duration;
+
+use shortkit_webhooks::grpc::proto::{
+    CreateWebhookRequest, PublishEventRequest, delivery_service_client::DeliveryServiceClient,
+    webhook_service_client::WebhookServiceClient,
+};
+use tonic::{Request, Status, transport::Channel};
+
+use super::support::service::Service;
+
+/// Connections that callers share; each takes a hundred calls at a time.
+const CONNECTIONS: usize = 8;
+
+/// Somebody who calls in the name of an organisation.
+#[derive(Clone)]
+pub(crate) struct Caller {
+    channels: Vec<Channel>,
+    key: String,
+    organization: &'static str,
+}
+
+impl Caller {
+    /// A caller with connections of its own.
+    pub(crate) async fn connect(service: &Service, organization: &'static str) -> Self {
+        let mut channels = Vec::new();
+        for _ in 0..CONNECTIONS {
+            let endpoint = Channel::from_shared(service.base.clone()).expect("a URL");
+            channels.push(endpoint.connect().await.expect("a connection"));
+        }
+        Self { channels, key: service.service_key.clone(), organization }
+    }
+
+    /// Registers a webhook.
+    pub(crate) async fn webhook(&self, url: String, event: &str) {
+        let message = CreateWebhookRequest { url, events: vec![event.to_owned()], description: None };
+        let mut client = WebhookServiceClient::new(self.channels[0].clone());
+        client.create_webhook(self.signed(message)).await.expect("a webhook");
+    }
+
+    /// Publishes, over the connection that is `number`'s turn.
+    pub(crate) async fn publish(&self, number: usize, event: &str, data: String) -> Result<(), Status> {
+        let message = PublishEventRequest { event: event.to_owned(), data };
+        let mut client = DeliveryServiceClient::new(self.channels[number % CONNECTIONS].clone());
+        client.publish_event(self.signed(message)).await.map(drop)
+    }
+
+    /// Publishes until it is accepted: the service may be busy for a moment.
+    pub(crate) async fn publish_surely(&self, number: usize, event: &str, data: String) {
+        while self.publish(number, event, data.clone()).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    fn signed<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        let metadata = request.metadata_mut();
+        metadata.insert("authorization", format!("Bearer {}", self.key).parse().expect("a header"));
+        metadata.insert("x-shortkit-organization", self.organization.parse().expect("a header"));
+        request
+    }
+}
