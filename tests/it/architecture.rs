@@ -137,17 +137,20 @@ fn the_states_are_those_of_the_schema_and_of_the_diagram() {
 }
 
 #[test]
-fn the_tests_that_security_names_exist() {
+fn the_tests_that_the_promises_name_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let table = fs::read_to_string(root.join("SECURITY.md")).unwrap();
-    let names = table.lines().filter(|line| line.starts_with("| ")).filter_map(|line| line.rsplit('|').nth(1));
-    let names: Vec<&str> = names.flat_map(|cell| cell.split('`').filter(|text| text.contains("::"))).collect();
-    assert!(names.len() > 20, "{names:?}");
-    for name in names {
-        let (module, test) = name.rsplit_once("::").unwrap();
-        let module = module.replace("::", "/");
-        let sources = [format!("tests/it/{module}.rs"), format!("src/{module}.rs")];
-        let sources = sources.iter().filter_map(|path| fs::read_to_string(root.join(path)).ok()).collect::<String>();
-        assert!(sources.contains(&format!("fn {test}(")), "SECURITY.md names {name}, which is no test");
+    for (document, least) in [("SECURITY.md", 20), ("docs/threats.md", 40)] {
+        let text = fs::read_to_string(root.join(document)).unwrap();
+        let rows = text.lines().filter(|line| line.starts_with("| "));
+        let names: Vec<&str> = rows.flat_map(|row| row.split('`').filter(|text| text.contains("::"))).collect();
+        assert!(names.len() > least, "{document}: {names:?}");
+        for name in names {
+            let (module, test) = name.rsplit_once("::").unwrap();
+            let module = module.replace("::", "/");
+            let sources = [format!("tests/it/{module}.rs"), format!("src/{module}.rs")];
+            let sources =
+                sources.iter().filter_map(|path| fs::read_to_string(root.join(path)).ok()).collect::<String>();
+            assert!(sources.contains(&format!("fn {test}(")), "{document} names {name}, which is no test");
+        }
     }
 }
