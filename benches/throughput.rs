@@ -1,14 +1,15 @@
-//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS]`, and for PostgreSQL as well
-//! `SHORTKIT_BENCH_POSTGRES=postgres://… cargo bench --bench throughput`.
+//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS [ROUNDS]]`, and for PostgreSQL as well
+//! `SHORTKIT_BENCH_POSTGRES=postgres://… cargo bench --bench throughput`, with an empty database.
 //!
 //! The service runs in a process of its own with durable settings. This process publishes over gRPC, 500 bytes an event,
 //! and receives. Everything is held against a bare loop of signed POSTs to the same receiver in the same run: machines
-//! differ, the ratio hardly does. Prints a table for people and one JSON line for machines.
+//! differ, the ratio hardly does. Prints a table for people, after several rounds with the median and the range of each
+//! figure, and one JSON line for machines.
 
 mod support;
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -24,14 +25,32 @@ use shortkit_webhooks::{
 use tokio::task::JoinSet;
 
 use self::support::{
-    load::{EVENT, Measured, PUBLISHERS, Target, WARM_UP, data, measure, percentile_ms, receiver},
+    load::{EVENT, Load, Measured, PUBLISHERS, Target, WARM_UP, data, measure, percentile_ms, receiver},
     service::Service,
 };
 
 /// How long each run measures when the command line names no time.
 const DEFAULT_SECS: u64 = 5;
-/// Events a second of the paced run.
-const PACE: u32 = 50;
+/// The runs on each database: name, webhooks, and how is published.
+const RUNS: [(&str, usize, Load); 4] = [
+    ("paced 50/s", 1, Load::Paced(50)),
+    ("1 webhook", 1, Load::Full(1)),
+    ("16 a call", 1, Load::Full(16)),
+    ("fan-out 5", 5, Load::Full(1)),
+];
+/// What each run finds, as it stands in the table.
+const FIGURES: [(&str, &str, usize); 9] = [
+    ("deliveries_per_sec", "deliv/s", 0),
+    ("ratio", "ratio", 3),
+    ("publish_p50_ms", "pub p50", 2),
+    ("publish_p99_ms", "pub p99", 2),
+    ("delivery_p50_ms", "del p50", 2),
+    ("delivery_p99_ms", "del p99", 2),
+    ("service_cpu_ms", "cpu ms", 3),
+    ("database_cpu_ms", "db ms", 3),
+    ("resident_mib", "MiB", 0),
+];
+type Figures = [f64; FIGURES.len()];
 
 /// Signed POSTs, [`PUBLISHERS`] under way, with nothing else around them: how many a second.
 async fn bare(url: &str, time: Duration, start: Instant) -> f64 {
@@ -67,63 +86,97 @@ async fn bare(url: &str, time: Duration, start: Instant) -> f64 {
 
 #[tokio::main]
 async fn main() {
-    let secs = std::env::args().find_map(|argument| argument.parse().ok()).unwrap_or(DEFAULT_SECS);
-    let time = Duration::from_secs(secs);
+    let mut numbers = std::env::args().filter_map(|argument| argument.parse::<u64>().ok());
+    let time = Duration::from_secs(numbers.next().unwrap_or(DEFAULT_SECS));
+    let rounds = numbers.next().unwrap_or(1);
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (url, seen) = receiver(start).await;
-    let bare = bare(&url, time, start).await;
-    println!("bare loop of signed POSTs: {bare:.0}/s");
-    println!(
-        "{:10} {:12} {:>10} {:>7} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>6}",
-        "database", "run", "deliv/s", "ratio", "pub p50", "pub p99", "del p50", "del p99", "cpu ms", "db ms", "MiB"
-    );
-    let mut results = Vec::new();
-    let postgres = std::env::var("SHORTKIT_BENCH_POSTGRES").ok();
-    for (database, url_of) in [("sqlite", None), ("postgres", postgres.as_deref())] {
-        if database == "postgres" && url_of.is_none() {
-            continue;
-        }
-        let directory = tempfile::tempdir().expect("a directory");
-        let service = Service::start(directory.path(), url_of, &["--log", "warn"]).await;
-        let target = Arc::new(Target::connect(service).await);
-        target.webhook(&url, EVENT).await;
-        for (run, fan_out, pace) in [("paced 50/s", 1, Some(PACE)), ("1 webhook", 1, None), ("fan-out 5", 5, None)] {
-            for _ in 1..fan_out {
-                target.webhook(&url, EVENT).await;
+    let mut databases = vec![("sqlite", None)];
+    databases.extend(std::env::var("SHORTKIT_BENCH_POSTGRES").ok().map(|url| ("postgres", Some(url))));
+    let mut found: BTreeMap<(&str, &str), Vec<Figures>> = BTreeMap::new();
+    let mut bares = Vec::new();
+    for _ in 0..rounds {
+        let bare = bare(&url, time, start).await;
+        println!("bare loop of signed POSTs: {bare:.0}/s");
+        bares.push(bare);
+        heading();
+        for (database, url_of) in &databases {
+            let directory = tempfile::tempdir().expect("a directory");
+            let service = Service::start(directory.path(), url_of.as_deref(), &["--log", "warn"]).await;
+            let target = Arc::new(Target::connect(service).await);
+            let mut webhooks = Vec::new();
+            for (run, fan_out, load) in RUNS {
+                while webhooks.len() < fan_out {
+                    webhooks.push(target.webhook(&url, EVENT).await);
+                }
+                let measured = measure(&target, &seen, url_of.as_deref(), time, load, start).await;
+                let figures = figures(&measured, bare);
+                line(database, run, &figures);
+                found.entry((database, run)).or_default().push(figures);
             }
-            let measured = measure(&target, &seen, url_of, time, pace, start).await;
-            let row = row(&measured, bare);
-            let value = |name: &str| row[name];
-            println!(
-                "{database:10} {run:12} {:10.0} {:7.3} {:9.2} {:9.2} {:9.2} {:9.2} {:9.3} {:9.3} {:6.0}",
-                value("deliveries_per_sec"),
-                value("ratio"),
-                value("publish_p50_ms"),
-                value("publish_p99_ms"),
-                value("delivery_p50_ms"),
-                value("delivery_p99_ms"),
-                value("service_cpu_ms"),
-                value("database_cpu_ms"),
-                value("resident_mib"),
-            );
-            results.push(json!({ "database": database, "run": run, "figures": row }));
+            println!("{database:10} listening after {:.0} ms", target.service.started_in.as_secs_f64() * 1e3);
+            for webhook in webhooks {
+                target.remove(webhook).await;
+            }
+            let target = Arc::into_inner(target).expect("nobody else publishes");
+            target.service.stop().await;
         }
-        println!("{database:10} listening after {:.0} ms", target.service.started_in.as_secs_f64() * 1e3);
     }
-    println!("{}", json!({ "bench": "throughput", "bare_per_sec": bare, "results": Value::from(results) }));
+    if rounds > 1 {
+        summarize(&found);
+    }
+    let results = found.iter().map(|((database, run), rounds)| {
+        let rounds: Vec<Value> = rounds.iter().map(named).collect();
+        json!({ "database": database, "run": run, "rounds": rounds })
+    });
+    let results: Vec<Value> = results.collect();
+    println!("{}", json!({ "bench": "throughput", "bare_per_sec": bares, "results": results }));
 }
 
-fn row(measured: &Measured, bare: f64) -> HashMap<&'static str, f64> {
-    HashMap::from([
-        ("deliveries_per_sec", measured.deliveries_per_sec),
-        ("ratio", measured.deliveries_per_sec / bare),
-        ("publish_p50_ms", percentile_ms(&measured.publish, 50)),
-        ("publish_p99_ms", percentile_ms(&measured.publish, 99)),
-        ("delivery_p50_ms", percentile_ms(&measured.delivery, 50)),
-        ("delivery_p99_ms", percentile_ms(&measured.delivery, 99)),
-        ("service_cpu_ms", measured.service_cpu_ms),
-        ("database_cpu_ms", measured.database_cpu_ms),
-        ("resident_mib", measured.resident_mib),
-    ])
+fn named(figures: &Figures) -> Value {
+    FIGURES.iter().zip(figures).map(|((name, ..), value)| ((*name).to_owned(), json!(value))).collect()
+}
+
+fn heading() {
+    let names: String = FIGURES.iter().map(|(_, name, _)| format!(" {name:>9}")).collect();
+    println!("{:10} {:12}{names}", "database", "run");
+}
+
+fn line(database: &str, run: &str, figures: &Figures) {
+    let values = FIGURES.iter().zip(figures).map(|((.., digits), value)| format!(" {value:9.digits$}"));
+    println!("{database:10} {run:12}{}", values.collect::<String>());
+}
+
+/// The median of each figure over all rounds, and how far it went.
+fn summarize(found: &BTreeMap<(&str, &str), Vec<Figures>>) {
+    println!("\nmedians, then the least and the most");
+    heading();
+    for ((database, run), rounds) in found {
+        let sorted: Vec<Vec<f64>> = (0..FIGURES.len())
+            .map(|index| {
+                let mut values: Vec<f64> = rounds.iter().map(|figures| figures[index]).collect();
+                values.sort_by(f64::total_cmp);
+                values
+            })
+            .collect();
+        let at = |place: fn(usize) -> usize| std::array::from_fn(|index| sorted[index][place(rounds.len())]);
+        line(database, run, &at(|count| count / 2));
+        line("", "", &at(|_| 0));
+        line("", "", &at(|count| count - 1));
+    }
+}
+
+fn figures(measured: &Measured, bare: f64) -> Figures {
+    [
+        measured.deliveries_per_sec,
+        measured.deliveries_per_sec / bare,
+        percentile_ms(&measured.publish, 50),
+        percentile_ms(&measured.publish, 99),
+        percentile_ms(&measured.delivery, 50),
+        percentile_ms(&measured.delivery, 99),
+        measured.service_cpu_ms,
+        measured.database_cpu_ms,
+        measured.resident_mib,
+    ]
 }

@@ -139,7 +139,7 @@ impl Keys {
         if key.is_empty() || key.len() > MAX_KEY_BYTES {
             return Err(unknown());
         }
-        let key = KeyHash::of(key);
+        let key = KeyHash::checked(key).ok_or_else(unknown)?;
         let info = self.check(key).await?;
         if info.kind == KeyKind::Service && self.certified && certificate.is_none() {
             return Err(key_refused(

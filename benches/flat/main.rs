@@ -21,7 +21,7 @@ use shortkit_webhooks::clock;
 use self::{
     store::{Store, WEBHOOKS},
     support::{
-        load::{EVENT, Seen, Target, measure, percentile_ms, receiver},
+        load::{EVENT, Load, Seen, Target, measure, percentile_ms, receiver},
         service::Service,
     },
 };
@@ -51,8 +51,8 @@ impl Bench {
         let database = store.database_url.as_deref();
         let service = Service::start(store.directory.path(), database, &arguments).await;
         let target = Arc::new(Target::connect(service).await);
-        let full = measure(&target, &self.seen, database, self.time, None, self.start).await;
-        let paced = measure(&target, &self.seen, database, self.time, Some(PACE), self.start).await;
+        let full = measure(&target, &self.seen, database, self.time, Load::Full(1), self.start).await;
+        let paced = measure(&target, &self.seen, database, self.time, Load::Paced(PACE), self.start).await;
         let target = Arc::into_inner(target).expect("nobody else publishes");
         target.service.stop().await;
         let of = |times: &[u64], percent| percentile_ms(times, percent);

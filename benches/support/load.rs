@@ -14,8 +14,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use shortkit_webhooks::{
     clock,
     grpc::proto::{
-        CreateWebhookRequest, PublishEventRequest, delivery_service_client::DeliveryServiceClient,
-        webhook_service_client::WebhookServiceClient,
+        CreateWebhookRequest, DeleteWebhookRequest, PublishEventRequest, PublishEventsRequest,
+        delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
     },
 };
 use tokio::{net::TcpListener, task::JoinSet};
@@ -119,18 +119,31 @@ impl Target {
         request
     }
 
-    /// Registers a webhook for events of a type.
-    pub(crate) async fn webhook(&self, url: &str, event: &str) {
+    /// Registers a webhook for events of a type; its id.
+    pub(crate) async fn webhook(&self, url: &str, event: &str) -> String {
         let message = CreateWebhookRequest { url: url.to_owned(), events: vec![event.to_owned()], description: None };
         let mut client = WebhookServiceClient::new(self.channel.clone());
-        client.create_webhook(self.authorized(message)).await.expect("a webhook");
+        let answer = client.create_webhook(self.authorized(message)).await.expect("a webhook");
+        answer.into_inner().webhook.expect("a webhook").id
     }
 
-    async fn publish(&self, start: Instant) -> Duration {
-        let message = PublishEventRequest { event: EVENT.to_owned(), data: data(start) };
+    /// Removes a webhook.
+    pub(crate) async fn remove(&self, id: String) {
+        let mut client = WebhookServiceClient::new(self.channel.clone());
+        client.delete_webhook(self.authorized(DeleteWebhookRequest { id })).await.expect("it is gone");
+    }
+
+    /// Publishes so many events in one call.
+    async fn publish(&self, events: usize, start: Instant) -> Duration {
+        let event = || PublishEventRequest { event: EVENT.to_owned(), data: data(start) };
         let began = clock::stopwatch();
         let mut client = DeliveryServiceClient::new(self.channel.clone());
-        client.publish_event(self.authorized(message)).await.expect("a publish");
+        if events == 1 {
+            client.publish_event(self.authorized(event())).await.expect("a publish");
+        } else {
+            let events = (0..events).map(|_| event()).collect();
+            client.publish_events(self.authorized(PublishEventsRequest { events })).await.expect("a publish");
+        }
         began.elapsed()
     }
 }
@@ -157,27 +170,40 @@ pub(crate) fn percentile_ms(sorted: &[u64], percent: usize) -> f64 {
     sorted.get(sorted.len().saturating_sub(1) * percent / 100).map_or(0.0, |ns| *ns as f64 / 1e6)
 }
 
-/// Publishes for `time` after the warm-up, so many events a second or as many as go, and measures what arrives.
+/// How events are published.
+#[derive(Clone, Copy)]
+pub(crate) enum Load {
+    /// So many a second.
+    Paced(u32),
+    /// As many as go, by [`PUBLISHERS`], with so many in each call.
+    Full(usize),
+}
+
+/// Publishes for `time` after the warm-up and measures what arrives.
 pub(crate) async fn measure(
     target: &Arc<Target>,
     seen: &Seen,
     database: Option<&str>,
     time: Duration,
-    pace: Option<u32>,
+    load: Load,
     start: Instant,
 ) -> Measured {
+    let (publishers, pace, events) = match load {
+        Load::Paced(pace) => (1, Some(pace), 1),
+        Load::Full(events) => (PUBLISHERS, None, events),
+    };
     let stop = Arc::new(AtomicBool::new(false));
-    let mut publishers = JoinSet::new();
-    for _ in 0..if pace.is_some() { 1 } else { PUBLISHERS } {
+    let mut publishing = JoinSet::new();
+    for _ in 0..publishers {
         let (target, stop) = (Arc::clone(target), Arc::clone(&stop));
-        publishers.spawn(async move {
+        publishing.spawn(async move {
             let mut took = Vec::new();
             let mut ticks = pace.map(|pace| tokio::time::interval(Duration::from_secs(1) / pace));
             while !stop.load(Ordering::Relaxed) {
                 if let Some(ticks) = &mut ticks {
                     ticks.tick().await;
                 }
-                took.push(u64::try_from(target.publish(start).await.as_nanos()).unwrap_or(u64::MAX));
+                took.push(u64::try_from(target.publish(events, start).await.as_nanos()).unwrap_or(u64::MAX));
             }
             took
         });
@@ -195,7 +221,7 @@ pub(crate) async fn measure(
     let (cpu, db_cpu) = (service.cpu_secs() - cpu, database_cpu() - db_cpu);
     let resident_mib = service.resident_mib();
     stop.store(true, Ordering::Relaxed);
-    let mut publish: Vec<u64> = publishers.join_all().await.concat();
+    let mut publish: Vec<u64> = publishing.join_all().await.concat();
     publish.sort_unstable();
     let mut delivery = std::mem::take(&mut *seen.latencies.lock().expect("no panic"));
     delivery.sort_unstable();

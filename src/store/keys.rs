@@ -23,6 +23,12 @@ use crate::{
     webhook::{Environment, Tenant, Timestamp},
 };
 
+/// The checksum at the end of a key, which misses one mistake in four thousand millions …
+const CHECKSUM_BYTES: usize = 4;
+/// … as base64.
+const CHECKSUM_CHARS: usize = 6;
+/// No key is longer.
+const MAX_KEY_BYTES: usize = 64;
 /// How much of a key is kept to recognise it by.
 const PREFIX_CHARS: usize = 12;
 
@@ -139,6 +145,13 @@ impl KeyHash {
         hash.copy_from_slice(digest(&SHA256, key.as_bytes()).as_ref());
         Self(hash)
     }
+
+    /// The hash of what may be a key; none when its checksum is wrong, so that what was made up, cut or mistyped costs no
+    /// look-up.
+    pub fn checked(key: &str) -> Option<Self> {
+        let (text, sum) = key.split_at_checked(key.len().checked_sub(CHECKSUM_CHARS)?)?;
+        (checksum(text) == sum).then(|| Self::of(key))
+    }
 }
 
 /// As it is stored: lower-case hex.
@@ -148,12 +161,29 @@ impl fmt::Display for KeyHash {
     }
 }
 
+/// A key: what it is for, 256 random bits, and a checksum, by which also scanners of secrets know one when they see it.
+fn key_text(kind: KeyKind, environment: Environment, random: &[u8; 32]) -> Zeroizing<String> {
+    // As long as it gets, lest a piece stay behind where it grew.
+    let mut text = Zeroizing::new(String::with_capacity(MAX_KEY_BYTES));
+    text.push_str(kind.prefix());
+    text.push('_');
+    text.push_str(environment.as_str());
+    text.push('_');
+    URL_SAFE_NO_PAD.encode_string(random, &mut text);
+    let sum = checksum(&text);
+    text.push_str(&sum);
+    text
+}
+
+/// The first bytes of SHA-256.
+fn checksum(text: &str) -> String {
+    URL_SAFE_NO_PAD.encode(&digest(&SHA256, text.as_bytes()).as_ref()[..CHECKSUM_BYTES])
+}
+
 impl Store {
     /// Makes a key of 256 random bits. Only the command line does.
     pub async fn create_key(&self, new: NewKey) -> Result<CreatedKey, Error> {
-        let random = Zeroizing::new(URL_SAFE_NO_PAD.encode(*Zeroizing::new(clock::random::<32>())));
-        let text = format!("{}_{}_{}", new.kind.prefix(), new.environment.as_str(), *random);
-        let key = ApiKey(Zeroizing::new(text));
+        let key = ApiKey(key_text(new.kind, new.environment, &Zeroizing::new(clock::random())));
         let row = ActiveModel {
             id: Set(clock::new_id("key")),
             hash: Set(KeyHash::of(&key).to_string()),
@@ -245,4 +275,24 @@ pub(super) fn info(row: Model) -> Result<KeyInfo, Error> {
         expires_at: row.expires_at_ms.map(Timestamp::from_millis),
         revoked_at: row.revoked_at_ms.map(Timestamp::from_millis),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_with_a_mistake_is_known_without_a_look() {
+        let key = key_text(KeyKind::Secret, Environment::Test, &[7; 32]);
+        assert!(key.starts_with("sk_test_") && key.len() == "sk_test_".len() + 43 + CHECKSUM_CHARS);
+        assert!(key_text(KeyKind::Service, Environment::Test, &[7; 32]).len() <= MAX_KEY_BYTES);
+        assert!(KeyHash::checked(&key) == Some(KeyHash::of(&key)));
+        for index in 0..key.len() {
+            let other = if &key[index..=index] == "A" { "B" } else { "A" };
+            let changed = format!("{}{other}{}", &key[..index], &key[index + 1..]);
+            assert!(KeyHash::checked(&changed).is_none(), "{changed}");
+            assert!(KeyHash::checked(&key[..index]).is_none());
+        }
+        assert!(KeyHash::checked("größer").is_none() && KeyHash::checked("").is_none());
+    }
 }
