@@ -21,6 +21,7 @@ mod log;
 mod migrations;
 mod publish;
 mod record;
+mod rescue;
 mod retention;
 mod revisions;
 mod rows;
