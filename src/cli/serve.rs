@@ -89,7 +89,11 @@ async fn dev_keys(store: &Store, path: &Path) -> Result<DevKeys, Error> {
         fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
     let mut fresh = false;
     for (key, kind) in [(&mut keys.secret, KeyKind::Secret), (&mut keys.service, KeyKind::Service)] {
-        let works = store.find_key(KeyHash::of(key)).await?.is_some_and(|info| info.revoked_at.is_none());
+        let known = match KeyHash::checked(key) {
+            Some(hash) => store.find_key(hash).await?,
+            None => None,
+        };
+        let works = known.is_some_and(|info| info.revoked_at.is_none());
         if !works {
             let organization = (kind == KeyKind::Secret).then(|| ORGANIZATION.to_owned());
             let new = NewKey { organization, environment: Environment::Test, kind, expires_at: None };

@@ -134,9 +134,9 @@ impl Engine {
         let started_at = clock::now();
         let stopwatch = clock::stopwatch();
         let body = webhook::body(&leased.event, &leased.webhook_id);
-        let answered = match headers(leased, target, started_at, &body) {
-            Some(headers) => self.client.post(&target.url, headers, body).await,
-            None => egress::Outcome::Failed(egress::Failure::InvalidUrl),
+        let answered = match (&target.url, headers(leased, target, started_at, &body)) {
+            (Some(url), Some(headers)) => self.client.post(url, headers, body).await,
+            _ => egress::Outcome::Failed(egress::Failure::InvalidUrl),
         };
         let duration_ms = i32::try_from(stopwatch.elapsed().as_millis()).unwrap_or(i32::MAX);
         let mut attempt = Attempt { number: leased.attempt, started_at, duration_ms, answer: None, error: None };

@@ -177,6 +177,10 @@ pub(crate) fn store(error: store::Error) -> Status {
         store::Error::Backlog => {
             unavailable_for(RETRY_AFTER_BACKLOG, "too many deliveries are pending; publish again later")
         }
+        store::Error::TooManyDeliveries(max) => {
+            let message = format!("events would make more than {max} deliveries together; publish fewer in a call");
+            invalid("events", "too_many_deliveries", message)
+        }
         store::Error::Repeated => unavailable("another request with this idempotency key is at work; try again"),
         store::Error::Closed => shutting_down(),
         other => internal(&other.to_string()),

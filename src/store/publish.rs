@@ -51,6 +51,10 @@ pub(super) const INSERT_DELIVERIES: &str = "INSERT INTO deliveries (webhook_id, 
     SELECT webhook_id, id, organization, environment, event_id, event_type, 'pending', attempts, FALSE, once = 1, 0, \
     next_attempt_at_ms, lease_node, lease_expires_at_ms, created_at_ms FROM {rows}";
 
+/// Events that are published together make at most this many deliveries together; more are refused with
+/// [`Error::TooManyDeliveries`], lest one call hold up all others. One event alone goes to all of its subscribers.
+const MAX_DELIVERIES_TOGETHER: usize = 10_000;
+
 /// An event to publish.
 pub struct NewEvent {
     /// Its type.
@@ -161,7 +165,11 @@ impl Store {
             None => {
                 let of = |event: &NewEvent| subscribers.get(&(tenant.clone(), event.event_type.clone())).cloned();
                 let webhooks: Vec<_> = events.iter().map(|event| of(event).unwrap_or_default()).collect();
-                self.0.backlog.admit(tenant.organization(), webhooks.iter().map(|webhooks| webhooks.len()).sum())?;
+                let deliveries = webhooks.iter().map(|webhooks| webhooks.len()).sum();
+                if webhooks.len() > 1 && deliveries > MAX_DELIVERIES_TOGETHER {
+                    return Err(Error::TooManyDeliveries(MAX_DELIVERIES_TOGETHER));
+                }
+                self.0.backlog.admit(tenant.organization(), deliveries)?;
                 webhooks
             }
         };

@@ -128,8 +128,8 @@ impl Store {
             let tenant = tenant(&row.organization, &row.environment)?;
             log.push(&tenant, &Entry::of(row, ChangeKind::Attempted, now));
         }
-        let script = Script::default().with(RESCUE, rescued).with(record::INSERT_ATTEMPTS, attempts);
-        script.tell(backend, deltas, log)?.run(transaction).await?;
+        Script::default().with(RESCUE, rescued).with(record::INSERT_ATTEMPTS, attempts).run(transaction).await?;
+        Script::default().tell(backend, deltas, log)?.run(transaction).await?;
         Ok(())
     }
 }

@@ -8,10 +8,9 @@
 //! What a round leaves behind, because it is pending or ended only lately, the next one looks at again; the time that this
 //! takes says when the next one is.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    time::Duration,
-};
+mod events;
+
+use std::{collections::BTreeMap, time::Duration};
 
 use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, TransactionTrait};
 
@@ -30,23 +29,18 @@ use crate::{
 const MAX_STEP: usize = 128;
 /// One read looks at no more than this many rows.
 const MAX_READ: i64 = 5_000;
-const PAGE_BYTES: usize = 4096;
 /// Between rounds …
 const ROUND: Duration = Duration::from_secs(10);
 /// … or this many times as long as the last one looked in vain.
 const REST: u32 = 10;
 /// A delivery that ends later than this after it was made is one of the few in the index `deliveries_late`.
 const LATE: Duration = Duration::from_secs(60 * 60);
-/// Far more than there is between the time in the id of an event and that in the ids of its deliveries, which are made
-/// together.
-const SPREAD: Duration = Duration::from_secs(1);
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes something.
 const LOCK: i64 = 0x73_6b_77_72;
 
 /// PostgreSQL follows the primary keys, whatever it believes of how much is old: sorting all of that for a few rows would
 /// cost more the more there is.
-const BY_KEY: &str = "SET LOCAL enable_sort TO off; SET LOCAL enable_bitmapscan TO off; SET LOCAL enable_seqscan TO off; \
-    SET LOCAL enable_hashjoin TO off; SET LOCAL enable_mergejoin TO off";
+const BY_KEY: &str = "SET LOCAL enable_sort TO off; SET LOCAL enable_bitmapscan TO off";
 
 const DELIVERY_IDS: &[Column] = &[text("delivery_id")];
 const REMOVE_ATTEMPTS: &str = "DELETE FROM attempts WHERE delivery_id IN (SELECT delivery_id FROM {rows})";
@@ -119,18 +113,20 @@ impl Store {
 }
 
 impl Round<'_> {
+    /// All parts, also when one fails: it is not to keep the others from theirs.
     async fn run(&mut self, retention: &Retention, now: Timestamp) -> Result<(), Stop> {
+        let mut ended = Ok(());
         if let Some(keep) = retention.deliveries {
             let old = now.before(keep);
-            self.walk(What::Everything, [Timestamp::from_millis(0), old], old).await?;
+            ended = ended.and(self.walk(What::Everything, [Timestamp::from_millis(0), old], old).await);
         }
         if let Some(keep) = retention.attempts {
-            self.forget_attempts(now.before(keep)).await?;
+            ended = ended.and(self.forget_attempts(now.before(keep)).await);
         }
         if let Some(keep) = retention.payloads() {
-            self.remove_events(now.before(keep)).await?;
+            ended = ended.and(self.remove_events(now.before(keep)).await);
         }
-        Ok(())
+        ended
     }
 
     /// Goes through the deliveries made between two times, and removes `what` of those that ended before `old`.
@@ -251,72 +247,6 @@ impl Round<'_> {
             }
             counts.execute(&transaction, COUNT_REMOVED).await?;
         }
-        transaction.commit().await?;
-        tokio::time::sleep(began.elapsed()).await;
-        Ok(())
-    }
-
-    /// Removes events from before `old` that no delivery needs: each that there still is ended before `old`.
-    async fn remove_events(&mut self, old: Timestamp) -> Result<(), Stop> {
-        let (mut after, end) = (String::new(), clock::first_id("evt", old));
-        loop {
-            let began = clock::stopwatch();
-            let mut sql = Sql::new("SELECT id, octet_length(data) FROM events WHERE id > ");
-            sql.value(after.as_str())
-                .text(" AND id < ")
-                .value(end.as_str())
-                .text(" ORDER BY id LIMIT ")
-                .value(MAX_READ);
-            let found = self.read(sql).await?;
-            let rows = found.iter().map(QueryResult::try_get_many_by_index);
-            let rows = rows.collect::<Result<Vec<(String, i32)>, _>>()?;
-            let (Some((first, _)), Some((last, _))) = (rows.first(), rows.last()) else { return Ok(()) };
-            let needed = self.needed(first, last, old).await?;
-            let due = rows.iter().filter(|(id, _)| !needed.contains(id));
-            let pages = |bytes: &i32| 1 + usize::try_from(*bytes).unwrap_or(0) / PAGE_BYTES;
-            let due: Vec<(&str, usize)> = due.map(|(id, bytes)| (id.as_str(), pages(bytes))).collect();
-            if due.is_empty() {
-                self.in_vain += began.elapsed();
-            }
-            for step in steps(&due) {
-                self.remove_events_in(step, old).await?;
-            }
-            if (rows.len() as i64) < MAX_READ {
-                return Ok(());
-            }
-            after.clone_from(last);
-        }
-    }
-
-    /// The events from one to another whose data a delivery still needs: it is pending, or ended since `old`.
-    async fn needed(&self, first: &str, last: &str, old: Timestamp) -> Result<HashSet<String>, Stop> {
-        let [first, last] = [first, last].map(|id| clock::made_at(id).ok_or(Error::Corrupt("id of an event")));
-        let (from, to) = (clock::first_id("del", first?.before(SPREAD)), clock::first_id("del", last?.after(SPREAD)));
-        let (mut needed, mut after) = (HashSet::new(), String::new());
-        loop {
-            let webhooks = self.webhooks_between(&after, &from, &to).await?;
-            let Some(last) = webhooks.last() else { return Ok(needed) };
-            for webhook_id in &webhooks {
-                let mut sql = Sql::new("SELECT event_id FROM deliveries WHERE webhook_id = ");
-                sql.value(webhook_id.as_str()).text(" AND id >= ").value(from.as_str());
-                sql.text(" AND id < ").value(to.as_str()).text(" AND NOT (");
-                ended_before(&mut sql, old).text(")");
-                for row in self.read(sql).await? {
-                    needed.insert(row.try_get_by_index(0)?);
-                }
-            }
-            after.clone_from(last);
-        }
-    }
-
-    async fn remove_events_in(&self, step: &[(&str, usize)], old: Timestamp) -> Result<(), Stop> {
-        let began = clock::stopwatch();
-        let transaction = self.begin().await?;
-        let mut sql = Sql::new("DELETE FROM events WHERE id IN ");
-        sql.list("(", step.iter().map(|(id, _)| (*id).into()), ")");
-        // A retry by hand needs what nobody needed when this was read.
-        sql.text(" AND (retried_at_ms IS NULL OR retried_at_ms < ").value(old.millis()).text(")");
-        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
         transaction.commit().await?;
         tokio::time::sleep(began.elapsed()).await;
         Ok(())

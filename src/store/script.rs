@@ -17,7 +17,8 @@ use super::{
 /// prepared.
 const MAX_ROWS_TOGETHER: usize = 4;
 
-/// Statements to run in this order. None may depend on what another one writes.
+/// Statements to run together. None may depend on what another one writes, nor on which comes first: PostgreSQL keeps no
+/// order. What must come later is in a later script.
 #[derive(Default)]
 pub(super) struct Script {
     steps: Vec<(&'static str, Rows)>,

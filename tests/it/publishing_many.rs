@@ -8,7 +8,13 @@ use tonic_types::StatusExt;
 
 use crate::support::{Database, Receiver, TestServer, on_both_databases};
 
-on_both_databases!(all_in_the_order_given, none_when_one_is_wrong, done_once_for_a_key, refused_as_a_whole);
+on_both_databases!(
+    all_in_the_order_given,
+    none_when_one_is_wrong,
+    done_once_for_a_key,
+    refused_as_a_whole,
+    not_more_deliveries_than_one_commit_should_have,
+);
 
 /// More events than one commit otherwise takes.
 const MANY: usize = 1_000;
@@ -98,5 +104,19 @@ async fn refused_as_a_whole(database: Database) {
         let status = server.deliveries().publish_events(message).await.unwrap_err();
         assert_eq!(status.get_error_details().bad_request().unwrap().field_violations[0].reason, reason);
     }
+    server.stop().await;
+}
+
+async fn not_more_deliveries_than_one_commit_should_have(database: Database) {
+    let server = TestServer::start(&database).await;
+    for _ in 0..21 {
+        server.webhook("https://example.com/", &["content.ready"]).await;
+    }
+    // 500 of them are of that type: 10,500 deliveries.
+    let answer = server.post("/v1/events/batch", &events(MANY).to_string()).await;
+    assert_eq!(answer.status, 400, "{}", answer.text);
+    assert!(answer.text.contains("10000 deliveries"), "{}", answer.text);
+    let answer = server.post("/v1/events/batch", &events(MANY / 10).to_string()).await;
+    assert_eq!(answer.status, 202, "{}", answer.text);
     server.stop().await;
 }

@@ -1,0 +1,99 @@
+//! Payloads: events that no delivery needs any more.
+
+use std::{collections::HashSet, time::Duration};
+
+use sea_orm::{ConnectionTrait, QueryResult};
+
+use super::{MAX_READ, Round, Stop, ended_before, steps};
+use crate::{
+    clock,
+    store::{Error, sql::Sql},
+    webhook::Timestamp,
+};
+
+const PAGE_BYTES: usize = 4096;
+/// Far more than there is between the time in the id of an event and that in the ids of its deliveries, which are made
+/// together.
+const SPREAD: Duration = Duration::from_secs(1);
+
+impl Round<'_> {
+    /// Removes events from before `old` that no delivery needs: each that there still is ended before `old`.
+    pub(super) async fn remove_events(&mut self, old: Timestamp) -> Result<(), Stop> {
+        let (mut after, end) = (String::new(), clock::first_id("evt", old));
+        loop {
+            let mut sql = Sql::new("SELECT id, octet_length(data) FROM events WHERE id > ");
+            sql.value(after.as_str())
+                .text(" AND id < ")
+                .value(end.as_str())
+                .text(" ORDER BY id LIMIT ")
+                .value(MAX_READ);
+            let found = self.read(sql).await?;
+            let rows = found.iter().map(QueryResult::try_get_many_by_index);
+            let rows = rows.collect::<Result<Vec<(String, i32)>, _>>()?;
+            for run in rows.chunk_by(|(one, _), (next, _)| are_close(one, next)) {
+                self.remove_unneeded(run, old).await?;
+            }
+            match rows.last() {
+                Some((last, _)) if rows.len() as i64 == MAX_READ => after.clone_from(last),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    /// Of events that were made soon after one another, those that no delivery needs.
+    async fn remove_unneeded(&mut self, run: &[(String, i32)], old: Timestamp) -> Result<(), Stop> {
+        let began = clock::stopwatch();
+        let needed = self.needed(&run[0].0, &run[run.len() - 1].0, old).await?;
+        let due = run.iter().filter(|(id, _)| !needed.contains(id));
+        let pages = |bytes: &i32| 1 + usize::try_from(*bytes).unwrap_or(0) / PAGE_BYTES;
+        let due: Vec<(&str, usize)> = due.map(|(id, bytes)| (id.as_str(), pages(bytes))).collect();
+        // What stays is looked at again each round.
+        let stay = u32::try_from(run.len() - due.len()).unwrap_or(u32::MAX);
+        self.in_vain += began.elapsed() * stay / u32::try_from(run.len()).unwrap_or(u32::MAX);
+        for step in steps(&due) {
+            self.remove_events_in(step, old).await?;
+        }
+        Ok(())
+    }
+
+    /// The events from one to another whose data a delivery still needs: it is pending, or ended since `old`.
+    async fn needed(&self, first: &str, last: &str, old: Timestamp) -> Result<HashSet<String>, Stop> {
+        let [first, last] = [first, last].map(|id| clock::made_at(id).ok_or(Error::Corrupt("id of an event")));
+        let (from, to) = (clock::first_id("del", first?.before(SPREAD)), clock::first_id("del", last?.after(SPREAD)));
+        let (mut needed, mut after) = (HashSet::new(), String::new());
+        loop {
+            let webhooks = self.webhooks_between(&after, &from, &to).await?;
+            let Some(last) = webhooks.last() else { return Ok(needed) };
+            for webhook_id in &webhooks {
+                let mut sql = Sql::new("SELECT event_id FROM deliveries WHERE webhook_id = ");
+                sql.value(webhook_id.as_str()).text(" AND id >= ").value(from.as_str());
+                sql.text(" AND id < ").value(to.as_str()).text(" AND NOT (");
+                ended_before(&mut sql, old).text(")");
+                for row in self.read(sql).await? {
+                    needed.insert(row.try_get_by_index(0)?);
+                }
+            }
+            after.clone_from(last);
+        }
+    }
+
+    async fn remove_events_in(&self, step: &[(&str, usize)], old: Timestamp) -> Result<(), Stop> {
+        let began = clock::stopwatch();
+        let transaction = self.begin().await?;
+        let mut sql = Sql::new("DELETE FROM events WHERE id IN ");
+        sql.list("(", step.iter().map(|(id, _)| (*id).into()), ")");
+        // A retry by hand needs what nobody needed when this was read.
+        sql.text(" AND (retried_at_ms IS NULL OR retried_at_ms < ").value(old.millis()).text(")");
+        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+        transaction.commit().await?;
+        tokio::time::sleep(began.elapsed()).await;
+        Ok(())
+    }
+}
+
+/// Whether so little was made between two events that it costs less to read past it than to look twice: those that stay,
+/// because something is pending, may be days apart.
+fn are_close(one: &str, next: &str) -> bool {
+    let [one, next] = [one, next].map(clock::made_at);
+    one.zip(next).is_some_and(|(one, next)| next.before(2 * SPREAD) <= one)
+}
