@@ -115,15 +115,18 @@ impl Policy {
         let permitted = match url.host().ok_or(UrlError::Invalid)? {
             Host::Ipv4(address) => self.permits(address.into()),
             Host::Ipv6(address) => self.permits(address.into()),
-            Host::Domain(name) => !is_localhost(name) || self.permits(Ipv4Addr::LOCALHOST.into()),
+            Host::Domain(name) => match name.trim_end_matches('.') {
+                // With dots too many, which the parser leaves alone and another one may not.
+                bare if let Ok(address) = bare.parse::<IpAddr>() => self.permits(address),
+                bare => !is_localhost(bare) || self.permits(Ipv4Addr::LOCALHOST.into()),
+            },
         };
         if permitted { Ok(()) } else { Err(UrlError::Blocked) }
     }
 }
 
-/// Names that always mean this machine (RFC 6761).
+/// Names, without their last dot, that always mean this machine (RFC 6761).
 fn is_localhost(name: &str) -> bool {
-    let name = name.trim_end_matches('.');
     name == "localhost" || name.ends_with(".localhost")
 }
 
@@ -140,6 +143,8 @@ mod tests {
             "0x7f000001",
             "0177.0.0.1",
             "127.0.0.1.",
+            "127.0.0.1..",
+            "localhost..",
             "①②⑦.0.0.1",
             "127。0。0。1",
             "[::1]",

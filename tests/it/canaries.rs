@@ -38,9 +38,12 @@ impl Canaries {
     /// A secret, and the forms in which it could slip through: what it encodes as bytes, in hex, as `{:?}` shows them, and
     /// once more in base64.
     fn add(&mut self, what: &str, secret: &str) {
-        let encoded = secret.rsplit_once('_').map_or(secret, |(_, encoded)| encoded);
-        // Keys are URL-safe, and may have a `_` in them.
-        let encoded = if encoded.len() < 43 { &secret[secret.len() - 43..] } else { encoded };
+        let encoded = match secret.splitn(3, '_').collect::<Vec<_>>()[..] {
+            // A key: its kind, its environment, the secret, which may have a `_` in it, and a checksum.
+            [_, _, key] => &key[..43],
+            [_, encoded] => encoded,
+            _ => secret,
+        };
         let bytes = STANDARD.decode(encoded).or_else(|_| URL_SAFE_NO_PAD.decode(encoded)).unwrap();
         assert_eq!(bytes.len(), 32, "{what}");
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
