@@ -38,12 +38,9 @@ impl Canaries {
     /// A secret, and the forms in which it could slip through: what it encodes as bytes, in hex, as `{:?}` shows them, and
     /// once more in base64.
     fn add(&mut self, what: &str, secret: &str) {
-        let encoded = match secret.splitn(3, '_').collect::<Vec<_>>()[..] {
-            // A key: its kind, its environment, the secret, which may have a `_` in it, and a checksum.
-            [_, _, key] => &key[..43],
-            [_, encoded] => encoded,
-            _ => secret,
-        };
+        // A key is its kind, its environment, the secret and a checksum.
+        let of_key = secret.split_once("_live_").or_else(|| secret.split_once("_test_")).map(|(_, key)| &key[..43]);
+        let encoded = of_key.unwrap_or_else(|| secret.strip_prefix("whsec_").unwrap_or(secret));
         let bytes = STANDARD.decode(encoded).or_else(|_| URL_SAFE_NO_PAD.decode(encoded)).unwrap();
         assert_eq!(bytes.len(), 32, "{what}");
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
