@@ -92,8 +92,10 @@ async fn main() {
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (url, seen) = receiver(start).await;
-    let mut databases = vec![("sqlite", None)];
-    databases.extend(std::env::var("SHORTKIT_BENCH_POSTGRES").ok().map(|url| ("postgres", Some(url))));
+    // Each has its directory for all rounds, since there are its keys.
+    let directory = || tempfile::tempdir().expect("a directory");
+    let mut databases = vec![("sqlite", None, directory())];
+    databases.extend(std::env::var("SHORTKIT_BENCH_POSTGRES").ok().map(|url| ("postgres", Some(url), directory())));
     let mut found: BTreeMap<(&str, &str), Vec<Figures>> = BTreeMap::new();
     let mut bares = Vec::new();
     for _ in 0..rounds {
@@ -101,8 +103,7 @@ async fn main() {
         println!("bare loop of signed POSTs: {bare:.0}/s");
         bares.push(bare);
         heading();
-        for (database, url_of) in &databases {
-            let directory = tempfile::tempdir().expect("a directory");
+        for (database, url_of, directory) in &databases {
             let service = Service::start(directory.path(), url_of.as_deref(), &["--log", "warn"]).await;
             let target = Arc::new(Target::connect(service).await);
             let mut webhooks = Vec::new();
