@@ -5,7 +5,7 @@
 //! foreign keys between the tables of the hot path: each would cost a look-up per row, and rows go only through
 //! `store`, which removes them in order.
 
-use sea_orm_migration::prelude::*;
+use sea_orm::DbBackend;
 
 /// The schema with the few types that differ as `{id}` and `{seq}`.
 const SCHEMA: &str = r#"
@@ -143,30 +143,13 @@ CREATE TABLE changes (
 CREATE INDEX changes_tenant ON changes (organization, environment, seq);
 "#;
 
-pub(super) struct Migration;
-
-impl MigrationName for Migration {
-    fn name(&self) -> &str {
-        "m0001_initial"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Migration {
-    fn use_transaction(&self) -> Option<bool> {
-        Some(true)
-    }
-
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        let (id, seq) = match manager.get_database_backend() {
-            // Differs from SQLite because the order of ids must be that of their bytes in every locale.
-            sea_orm::DbBackend::Postgres => (r#"TEXT COLLATE "C""#, "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"),
-            // Differs from PostgreSQL because text is compared by bytes anyway, and because only AUTOINCREMENT never
-            // gives a number out again after the newest row was removed.
-            _ => ("TEXT", "INTEGER PRIMARY KEY AUTOINCREMENT"),
-        };
-        let schema = SCHEMA.replace("{id}", id).replace("{seq}", seq);
-        manager.get_connection().execute_unprepared(&schema).await?;
-        Ok(())
-    }
+pub(super) fn schema(backend: DbBackend) -> String {
+    let (id, seq) = match backend {
+        // Differs from SQLite because the order of ids must be that of their bytes in every locale.
+        DbBackend::Postgres => (r#"TEXT COLLATE "C""#, "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"),
+        // Differs from PostgreSQL because text is compared by bytes anyway, and because only AUTOINCREMENT never
+        // gives a number out again after the newest row was removed.
+        _ => ("TEXT", "INTEGER PRIMARY KEY AUTOINCREMENT"),
+    };
+    SCHEMA.replace("{id}", id).replace("{seq}", seq)
 }

@@ -4,7 +4,7 @@
 //!
 //! Changes from before are forgotten: a stream that resumes there is told that its token is too old.
 
-use sea_orm_migration::prelude::*;
+use sea_orm::DbBackend;
 
 const STEP: &str = r#"
 ALTER TABLE deliveries ADD COLUMN response TEXT;
@@ -34,29 +34,12 @@ ALTER TABLE changes ALTER COLUMN entries SET STORAGE EXTERNAL;
 ALTER TABLE delivery_counts SET (fillfactor = 20);
 ";
 
-pub(super) struct Migration;
-
-impl MigrationName for Migration {
-    fn name(&self) -> &str {
-        "m0002_hot_path"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Migration {
-    fn use_transaction(&self) -> Option<bool> {
-        Some(true)
-    }
-
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        let (seq, more) = match manager.get_database_backend() {
-            sea_orm::DbBackend::Postgres => ("BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", POSTGRES),
-            // Differs from PostgreSQL because only AUTOINCREMENT never gives a number out again after the newest row was
-            // removed.
-            _ => ("INTEGER PRIMARY KEY AUTOINCREMENT", ""),
-        };
-        let step = STEP.replace("{seq}", seq) + more;
-        manager.get_connection().execute_unprepared(&step).await?;
-        Ok(())
-    }
+pub(super) fn schema(backend: DbBackend) -> String {
+    let (seq, more) = match backend {
+        DbBackend::Postgres => ("BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", POSTGRES),
+        // Differs from PostgreSQL because only AUTOINCREMENT never gives a number out again after the newest row was
+        // removed.
+        _ => ("INTEGER PRIMARY KEY AUTOINCREMENT", ""),
+    };
+    STEP.replace("{seq}", seq) + more
 }

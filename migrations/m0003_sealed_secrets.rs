@@ -4,29 +4,13 @@
 //!
 //! The index finds the rows that a replaced master key still seals, and which master keys are in use.
 
-use sea_orm_migration::prelude::*;
+use sea_orm::DbBackend;
 
 const SCHEMA: &str = r#"
 ALTER TABLE webhooks ADD COLUMN master_key_id TEXT;
 CREATE INDEX webhooks_master_key ON webhooks (master_key_id);
 "#;
 
-pub(super) struct Migration;
-
-impl MigrationName for Migration {
-    fn name(&self) -> &str {
-        "m0003_sealed_secrets"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Migration {
-    fn use_transaction(&self) -> Option<bool> {
-        Some(true)
-    }
-
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared(SCHEMA).await?;
-        Ok(())
-    }
+pub(super) fn schema(_: DbBackend) -> String {
+    SCHEMA.to_owned()
 }

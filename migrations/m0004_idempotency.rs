@@ -1,7 +1,7 @@
 //! Why: a caller whose connection broke cannot know whether its request was done. When it names the request with an
 //! idempotency key and asks again, it gets the answer that this table keeps, and the work is done once.
 
-use sea_orm_migration::prelude::*;
+use sea_orm::DbBackend;
 
 /// The same schema with the one type that differs as `{bytes}`: text that is compared by its bytes.
 const SCHEMA: &str = "
@@ -25,28 +25,12 @@ CREATE TABLE idempotency_keys (
 CREATE INDEX idempotency_keys_expiry ON idempotency_keys (expires_at_ms);
 ";
 
-pub(super) struct Migration;
-
-impl MigrationName for Migration {
-    fn name(&self) -> &str {
-        "m0004_idempotency"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Migration {
-    fn use_transaction(&self) -> Option<bool> {
-        Some(true)
-    }
-
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        let bytes = match manager.get_database_backend() {
-            // Differs from SQLite because nodes must insert in an order that does not depend on the locale.
-            sea_orm::DbBackend::Postgres => r#"TEXT COLLATE "C""#,
-            // Differs from PostgreSQL because text is compared by bytes anyway.
-            _ => "TEXT",
-        };
-        manager.get_connection().execute_unprepared(&SCHEMA.replace("{bytes}", bytes)).await?;
-        Ok(())
-    }
+pub(super) fn schema(backend: DbBackend) -> String {
+    let bytes = match backend {
+        // Differs from SQLite because nodes must insert in an order that does not depend on the locale.
+        DbBackend::Postgres => r#"TEXT COLLATE "C""#,
+        // Differs from PostgreSQL because text is compared by bytes anyway.
+        _ => "TEXT",
+    };
+    SCHEMA.replace("{bytes}", bytes)
 }

@@ -4,7 +4,7 @@
 //! triggers refuse every other write. There is no CHECK of the actions, since there will be more of them, and SQLite
 //! cannot change a CHECK.
 
-use sea_orm_migration::prelude::*;
+use sea_orm::DbBackend;
 
 /// `actor` is the id of a key, or `cli`. `organization` and `environment` say whose the resource is: a service key is
 /// nobody's, a master key moreover of no environment. `webhook_id` is the webhook concerned, if one is. `changed_fields`
@@ -45,28 +45,11 @@ CREATE TRIGGER audit_refuses_replacing BEFORE INSERT ON audit WHEN EXISTS (SELEC
     BEGIN SELECT RAISE(ABORT, 'the audit record is append-only'); END;
 "#;
 
-pub(super) struct Migration;
-
-impl MigrationName for Migration {
-    fn name(&self) -> &str {
-        "m0005_audit"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Migration {
-    fn use_transaction(&self) -> Option<bool> {
-        Some(true)
-    }
-
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        let (id, triggers) = match manager.get_database_backend() {
-            // Differs from SQLite because the order of ids must be that of their bytes in every locale.
-            sea_orm::DbBackend::Postgres => (r#"TEXT COLLATE "C""#, POSTGRES),
-            _ => ("TEXT", SQLITE),
-        };
-        let schema = SCHEMA.replace("{id}", id) + triggers;
-        manager.get_connection().execute_unprepared(&schema).await?;
-        Ok(())
-    }
+pub(super) fn schema(backend: DbBackend) -> String {
+    let (id, triggers) = match backend {
+        // Differs from SQLite because the order of ids must be that of their bytes in every locale.
+        DbBackend::Postgres => (r#"TEXT COLLATE "C""#, POSTGRES),
+        _ => ("TEXT", SQLITE),
+    };
+    SCHEMA.replace("{id}", id) + triggers
 }

@@ -2,7 +2,7 @@
 //! Each of them adds to a counter here in the transaction of its change; one small query several times a second reads
 //! the counters, instead of one for every webhook and key that is in use.
 
-use sea_orm_migration::prelude::*;
+use sea_orm::DbBackend;
 
 const SCHEMA: &str = "
 -- `number` counts the changes of what `name` names. Only that it differs from the one read before says something.
@@ -13,22 +13,6 @@ CREATE TABLE revisions (
 INSERT INTO revisions (name, number) VALUES ('webhooks', 1), ('keys', 1);
 ";
 
-pub(super) struct Migration;
-
-impl MigrationName for Migration {
-    fn name(&self) -> &str {
-        "m0006_revisions"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Migration {
-    fn use_transaction(&self) -> Option<bool> {
-        Some(true)
-    }
-
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared(SCHEMA).await?;
-        Ok(())
-    }
+pub(super) fn schema(_: DbBackend) -> String {
+    SCHEMA.to_owned()
 }

@@ -3,7 +3,7 @@
 //! are found by when they ended. All others ended soon after, so their ids, which begin with the time, say enough: the
 //! index holds none of them, and costs what succeeds at once nothing.
 
-use sea_orm_migration::prelude::*;
+use sea_orm::DbBackend;
 
 /// `store/retention.rs` knows how late is late.
 const SCHEMA: &str = "
@@ -15,22 +15,6 @@ CREATE INDEX deliveries_late ON deliveries (last_attempt_at_ms, webhook_id, id)
     WHERE status <> 'pending' AND last_attempt_at_ms > created_at_ms + 3600000;
 ";
 
-pub(super) struct Migration;
-
-impl MigrationName for Migration {
-    fn name(&self) -> &str {
-        "m0007_retention"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Migration {
-    fn use_transaction(&self) -> Option<bool> {
-        Some(true)
-    }
-
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared(SCHEMA).await?;
-        Ok(())
-    }
+pub(super) fn schema(_: DbBackend) -> String {
+    SCHEMA.to_owned()
 }

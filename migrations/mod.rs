@@ -1,7 +1,8 @@
 //! The schema, step by step. A step never changes once it has landed; each one says why it is there and is one
 //! transaction on both databases.
 
-use sea_orm_migration::{MigrationTrait, MigratorTrait, async_trait};
+use sea_orm::{ConnectionTrait, DbBackend, DbErr};
+use sea_orm_migration::{MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait};
 
 mod m0001_initial;
 mod m0002_hot_path;
@@ -14,17 +15,44 @@ mod m0007_retention;
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
 
+/// One of them.
+struct Step {
+    /// What a database remembers it by.
+    name: &'static str,
+    schema: fn(DbBackend) -> String,
+}
+
+impl MigrationName for Step {
+    fn name(&self) -> &str {
+        self.name
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Step {
+    fn use_transaction(&self) -> Option<bool> {
+        Some(true)
+    }
+
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let schema = (self.schema)(manager.get_database_backend());
+        manager.get_connection().execute_unprepared(&schema).await?;
+        Ok(())
+    }
+}
+
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![
-            Box::new(m0001_initial::Migration),
-            Box::new(m0002_hot_path::Migration),
-            Box::new(m0003_sealed_secrets::Migration),
-            Box::new(m0004_idempotency::Migration),
-            Box::new(m0005_audit::Migration),
-            Box::new(m0006_revisions::Migration),
-            Box::new(m0007_retention::Migration),
-        ]
+        let steps = [
+            Step { name: "m0001_initial", schema: m0001_initial::schema },
+            Step { name: "m0002_hot_path", schema: m0002_hot_path::schema },
+            Step { name: "m0003_sealed_secrets", schema: m0003_sealed_secrets::schema },
+            Step { name: "m0004_idempotency", schema: m0004_idempotency::schema },
+            Step { name: "m0005_audit", schema: m0005_audit::schema },
+            Step { name: "m0006_revisions", schema: m0006_revisions::schema },
+            Step { name: "m0007_retention", schema: m0007_retention::schema },
+        ];
+        steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }
 }
