@@ -29,6 +29,8 @@ const PIECE_BYTES: usize = 16 * 1024;
 
 /// Bytes of a body that nobody wants which are read for nothing; when there are more, the connection ends.
 const MAX_DISCARDED_BYTES: usize = 1024 * 1024;
+/// Reading for nothing takes at most this long, since the answer waits for it; what is slower ends the connection too.
+const MAX_DISCARD: Duration = Duration::from_secs(2);
 
 /// A request's body on its way in.
 pub(super) struct Receiving {
@@ -43,10 +45,7 @@ pub(super) struct Receiving {
 }
 
 /// What is left of a body that the service did not want.
-pub(super) struct Unread {
-    body: Incoming,
-    time: Duration,
-}
+pub(super) struct Unread(Incoming);
 
 impl Receiving {
     /// With where to find what is left of the body once this is dropped.
@@ -71,7 +70,7 @@ impl Receiving {
     fn give_up(&mut self) {
         let body = self.body.take().filter(|body| !http_body::Body::is_end_stream(body));
         if let Some((body, unread)) = body.zip(self.unread.take()) {
-            let _ = unread.send(Unread { body, time: self.time });
+            let _ = unread.send(Unread(body));
         }
     }
 }
@@ -87,13 +86,13 @@ impl Unread {
     pub(super) async fn discard(mut self) {
         let whole = async {
             let mut discarded = 0;
-            while let Some(Ok(frame)) = self.body.frame().await
+            while let Some(Ok(frame)) = self.0.frame().await
                 && discarded <= MAX_DISCARDED_BYTES
             {
                 discarded += frame.data_ref().map_or(0, Bytes::len);
             }
         };
-        let _ = timeout(self.time, whole).await;
+        let _ = timeout(MAX_DISCARD, whole).await;
     }
 }
 

@@ -314,8 +314,8 @@ fn options(url: &str, connections: u32) -> ConnectOptions {
                 ("idle_in_transaction_session_timeout", "5s"),
                 ("lock_timeout", "5s"),
                 ("statement_timeout", "30s"),
-                // Every statement is made for an index. PostgreSQL would plan some otherwise while tables are small or their
-                // statistics old, and keep such a plan while they grow.
+                // Every statement is made for an index. PostgreSQL would plan some otherwise while tables are small or
+                // their statistics old, and keep such a plan while they grow.
                 ("enable_seqscan", "off"),
                 ("enable_hashjoin", "off"),
                 ("enable_mergejoin", "off"),

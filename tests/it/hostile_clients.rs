@@ -337,6 +337,8 @@ async fn bodies_without_a_key() {
     let mut client = connect(&server).await;
     for (headers, body) in [
         ("expect: 100-continue\r\ncontent-length: 900000", String::new()),
+        // Announced and not sent: the answer does not wait for it as long as a good key's would.
+        ("content-length: 900000", String::new()),
         ("content-length: 900000", "x".repeat(900_000)),
     ] {
         let mut client = connect(&server).await;
