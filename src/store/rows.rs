@@ -158,7 +158,8 @@ impl Rows {
         let mut statements = Vec::with_capacity(left.div_ceil(MAX_ROWS));
         while left > 0 {
             let count = left.min(MAX_ROWS);
-            let text = on_sqlite(statement, self.columns, count.next_power_of_two());
+            let rows = table(self.columns, count.next_power_of_two());
+            let text = statement.replace("{ordered}", "").replace("{rows}", &rows);
             // Parameters beyond the values given are NULL to SQLite.
             let values: Vec<Value> = values.by_ref().take(count * width).collect();
             statements.push(Statement::from_sql_and_values(self.backend, text, values));
@@ -167,18 +168,10 @@ impl Rows {
         statements
     }
 
-    /// Adds `statement` for the rows, which are few, to a text that already takes `values`.
+    /// Adds `statement` for the rows to a text for PostgreSQL that already takes `values`.
     pub(super) fn append(self, statement: &str, text: &mut String, values: &mut Vec<Value>) {
-        if self.backend == DbBackend::Postgres {
-            text.push_str(&statement.replace("{ordered}", ORDERED).replace("{rows}", &self.arrays(values.len())));
-            values.extend(self.transposed());
-            return;
-        }
-        let count = self.len().next_power_of_two();
-        text.push_str(&on_sqlite(statement, self.columns, count));
-        let end = values.len() + count * self.columns.len();
-        values.extend(self.values);
-        values.resize(end, Value::BigInt(None));
+        text.push_str(&statement.replace("{ordered}", ORDERED).replace("{rows}", &self.arrays(values.len())));
+        values.extend(self.transposed());
     }
 
     /// One array for each column.
@@ -218,10 +211,6 @@ impl Rows {
         }
         format!("(SELECT {outs} FROM unnest({arrays}) AS given ({names})) AS rows")
     }
-}
-
-fn on_sqlite(statement: &str, columns: &[Column], count: usize) -> String {
-    statement.replace("{ordered}", "").replace("{rows}", &table(columns, count))
 }
 
 /// The rows as SQLite reads them from parameters; those that are left over begin with NULL.
