@@ -14,7 +14,7 @@ use tower::{Layer, Service};
 use crate::{
     clock,
     grpc::{self, key_refused},
-    listen::ClientCertificate,
+    listen::{ClientCertificate, Introduction},
     store::{Actor, KeyHash, KeyInfo, KeyKind, Store},
     webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant},
 };
@@ -99,7 +99,12 @@ where
             if !OPEN.iter().any(|open| request.uri().path().starts_with(open)) {
                 let certificate = request.extensions().get::<ClientCertificate>().copied();
                 match keys.principal(request.headers(), certificate).await {
-                    Ok(principal) => drop(request.extensions_mut().insert(principal)),
+                    Ok(principal) => {
+                        if let Some(introduction) = request.extensions().get::<Introduction>() {
+                            introduction.accept();
+                        }
+                        request.extensions_mut().insert(principal);
+                    }
                     Err(status) => return Ok(status.into_http()),
                 }
             }

@@ -29,6 +29,7 @@ use super::{
     ClientCertificate, Limits, Tls,
     body::{Receiving, Sending, Streams},
     peers::{Admitted, Reserved},
+    strangers::{Introduction, Strangers},
     stream::Watched,
 };
 use crate::clock;
@@ -153,6 +154,7 @@ impl Protocols {
         S::Future: Send,
     {
         let (activity, admitted) = (Arc::new(Activity::default()), Arc::new(admitted));
+        let strangers = Arc::new(Strangers::new());
         let (of_calls, body_time) = (Arc::clone(&activity), self.limits.body_time);
         let service = service_fn(move |request: Request<Incoming>| {
             let call = Call::begin(&of_calls);
@@ -164,10 +166,15 @@ impl Protocols {
             if let Some(certificate) = origin.certificate {
                 request.extensions_mut().insert(certificate);
             }
-            let mut service = service.clone();
+            let introduction = Introduction::default();
+            request.extensions_mut().insert(introduction.clone());
+            let (mut service, strangers) = (service.clone(), Arc::clone(&strangers));
             async move {
                 std::future::poll_fn(|context| service.poll_ready(context)).await?;
                 let response = service.call(request).await?;
+                if !introduction.is_accepted() {
+                    strangers.turn().await;
+                }
                 if let Ok(unread) = unread.try_recv() {
                     unread.discard().await;
                 }

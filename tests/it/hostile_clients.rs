@@ -140,6 +140,34 @@ async fn ten_thousand_streams_on_one_connection() {
     assert_serves(server).await;
 }
 
+/// Over both protocols an answer to a call without a key waits for its turn, and one to a call with a key does not.
+#[tokio::test]
+async fn calls_without_a_key_wait_for_each_other() {
+    let (server, _database) = server(Limits::default()).await;
+    let started = clock::stopwatch();
+    let mut client = connect(&server).await;
+    for path in ["/nowhere", "/v1/webhooks"].repeat(50) {
+        client.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
+        assert!([404, 401].contains(&response(&mut client).await.0));
+    }
+    assert!(started.elapsed() >= Duration::from_millis(900), "50 at once and 50 a second: {:?}", started.elapsed());
+
+    let mut client = connect(&server).await;
+    let call = |index, key| frame(HEADERS, END_HEADERS | END_STREAM, stream(index), &get("/v1/webhooks", key));
+    let strangers: Vec<u8> = (0..99).flat_map(|index| call(index, "")).collect();
+    client.write_all(&[opening(None), strangers, call(99, &server.key)].concat()).await.unwrap();
+    let mut answered = Vec::new();
+    while answered.len() < 100 {
+        let (kind, _, id, _) = read_frame(&mut client).await.expect("an answer");
+        if kind == HEADERS {
+            answered.push(id);
+        }
+    }
+    let place = answered.iter().position(|id| *id == stream(99)).unwrap();
+    assert!(place < 90, "who has a key waits for nobody: {place} of 100");
+    assert_serves(server).await;
+}
+
 #[tokio::test]
 async fn heads_that_do_not_end() {
     let (server, _database) = server(Limits { head_time: SHORT, ..Limits::default() }).await;
@@ -206,10 +234,11 @@ async fn bodies_that_do_not_end() {
 #[tokio::test]
 async fn clients_that_never_read() {
     let (server, _database) = server(Limits { write_time: SHORT, ..Limits::default() }).await;
-    // HTTP/1.1: requests in one go, until the server cannot answer any more.
+    // HTTP/1.1: requests in one go, until the server cannot answer any more. With a key, so that no answer waits.
     let client = connect(&server).await;
     let (read, mut write) = client.into_split();
-    let requests = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n".repeat(1_000);
+    let request = format!("GET /v1/webhooks HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\n\r\n", server.key);
+    let requests = request.repeat(1_000).into_bytes();
     let ended = soon("the end of the connection", async { while write.write_all(&requests).await.is_ok() {} });
     ended.await;
     drop(read);
