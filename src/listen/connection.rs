@@ -5,7 +5,7 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -39,7 +39,7 @@ const MAX_HEAD_BYTES: u32 = 16 * 1024;
 /// Headers of a request over HTTP/1.1; more are a 431. Over HTTP/2 their bytes bound them.
 const MAX_HEADERS: usize = 100;
 /// Calls at a time on one HTTP/2 connection; one more is refused.
-const MAX_STREAMS: u32 = 100;
+pub(super) const MAX_STREAMS: u32 = 100;
 /// Streams that a peer may reset before they are looked at; one more ends the connection (rapid reset, CVE-2023-44487).
 const MAX_PENDING_RESETS: usize = 20;
 /// Streams that are refused or reset for an error of the peer; one more ends the connection (CVE-2024-2758 and its kin).
@@ -70,8 +70,8 @@ struct Origin {
 
 /// What goes on on a connection.
 #[derive(Default)]
-struct Activity {
-    under_way: AtomicUsize,
+pub(super) struct Activity {
+    under_way: AtomicU32,
     /// Calls begun and calls ended.
     changes: AtomicU64,
 }
@@ -79,8 +79,14 @@ struct Activity {
 /// A call that is under way until this is dropped.
 pub(super) struct Call(Arc<Activity>);
 
+impl Activity {
+    pub(super) fn under_way(&self) -> u32 {
+        self.under_way.load(Ordering::Relaxed)
+    }
+}
+
 impl Call {
-    fn begin(activity: &Arc<Activity>) -> Self {
+    pub(super) fn begin(activity: &Arc<Activity>) -> Self {
         activity.under_way.fetch_add(1, Ordering::Relaxed);
         activity.changes.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(activity))
@@ -155,6 +161,7 @@ impl Protocols {
     {
         let (activity, admitted) = (Arc::new(Activity::default()), Arc::new(admitted));
         let strangers = Arc::new(Strangers::new());
+        let stream = Watched::new(stream, Arc::clone(&activity), Arc::clone(&strangers), self.limits.write_time);
         let (of_calls, body_time) = (Arc::clone(&activity), self.limits.body_time);
         let service = service_fn(move |request: Request<Incoming>| {
             let call = Call::begin(&of_calls);
@@ -166,7 +173,7 @@ impl Protocols {
             if let Some(certificate) = origin.certificate {
                 request.extensions_mut().insert(certificate);
             }
-            let introduction = Introduction::default();
+            let introduction = Introduction::new(&strangers);
             request.extensions_mut().insert(introduction.clone());
             let (mut service, strangers) = (service.clone(), Arc::clone(&strangers));
             async move {
@@ -183,8 +190,7 @@ impl Protocols {
                 Ok::<_, Infallible>(response.map(|body| Sending::new(body, call)))
             }
         });
-        let stream = TokioIo::new(Watched::new(stream, self.limits.write_time));
-        let connection = pin!(self.builder.serve_connection(stream, service));
+        let connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));
         self.to_its_end(connection, &activity, &shutdown).await;
     }
 
@@ -216,7 +222,7 @@ impl Protocols {
                 }
                 () = &mut look => {
                     let changes = activity.changes.load(Ordering::Relaxed);
-                    let nothing = activity.under_way.load(Ordering::Relaxed) == 0;
+                    let nothing = activity.under_way() == 0;
                     if nothing && (closing || changes == 0) {
                         return;
                     }

@@ -1,8 +1,9 @@
 //! Counts frames of HTTP/2 that carry no request: the protocol lets a peer send as many as it likes, and each costs work
 //! (CVE-2019-9512, 9513, 9515). What carries a request is bounded by hyper and h2.
 //!
-//! Two kinds have a use that grows with what goes on: windows are opened for what was sent, and streams reset that were
-//! begun. Those count only beyond that.
+//! Three kinds have a use that grows with what goes on: windows are opened for what was sent, clients that estimate how
+//! much is under way send a PING for it (gRPC's in Go, Java and C do), and streams are reset that were begun. Those count
+//! only beyond that.
 
 use std::time::{Duration, Instant};
 
@@ -12,9 +13,12 @@ use crate::clock;
 pub(super) const MAX_IDLE_FRAMES: u32 = 1_000;
 /// … within this time. An honest peer sends a ping now and then, and its settings once.
 const WITHIN: Duration = Duration::from_secs(10);
-/// Bytes that were sent to the peer for each frame of it that opens a window and does not count. Clients open two windows
-/// after some KiB; even one that does so for every short message of a stream has got more than this for each.
-const BYTES_PER_WINDOW_UPDATE: u64 = 64;
+/// More than so many in that time cost the peer a pause each.
+const MANY_IDLE_FRAMES: u32 = 100;
+/// Bytes that were sent to the peer for each PING, and for each frame that opens a window, which does not count. Clients
+/// send one PING at most for an answer, and open two windows after some KiB; even one that does so for every short message
+/// of a stream has got more than this for each. An answer to a PING has far less.
+const BYTES_PER_FRAME: u64 = 64;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const HEAD_BYTES: usize = 9;
@@ -23,6 +27,7 @@ const HEAD_BYTES: usize = 9;
 const DATA: u8 = 0x0;
 const HEADERS: u8 = 0x1;
 const RST_STREAM: u8 = 0x3;
+const PING: u8 = 0x6;
 const WINDOW_UPDATE: u8 = 0x8;
 const CONTINUATION: u8 = 0x9;
 
@@ -32,10 +37,16 @@ pub(super) struct Frames {
     /// Frames that count, since then.
     count: u32,
     since: Instant,
-    /// Bytes sent, less those that windows were opened for.
+    /// Bytes sent, less those for which a frame did not count.
     sent: u64,
     /// Streams begun and not reset.
     begun: u64,
+    /// Streams begun since that was asked last.
+    new: u32,
+    /// Frames that were too many since that was asked last.
+    excess: u32,
+    /// Bytes of bodies.
+    data: u64,
 }
 
 enum State {
@@ -51,12 +62,36 @@ enum State {
 
 impl Frames {
     pub(super) fn new() -> Self {
-        Self { state: State::Preface(0), count: 0, since: clock::stopwatch(), sent: 0, begun: 0 }
+        Self {
+            state: State::Preface(0),
+            count: 0,
+            since: clock::stopwatch(),
+            sent: 0,
+            begun: 0,
+            new: 0,
+            excess: 0,
+            data: 0,
+        }
     }
 
     /// Notes what was sent to the peer.
     pub(super) fn wrote(&mut self, bytes: usize) {
         self.sent = self.sent.saturating_add(bytes as u64);
+    }
+
+    /// How many streams were begun since this was asked last.
+    pub(super) fn new_streams(&mut self) -> u32 {
+        std::mem::take(&mut self.new)
+    }
+
+    /// How many of the frames since this was asked last were too many, but not yet so many that it must end.
+    pub(super) fn excess(&mut self) -> u32 {
+        std::mem::take(&mut self.excess)
+    }
+
+    /// Bytes of bodies that have come in all.
+    pub(super) fn body_bytes(&self) -> u64 {
+        self.data
     }
 
     /// Reads on; whether the peer is still within its bounds.
@@ -90,6 +125,7 @@ impl Frames {
                     if *come == HEAD_BYTES {
                         let [high, middle, low, kind, ..] = *head;
                         let length = u32::from_be_bytes([0, high, middle, low]) as usize;
+                        self.data += if kind == DATA { length as u64 } else { 0 };
                         self.state = if length == 0 { State::Head([0; HEAD_BYTES], 0) } else { State::Payload(length) };
                         if !self.is_of_use(kind) && !self.one_more() {
                             return false;
@@ -107,23 +143,23 @@ impl Frames {
             DATA | CONTINUATION => true,
             HEADERS => {
                 self.begun += 1;
+                self.new = self.new.saturating_add(1);
                 true
             }
             RST_STREAM => take(&mut self.begun, 1),
-            WINDOW_UPDATE => take(&mut self.sent, BYTES_PER_WINDOW_UPDATE),
+            PING | WINDOW_UPDATE => take(&mut self.sent, BYTES_PER_FRAME),
             _ => false,
         }
     }
 
     fn one_more(&mut self) -> bool {
-        self.count += 1;
-        if self.count <= MAX_IDLE_FRAMES {
-            return true;
+        // The clock of those who are in order is looked at once in a while.
+        if self.count >= MANY_IDLE_FRAMES && self.since.elapsed() >= WITHIN {
+            (self.count, self.since) = (0, clock::stopwatch());
         }
-        // The clock is asked once in a thousand frames.
-        let flood = self.since.elapsed() < WITHIN;
-        (self.count, self.since) = (0, clock::stopwatch());
-        !flood
+        self.count += 1;
+        self.excess += u32::from(self.count > MANY_IDLE_FRAMES);
+        self.count <= MAX_IDLE_FRAMES
     }
 }
 
@@ -155,21 +191,26 @@ mod tests {
             let mut frames = Frames::new();
             let fine = [frame(DATA, 300), frame(HEADERS, 5), frame(CONTINUATION, 4), frame(RST_STREAM, 4)].concat();
             assert!(passes(&mut frames, &[PREFACE, &fine.repeat(2_000)].concat(), step));
-            assert!(passes(&mut frames, &frame(0x6, 8).repeat(MAX_IDLE_FRAMES as usize), step));
+            assert!(passes(&mut frames, &frame(PING, 8).repeat(MANY_IDLE_FRAMES as usize), step));
+            assert_eq!(frames.excess(), 0);
+            let too_many = MAX_IDLE_FRAMES - MANY_IDLE_FRAMES;
+            assert!(passes(&mut frames, &frame(PING, 8).repeat(too_many as usize), step));
+            assert_eq!((frames.excess(), frames.excess()), (too_many, 0));
             assert!(!passes(&mut frames, &frame(0x4, 0), step), "the frame after the last one");
         }
     }
 
     #[test]
-    fn windows_and_resets_count_beyond_their_use() {
+    fn some_count_beyond_their_use() {
         let most = MAX_IDLE_FRAMES as usize;
-        for (kind, useful) in [(WINDOW_UPDATE, 5_000), (RST_STREAM, 5_000), (WINDOW_UPDATE, 0), (RST_STREAM, 0)] {
+        for (kind, useful) in [WINDOW_UPDATE, PING, RST_STREAM].into_iter().flat_map(|kind| [(kind, 5_000), (kind, 0)])
+        {
             let mut frames = Frames::new();
             assert!(frames.read(PREFACE));
             if kind == RST_STREAM {
                 assert!(frames.read(&frame(HEADERS, 1).repeat(useful)));
             } else {
-                frames.wrote(useful * 64);
+                frames.wrote(useful * usize::try_from(BYTES_PER_FRAME).unwrap());
             }
             assert!(frames.read(&frame(kind, 4).repeat(useful + most)), "{kind} {useful}");
             assert!(!frames.read(&frame(kind, 4)), "{kind} {useful}");

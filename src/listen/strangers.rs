@@ -23,27 +23,47 @@ const INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Strangers {
     /// When they have their whole allowance again (GCRA, as in `webhook::RateLimit`, but a call too many is not refused).
     full_at: Mutex<Instant>,
+    /// There was a call with an accepted key.
+    known: AtomicBool,
 }
 
 /// Whether a call came with an accepted key; among the extensions of a request, for whoever judges keys.
-#[derive(Debug, Clone, Default)]
-pub struct Introduction(Arc<AtomicBool>);
+#[derive(Clone)]
+pub struct Introduction(Arc<Introduced>);
+
+struct Introduced {
+    accepted: AtomicBool,
+    to: Arc<Strangers>,
+}
 
 impl Introduction {
     /// The key was accepted.
     pub fn accept(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.accepted.store(true, Ordering::Relaxed);
+        // Seldom written: all calls of a connection look at it.
+        if !self.0.to.know_somebody() {
+            self.0.to.known.store(true, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn new(to: &Arc<Strangers>) -> Self {
+        Self(Arc::new(Introduced { accepted: AtomicBool::new(false), to: Arc::clone(to) }))
     }
 
     /// Whether it was.
     pub(super) fn is_accepted(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.accepted.load(Ordering::Relaxed)
     }
 }
 
 impl Strangers {
     pub(super) fn new() -> Self {
-        Self { full_at: Mutex::new(clock::stopwatch()) }
+        Self { full_at: Mutex::new(clock::stopwatch()), known: AtomicBool::new(false) }
+    }
+
+    /// Whether there was a call with an accepted key on the connection.
+    pub(super) fn know_somebody(&self) -> bool {
+        self.known.load(Ordering::Relaxed)
     }
 
     /// Counts a call, and waits until its answer may go.
