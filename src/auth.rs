@@ -14,7 +14,7 @@ use tower::{Layer, Service};
 use crate::{
     clock,
     grpc::{self, key_refused},
-    listen::{ClientCertificate, Introduction},
+    listen::{Caller, ClientCertificate},
     store::{Actor, KeyHash, KeyInfo, KeyKind, Store},
     webhook::{Environment, MAX_ORGANIZATION_BYTES, Tenant},
 };
@@ -100,8 +100,8 @@ where
                 let certificate = request.extensions().get::<ClientCertificate>().copied();
                 match keys.principal(request.headers(), certificate).await {
                     Ok(principal) => {
-                        if let Some(introduction) = request.extensions().get::<Introduction>() {
-                            introduction.accept();
+                        if let Some(caller) = request.extensions().get::<Caller>() {
+                            caller.accept();
                         }
                         request.extensions_mut().insert(principal);
                     }

@@ -5,12 +5,12 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -26,10 +26,9 @@ use tonic::{body::Body, transport::server::TcpConnectInfo};
 use tower::Service;
 
 use super::{
-    ClientCertificate, Limits, Tls,
+    Caller, ClientCertificate, Limits, Tls,
     body::{Receiving, Sending, Streams},
     peers::{Admitted, Reserved},
-    strangers::{Introduction, Strangers},
     stream::Watched,
 };
 use crate::clock;
@@ -39,7 +38,7 @@ const MAX_HEAD_BYTES: u32 = 16 * 1024;
 /// Headers of a request over HTTP/1.1; more are a 431. Over HTTP/2 their bytes bound them.
 const MAX_HEADERS: usize = 100;
 /// Calls at a time on one HTTP/2 connection; one more is refused.
-pub(super) const MAX_STREAMS: u32 = 100;
+const MAX_STREAMS: u32 = 100;
 /// Streams that a peer may reset before they are looked at; one more ends the connection (rapid reset, CVE-2023-44487).
 const MAX_PENDING_RESETS: usize = 20;
 /// Streams that are refused or reset for an error of the peer; one more ends the connection (CVE-2024-2758 and its kin).
@@ -70,8 +69,8 @@ struct Origin {
 
 /// What goes on on a connection.
 #[derive(Default)]
-pub(super) struct Activity {
-    under_way: AtomicU32,
+struct Activity {
+    under_way: AtomicUsize,
     /// Calls begun and calls ended.
     changes: AtomicU64,
 }
@@ -79,14 +78,8 @@ pub(super) struct Activity {
 /// A call that is under way until this is dropped.
 pub(super) struct Call(Arc<Activity>);
 
-impl Activity {
-    pub(super) fn under_way(&self) -> u32 {
-        self.under_way.load(Ordering::Relaxed)
-    }
-}
-
 impl Call {
-    pub(super) fn begin(activity: &Arc<Activity>) -> Self {
+    fn begin(activity: &Arc<Activity>) -> Self {
         activity.under_way.fetch_add(1, Ordering::Relaxed);
         activity.changes.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(activity))
@@ -160,28 +153,27 @@ impl Protocols {
         S::Future: Send,
     {
         let (activity, admitted) = (Arc::new(Activity::default()), Arc::new(admitted));
-        let strangers = Arc::new(Strangers::new());
-        let stream = Watched::new(stream, Arc::clone(&activity), Arc::clone(&strangers), self.limits.write_time);
+        let caller = Caller::default();
+        let stream = Watched::new(stream, caller.clone(), self.limits.write_time);
         let (of_calls, body_time) = (Arc::clone(&activity), self.limits.body_time);
         let service = service_fn(move |request: Request<Incoming>| {
             let call = Call::begin(&of_calls);
+            if request.version() < Version::HTTP_2 {
+                caller.called();
+            }
             let reserved = Arc::new(Reserved::new(Arc::clone(&admitted)));
             let held = Arc::clone(&reserved);
             let (request, mut unread) = Receiving::new(request, held, body_time);
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(origin.addresses.clone());
+            request.extensions_mut().insert(caller.clone());
             if let Some(certificate) = origin.certificate {
                 request.extensions_mut().insert(certificate);
             }
-            let introduction = Introduction::new(&strangers);
-            request.extensions_mut().insert(introduction.clone());
-            let (mut service, strangers) = (service.clone(), Arc::clone(&strangers));
+            let mut service = service.clone();
             async move {
                 std::future::poll_fn(|context| service.poll_ready(context)).await?;
                 let response = service.call(request).await?;
-                if !introduction.is_accepted() {
-                    strangers.turn().await;
-                }
                 if let Ok(unread) = unread.try_recv() {
                     unread.discard().await;
                 }
@@ -222,7 +214,7 @@ impl Protocols {
                 }
                 () = &mut look => {
                     let changes = activity.changes.load(Ordering::Relaxed);
-                    let nothing = activity.under_way() == 0;
+                    let nothing = activity.under_way.load(Ordering::Relaxed) == 0;
                     if nothing && (closing || changes == 0) {
                         return;
                     }

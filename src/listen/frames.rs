@@ -13,12 +13,14 @@ use crate::clock;
 pub(super) const MAX_IDLE_FRAMES: u32 = 1_000;
 /// … within this time. An honest peer sends a ping now and then, and its settings once.
 const WITHIN: Duration = Duration::from_secs(10);
-/// More than so many in that time cost the peer a pause each.
-const MANY_IDLE_FRAMES: u32 = 100;
 /// Bytes that were sent to the peer for each PING, and for each frame that opens a window, which does not count. Clients
 /// send one PING at most for an answer, and open two windows after some KiB; even one that does so for every short message
 /// of a stream has got more than this for each. An answer to a PING has far less.
 const BYTES_PER_FRAME: u64 = 64;
+/// What a connection has saved up: bytes sent, …
+const MAX_SENT: u64 = 16 * 1024 * 1024;
+/// … and streams begun.
+const MAX_BEGUN: u64 = 1_000;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const HEAD_BYTES: usize = 9;
@@ -41,12 +43,8 @@ pub(super) struct Frames {
     sent: u64,
     /// Streams begun and not reset.
     begun: u64,
-    /// Streams begun since that was asked last.
+    /// Streams begun, and frames that count, since that was asked last.
     new: u32,
-    /// Frames that were too many since that was asked last.
-    excess: u32,
-    /// Bytes of bodies.
-    data: u64,
 }
 
 enum State {
@@ -62,36 +60,17 @@ enum State {
 
 impl Frames {
     pub(super) fn new() -> Self {
-        Self {
-            state: State::Preface(0),
-            count: 0,
-            since: clock::stopwatch(),
-            sent: 0,
-            begun: 0,
-            new: 0,
-            excess: 0,
-            data: 0,
-        }
+        Self { state: State::Preface(0), count: 0, since: clock::stopwatch(), sent: 0, begun: 0, new: 0 }
     }
 
     /// Notes what was sent to the peer.
     pub(super) fn wrote(&mut self, bytes: usize) {
-        self.sent = self.sent.saturating_add(bytes as u64);
+        self.sent = self.sent.saturating_add(bytes as u64).min(MAX_SENT);
     }
 
-    /// How many streams were begun since this was asked last.
-    pub(super) fn new_streams(&mut self) -> u32 {
+    /// How many streams were begun, and frames came that count, since this was asked last.
+    pub(super) fn new_ones(&mut self) -> u32 {
         std::mem::take(&mut self.new)
-    }
-
-    /// How many of the frames since this was asked last were too many, but not yet so many that it must end.
-    pub(super) fn excess(&mut self) -> u32 {
-        std::mem::take(&mut self.excess)
-    }
-
-    /// Bytes of bodies that have come in all.
-    pub(super) fn body_bytes(&self) -> u64 {
-        self.data
     }
 
     /// Reads on; whether the peer is still within its bounds.
@@ -125,7 +104,6 @@ impl Frames {
                     if *come == HEAD_BYTES {
                         let [high, middle, low, kind, ..] = *head;
                         let length = u32::from_be_bytes([0, high, middle, low]) as usize;
-                        self.data += if kind == DATA { length as u64 } else { 0 };
                         self.state = if length == 0 { State::Head([0; HEAD_BYTES], 0) } else { State::Payload(length) };
                         if !self.is_of_use(kind) && !self.one_more() {
                             return false;
@@ -142,8 +120,8 @@ impl Frames {
         match kind {
             DATA | CONTINUATION => true,
             HEADERS => {
-                self.begun += 1;
-                self.new = self.new.saturating_add(1);
+                self.begun = (self.begun + 1).min(MAX_BEGUN);
+                self.new += 1;
                 true
             }
             RST_STREAM => take(&mut self.begun, 1),
@@ -153,13 +131,15 @@ impl Frames {
     }
 
     fn one_more(&mut self) -> bool {
-        // The clock of those who are in order is looked at once in a while.
-        if self.count >= MANY_IDLE_FRAMES && self.since.elapsed() >= WITHIN {
-            (self.count, self.since) = (0, clock::stopwatch());
-        }
         self.count += 1;
-        self.excess += u32::from(self.count > MANY_IDLE_FRAMES);
-        self.count <= MAX_IDLE_FRAMES
+        self.new += 1;
+        if self.count <= MAX_IDLE_FRAMES {
+            return true;
+        }
+        // The clock is asked once in a thousand frames.
+        let flood = self.since.elapsed() < WITHIN;
+        (self.count, self.since) = (0, clock::stopwatch());
+        !flood
     }
 }
 
@@ -191,11 +171,7 @@ mod tests {
             let mut frames = Frames::new();
             let fine = [frame(DATA, 300), frame(HEADERS, 5), frame(CONTINUATION, 4), frame(RST_STREAM, 4)].concat();
             assert!(passes(&mut frames, &[PREFACE, &fine.repeat(2_000)].concat(), step));
-            assert!(passes(&mut frames, &frame(PING, 8).repeat(MANY_IDLE_FRAMES as usize), step));
-            assert_eq!(frames.excess(), 0);
-            let too_many = MAX_IDLE_FRAMES - MANY_IDLE_FRAMES;
-            assert!(passes(&mut frames, &frame(PING, 8).repeat(too_many as usize), step));
-            assert_eq!((frames.excess(), frames.excess()), (too_many, 0));
+            assert!(passes(&mut frames, &frame(0x6, 8).repeat(MAX_IDLE_FRAMES as usize), step));
             assert!(!passes(&mut frames, &frame(0x4, 0), step), "the frame after the last one");
         }
     }
@@ -203,7 +179,7 @@ mod tests {
     #[test]
     fn some_count_beyond_their_use() {
         let most = MAX_IDLE_FRAMES as usize;
-        for (kind, useful) in [WINDOW_UPDATE, PING, RST_STREAM].into_iter().flat_map(|kind| [(kind, 5_000), (kind, 0)])
+        for (kind, useful) in [WINDOW_UPDATE, PING, RST_STREAM].into_iter().flat_map(|kind| [(kind, 1_000), (kind, 0)])
         {
             let mut frames = Frames::new();
             assert!(frames.read(PREFACE));
@@ -212,7 +188,9 @@ mod tests {
             } else {
                 frames.wrote(useful * usize::try_from(BYTES_PER_FRAME).unwrap());
             }
+            frames.new_ones();
             assert!(frames.read(&frame(kind, 4).repeat(useful + most)), "{kind} {useful}");
+            assert_eq!(frames.new_ones(), MAX_IDLE_FRAMES, "{kind} {useful}");
             assert!(!frames.read(&frame(kind, 4)), "{kind} {useful}");
         }
     }

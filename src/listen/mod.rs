@@ -1,16 +1,15 @@
 //! The way from a socket to the service: connections, their limits, and their end.
 //!
 //! tonic's own server hides settings of hyper that a public port needs, so the loop is here. One connection's way:
-//! `peers` admits it → `tls` makes it private → `stream` watches its bytes → `connection` speaks HTTP/1.1 or HTTP/2 and
-//! ends it in time → `body` bounds what comes in and what goes out; `strangers` lets the answers wait that too many calls
-//! without a key ask for. Every limit is in [`Limits`], or a constant beside the code that keeps it; `docs/architecture.md`
-//! has them in one table.
+//! `peers` admits it → `tls` makes it private → `stream` watches its bytes, as fast as `caller` lets them come →
+//! `connection` speaks HTTP/1.1 or HTTP/2 and ends it in time → `body` bounds what comes in and what goes out. Every limit
+//! is in [`Limits`], or a constant beside the code that keeps it; the README has them in one table.
 
 mod body;
+mod caller;
 mod connection;
 mod frames;
 mod peers;
-mod strangers;
 mod stream;
 mod tls;
 
@@ -25,11 +24,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::Service;
 
-use self::{connection::Protocols, peers::Peers};
 pub use self::{
-    strangers::Introduction,
+    caller::Caller,
     tls::{ClientCertificate, Tls, TlsError, TlsFiles},
 };
+use self::{connection::Protocols, peers::Peers};
 use crate::clock;
 
 /// What connections may take, and for how long.

@@ -11,7 +11,7 @@ use rustls::{
     RootCertStore, ServerConfig,
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::WebPkiClientVerifier,
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
 use tokio::{io::AsyncRead, io::AsyncWrite};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -189,6 +189,12 @@ impl Contents {
         };
         let mut config = builder.with_single_cert(chain, key).map_err(|error| unusable(error.to_string()))?;
         config.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).to_vec();
+        if self.client_authorities.is_some() {
+            // rustls takes the certificate of a resumed session from the one before, without verifying it again: one that
+            // has expired since, or whose authority was replaced, would go on opening the door.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+        }
         Ok(config)
     }
 }

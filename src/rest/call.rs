@@ -2,7 +2,7 @@
 
 use bytes::{Buf, Bytes};
 use futures_util::stream;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version, header};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::sync::oneshot;
@@ -41,10 +41,19 @@ const LEFT_OUT: [HeaderName; 13] = [
 
 /// The request for the service inside, with the caller's headers and extensions.
 pub(super) fn request(route: &Route, parts: http::request::Parts, body: Body) -> Request<Body> {
+    request_for(route.uri.clone(), parts, body)
+}
+
+/// A request that the service inside has no call for.
+pub(super) fn no_such(parts: http::request::Parts) -> Request<Body> {
+    request_for(Uri::default(), parts, Body::empty())
+}
+
+fn request_for(uri: Uri, parts: http::request::Parts, body: Body) -> Request<Body> {
     let mut request = Request::new(body);
     *request.method_mut() = Method::POST;
     *request.version_mut() = Version::HTTP_2;
-    *request.uri_mut() = route.uri.clone();
+    *request.uri_mut() = uri;
     *request.extensions_mut() = parts.extensions;
     *request.headers_mut() = parts.headers;
     let headers = request.headers_mut();

@@ -85,7 +85,7 @@ impl Failure {
     }
 
     pub(super) fn with_headers(mut self, headers: HeaderMap) -> Self {
-        self.headers = Some(Box::new(headers));
+        self.headers.get_or_insert_default().extend(headers);
         self
     }
 

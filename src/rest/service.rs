@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use tonic::body::Body;
 use tower::{Service, ServiceExt};
 
@@ -79,11 +79,35 @@ where
         let plan = Arc::clone(&self.plan);
         match plan.routes.find(request.method(), request.uri().path()) {
             Found::Route(route, bound) => self.call_inner(route, bound, request, request_id).await,
-            Found::OtherMethods(methods) if request.method() == Method::OPTIONS => Ok(Ok(options(&methods))),
-            Found::OtherMethods(methods) => Err(Failure::method_not_allowed(&methods.join(", "))),
-            Found::BadPath => Err(Failure::new("INVALID_PARAMETER", "the path has a broken escape")),
+            Found::OtherMethods(methods) if request.method() == Method::OPTIONS => {
+                let mut response = options(&methods);
+                response.headers_mut().extend(self.allowance(request).await);
+                Ok(Ok(response))
+            }
+            Found::OtherMethods(methods) => {
+                let failure = Failure::method_not_allowed(&methods.join(", "));
+                Err(failure.with_headers(self.allowance(request).await))
+            }
+            Found::BadPath => {
+                let failure = Failure::new("INVALID_PARAMETER", "the path has a broken escape");
+                Err(failure.with_headers(self.allowance(request).await))
+            }
             Found::Unknown if is_grpc(&request) => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "gRPC needs HTTP/2")),
-            Found::Unknown => Err(Failure::new("NOT_FOUND", "no such path")),
+            Found::Unknown => {
+                Err(Failure::new("NOT_FOUND", "no such path").with_headers(self.allowance(request).await))
+            }
+        }
+    }
+
+    /// What the service inside says of every call with a key, also of one that there is not: how many more it may make.
+    async fn allowance(self, request: Request<Body>) -> HeaderMap {
+        if !request.headers().contains_key(header::AUTHORIZATION) {
+            return HeaderMap::new();
+        }
+        let (parts, _) = request.into_parts();
+        match self.inner.oneshot(call::no_such(parts)).await {
+            Ok(response) => answer::passed_on(response.into_parts().0.headers),
+            Err(_) => HeaderMap::new(),
         }
     }
 

@@ -45,15 +45,7 @@ impl Store {
     /// What is known of a key; none when there is no such key.
     pub async fn find_key(&self, hash: KeyHash) -> Result<Option<Arc<KeyInfo>>, Error> {
         let answer = self.ask_for_key(hash);
-        let answered = answer.clone().await;
-        // Only keys that exist are remembered: those that callers make up are without number.
-        if !matches!(answered, Ok(Some(_))) {
-            let mut known = self.0.known_keys.lock();
-            if known.get(&hash).is_some_and(|(_, remembered)| remembered.ptr_eq(&answer)) {
-                known.remove(&hash);
-            }
-        }
-        answered
+        answer.await
     }
 
     /// The answer that is known or on its way, or a new question. It is put in its place before it is asked, so that what
@@ -68,17 +60,29 @@ impl Store {
         if known.len() >= MAX_KEYS {
             known.clear();
         }
-        // A task of its own: callers who leave in the middle must not leave a connection with a question half asked.
+        // A task of its own: callers who leave in the middle must not leave a connection with a question half asked, nor
+        // what should be forgotten.
         let asked_at = clock::stopwatch();
-        let asking = tokio::spawn(read_key(self.0.read.clone(), hash));
+        let store = self.clone();
+        let asking = tokio::spawn(async move {
+            let answered = read_key(&store.0.read, hash).await;
+            // Only keys that exist are remembered: those that callers make up are without number.
+            if !matches!(answered, Ok(Some(_))) {
+                let mut known = store.0.known_keys.lock();
+                if known.get(&hash).is_some_and(|(since, _)| *since == asked_at) {
+                    known.remove(&hash);
+                }
+            }
+            answered
+        });
         let answer = asking.map(|ended| ended.unwrap_or(Err(Error::Closed))).boxed().shared();
         known.insert(hash, (asked_at, answer.clone()));
         answer
     }
 }
 
-async fn read_key(database: DatabaseConnection, hash: KeyHash) -> Result<Option<Arc<KeyInfo>>, Error> {
-    let row = Entity::find().filter(Column::Hash.eq(hash.to_string())).one(&database).await?;
+async fn read_key(database: &DatabaseConnection, hash: KeyHash) -> Result<Option<Arc<KeyInfo>>, Error> {
+    let row = Entity::find().filter(Column::Hash.eq(hash.to_string())).one(database).await?;
     Ok(row.map(info).transpose()?.map(Arc::new))
 }
 

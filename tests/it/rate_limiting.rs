@@ -64,6 +64,28 @@ async fn an_organisation_has_so_many_calls() {
     server.stop().await;
 }
 
+/// Also what there is not: a caller that has a bug uses up its allowance as any other, and sees it.
+#[tokio::test]
+async fn paths_that_there_are_not_count() {
+    let (server, _database) = server(4).await;
+    for (method, path, status, remaining) in [
+        (Method::GET, "/v1/nowhere", 404, 3),
+        (Method::PUT, "/v1/webhooks", 405, 2),
+        (Method::GET, "/v1/webhooks/%zz", 400, 1),
+        (Method::OPTIONS, "/v1/webhooks", 204, 0),
+        (Method::GET, "/v1/nowhere", 404, 0),
+    ] {
+        let answer = server.send(server.anonymous(method, path).bearer_auth(&server.key)).await;
+        assert_eq!((answer.status, left(&answer.headers)), (status, (4, remaining)), "{path}");
+        assert_eq!(answer.headers.contains_key("allow"), [204, 405].contains(&status), "{path}");
+    }
+    for key in ["", "sk_test_nobody"] {
+        let answer = server.send(server.anonymous(Method::GET, "/v1/nowhere").bearer_auth(key)).await;
+        assert_eq!(answer.status, 404);
+    }
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn nobody_uses_up_what_is_another_s() {
     let (mut server, _database) = server(1).await;

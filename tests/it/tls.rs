@@ -20,7 +20,7 @@ use tokio::{
 use tokio_rustls::{
     TlsConnector,
     rustls::{
-        ClientConfig, RootCertStore,
+        ClientConfig, HandshakeKind, RootCertStore,
         crypto::ring,
         pki_types::{CertificateDer, ServerName, pem::PemObject},
     },
@@ -90,6 +90,11 @@ impl Authority {
         server: &TestServer,
         protocols: &[&[u8]],
     ) -> std::io::Result<(tokio_rustls::client::TlsStream<TcpStream>, CertificateDer<'static>)> {
+        Self::connect_as(server, self.client(protocols)).await
+    }
+
+    /// What a client trusts, and remembers of earlier connections.
+    fn client(&self, protocols: &[&[u8]]) -> Arc<ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(self.pem.as_bytes()).unwrap()).unwrap();
         let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -98,9 +103,16 @@ impl Authority {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        Arc::new(config)
+    }
+
+    async fn connect_as(
+        server: &TestServer,
+        config: Arc<ClientConfig>,
+    ) -> std::io::Result<(tokio_rustls::client::TlsStream<TcpStream>, CertificateDer<'static>)> {
         let stream = TcpStream::connect(server.address).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
-        let stream = soon("a handshake", TlsConnector::from(Arc::new(config)).connect(name, stream)).await?;
+        let stream = soon("a handshake", TlsConnector::from(config).connect(name, stream)).await?;
         let shown = stream.get_ref().1.peer_certificates().unwrap()[0].clone().into_owned();
         Ok((stream, shown))
     }
@@ -222,6 +234,29 @@ async fn service_keys_need_a_certificate_where_it_is_asked_for() {
     let serving = Some(clients.certificate(ExtendedKeyUsagePurpose::ServerAuth, false));
     assert!(list(&service, serving).await.is_err(), "a certificate for another purpose");
     server.stop().await;
+}
+
+/// A session that is resumed brings its certificate along unverified, which may have expired or lost its authority since.
+#[tokio::test]
+async fn certificates_of_clients_are_verified_at_every_connection() {
+    let authority = Authority::new();
+    authority.replace();
+    for (client_authorities, kind) in
+        [(None, HandshakeKind::Resumed), (Some(authority.path("ca.pem")), HandshakeKind::Full)]
+    {
+        let (server, _database) = authority.serve(TlsFiles { client_authorities, ..authority.files() }).await;
+        let client = authority.client(&[b"http/1.1"]);
+        let mut kinds = Vec::new();
+        for _ in 0..2 {
+            let (mut stream, _) = Authority::connect_as(&server, Arc::clone(&client)).await.unwrap();
+            // What a session is resumed with comes after the handshake.
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+            soon("an answer", stream.read_to_end(&mut Vec::new())).await.unwrap();
+            kinds.extend(stream.get_ref().1.handshake_kind());
+        }
+        assert_eq!(kinds, [HandshakeKind::Full, kind]);
+        server.stop().await;
+    }
 }
 
 #[tokio::test]
