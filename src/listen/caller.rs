@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::task::AtomicWaker;
 use tokio::time::{Sleep, sleep};
 
 use crate::clock;
@@ -35,6 +36,8 @@ pub struct Caller(Arc<Told>);
 #[derive(Debug, Default)]
 struct Told {
     known: AtomicBool,
+    /// Who waits until more may be read.
+    waiting: AtomicWaker,
     /// Calls over HTTP/1.1 that are not counted yet.
     calls: AtomicU32,
 }
@@ -55,7 +58,8 @@ impl Caller {
     pub fn accept(&self) {
         // Seldom written: all calls of a connection look at it.
         if !self.is_known() {
-            self.0.known.store(true, Ordering::Relaxed);
+            self.0.known.store(true, Ordering::Release);
+            self.0.waiting.wake();
         }
     }
 
@@ -67,7 +71,7 @@ impl Caller {
     }
 
     fn is_known(&self) -> bool {
-        self.0.known.load(Ordering::Relaxed)
+        self.0.known.load(Ordering::Acquire)
     }
 }
 
@@ -102,7 +106,11 @@ impl Pace {
             self.pause = Some(Box::pin(sleep(wait)));
         }
         if let Some(pause) = &mut self.pause {
-            ready!(pause.as_mut().poll(context));
+            self.caller.0.waiting.register(context.waker());
+            // It may have become known before there was anybody to wake.
+            if !self.caller.is_known() {
+                ready!(pause.as_mut().poll(context));
+            }
             self.pause = None;
         }
         Poll::Ready(())
@@ -119,11 +127,18 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
-    use std::future::poll_fn;
-
-    use futures_util::FutureExt;
+    use std::task::{Wake, Waker};
 
     use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
 
     /// How long a connection waits that has used so much.
     fn wait(pace: &mut Pace, now: Instant, used: u32) -> Duration {
@@ -158,9 +173,12 @@ mod tests {
             let mut pace = Pace::new(caller.clone());
             pace.was_read(bytes, frames);
             (0..calls).for_each(|_| caller.called());
-            let ready = |pace: &mut Pace| poll_fn(|context| pace.poll_turn(context)).now_or_never().is_some();
+            let woken = Arc::new(Woken::default());
+            let waker = Waker::from(Arc::clone(&woken));
+            let ready = |pace: &mut Pace| pace.poll_turn(&mut Context::from_waker(&waker)).is_ready();
             assert_eq!(ready(&mut pace), !waits, "{bytes} {frames} {calls}");
             caller.accept();
+            assert_eq!(woken.0.load(Ordering::Relaxed), waits, "{bytes} {frames} {calls}");
             assert!(ready(&mut pace), "{bytes} {frames} {calls}");
         }
     }
