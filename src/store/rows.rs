@@ -18,7 +18,7 @@ use super::Error;
 
 /// SQLite takes at most this many rows in a statement; more go in several. Each size is a text of its own, and a power of
 /// two: what is left of it stays NULL.
-const MAX_ROWS: usize = 256;
+pub(super) const MAX_ROWS: usize = 256;
 
 /// Identifies, among PostgreSQL's advisory locks, the one that orders changes. PostgreSQL joins what takes it before it
 /// hands a row on to be written and numbered.
@@ -158,8 +158,7 @@ impl Rows {
         let mut statements = Vec::with_capacity(left.div_ceil(MAX_ROWS));
         while left > 0 {
             let count = left.min(MAX_ROWS);
-            let rows = table(self.columns, count.next_power_of_two());
-            let text = statement.replace("{ordered}", "").replace("{rows}", &rows);
+            let text = on_sqlite(statement, self.columns, count.next_power_of_two());
             // Parameters beyond the values given are NULL to SQLite.
             let values: Vec<Value> = values.by_ref().take(count * width).collect();
             statements.push(Statement::from_sql_and_values(self.backend, text, values));
@@ -172,6 +171,14 @@ impl Rows {
     pub(super) fn append(self, statement: &str, text: &mut String, values: &mut Vec<Value>) {
         text.push_str(&statement.replace("{ordered}", ORDERED).replace("{rows}", &self.arrays(values.len())));
         values.extend(self.transposed());
+    }
+
+    /// Adds `statement`, with places for `count` rows, to a text for SQLite that already takes `values`.
+    pub(super) fn append_places(self, statement: &str, count: usize, text: &mut String, values: &mut Vec<Value>) {
+        text.push_str(&on_sqlite(statement, self.columns, count));
+        let end = values.len() + count * self.columns.len();
+        values.extend(self.values);
+        values.resize(end, Value::BigInt(None));
     }
 
     /// One array for each column.
@@ -211,6 +218,10 @@ impl Rows {
         }
         format!("(SELECT {outs} FROM unnest({arrays}) AS given ({names})) AS rows")
     }
+}
+
+fn on_sqlite(statement: &str, columns: &[Column], count: usize) -> String {
+    statement.replace("{ordered}", "").replace("{rows}", &table(columns, count))
 }
 
 /// The rows as SQLite reads them from parameters; those that are left over begin with NULL.
