@@ -63,6 +63,7 @@ pub struct Leased {
 
 /// A lease to give back.
 pub(super) struct Release {
+    organization: Arc<str>,
     webhook_id: Arc<str>,
     delivery_id: String,
     attempt: i32,
@@ -70,8 +71,13 @@ pub(super) struct Release {
 
 impl Release {
     fn of(leased: &Leased) -> Self {
-        let Leased { webhook_id, delivery_id, attempt, .. } = leased;
-        Self { webhook_id: webhook_id.clone(), delivery_id: delivery_id.clone(), attempt: *attempt }
+        let Leased { tenant, webhook_id, delivery_id, attempt, .. } = leased;
+        let organization = Arc::clone(tenant.shared_organization());
+        Self { organization, webhook_id: webhook_id.clone(), delivery_id: delivery_id.clone(), attempt: *attempt }
+    }
+
+    pub(super) fn organization(&self) -> &Arc<str> {
+        &self.organization
     }
 }
 
@@ -224,7 +230,7 @@ impl Store {
     ) -> Result<(), Error> {
         let (node, now_ms) = (self.0.node.as_str(), clock::now().millis());
         let mut rows = Rows::new(transaction.get_database_backend(), RELEASES);
-        for Release { webhook_id, delivery_id, attempt } in releases {
+        for Release { webhook_id, delivery_id, attempt, .. } in releases {
             rows.push([(&**webhook_id).into(), delivery_id.into(), node.into(), (*attempt).into(), now_ms.into()]);
         }
         rows.execute(transaction, RELEASE).await?;

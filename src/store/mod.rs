@@ -29,6 +29,7 @@ mod script;
 mod secrets;
 mod sql;
 mod targets;
+mod waiting;
 mod webhooks;
 mod writer;
 

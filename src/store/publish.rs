@@ -203,6 +203,10 @@ impl Store {
 }
 
 impl Publish {
+    pub(super) fn organization(&self) -> &Arc<str> {
+        self.tenant.shared_organization()
+    }
+
     /// Whose subscribers it is for.
     pub(super) fn subscriptions(&self) -> impl Iterator<Item = Subscription> {
         self.events.iter().map(|event| (self.tenant.clone(), event.event_type.clone()))

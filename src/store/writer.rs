@@ -1,7 +1,10 @@
 //! One task writes all that publishing and sending leave behind. What queues up while one commit runs is the next batch
 //! (natural batching): a lone item waits for nobody, and a crowd shares the cost of the disk.
 
-use std::sync::{Arc, Weak};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use sea_orm::ConnectionTrait;
 use tokio::sync::{mpsc, oneshot};
@@ -14,11 +17,18 @@ use super::{
     publish::{self, Draft, Publish, Published},
     record::{self, Finished},
     script::Script,
+    waiting::Waiting,
 };
 use crate::failpoint;
 
-/// One commit takes no further item once it has this many events and results; the rest is in the next.
+/// One commit takes no further item once it has this many events and results; the rest is in the next. The more, the less
+/// each costs.
 const MAX_BATCH: usize = 512;
+/// As much while several organisations have something to write: what one of them writes waits for the commit that is under
+/// way, which is to be short then, however much another has.
+const MAX_SHARED_BATCH: usize = 64;
+/// Organisations are taken to have something to write for so long after they had.
+const SHARED: Duration = Duration::from_secs(1);
 
 /// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
 pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
@@ -44,6 +54,14 @@ struct Batch {
 }
 
 impl Write {
+    fn organization(&self) -> Arc<str> {
+        Arc::clone(match self {
+            Self::Publish(publish, _) => publish.organization(),
+            Self::Finish(finished, _) => finished.tenant.shared_organization(),
+            Self::Release(release, _) => release.organization(),
+        })
+    }
+
     fn weight(&self) -> usize {
         if let Self::Publish(publish, _) = self { publish.len() } else { 1 }
     }
@@ -52,21 +70,28 @@ impl Write {
 impl Writer {
     /// Starts the task. It does not keep the store, which has the writer, alive.
     pub(super) fn start(store: Weak<Inner>) -> Self {
-        let (queue, mut waiting) = mpsc::unbounded_channel::<Write>();
+        let (queue, mut coming) = mpsc::unbounded_channel::<Write>();
         tokio::spawn(async move {
-            let mut writes = Vec::with_capacity(MAX_BATCH);
-            while let Some(first) = waiting.recv().await {
-                let mut weight = first.weight();
-                writes.push(first);
-                while weight < MAX_BATCH
-                    && let Ok(next) = waiting.try_recv()
+            let mut waiting = Waiting::new();
+            loop {
+                if waiting.is_empty() {
+                    let Some(first) = coming.recv().await else { return };
+                    waiting.push(first.organization(), first);
+                }
+                while let Ok(next) = coming.try_recv() {
+                    waiting.push(next.organization(), next);
+                }
+                let most = if waiting.is_shared(SHARED) { MAX_SHARED_BATCH } else { MAX_BATCH };
+                let (mut writes, mut weight) = (Vec::with_capacity(most), 0);
+                while weight < most
+                    && let Some(next) = waiting.pop()
                 {
                     weight += next.weight();
                     writes.push(next);
                 }
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
-                match store.draft(writes.drain(..)).await {
+                match store.draft(writes).await {
                     (batch, None) => store.settle(batch).await,
                     // Those who wait behind this batch are not to wait for the database a second time.
                     (batch, Some(error)) => store.fail(batch, &error),
@@ -86,7 +111,7 @@ impl Writer {
 
 impl Store {
     /// Sorts `writes`, and finds out where new events go; with the error when the database does not say.
-    async fn draft(&self, writes: impl Iterator<Item = Write>) -> (Batch, Option<Error>) {
+    async fn draft(&self, writes: Vec<Write>) -> (Batch, Option<Error>) {
         let (mut batch, mut publishes) = (Batch::default(), Vec::new());
         for write in writes {
             match write {

@@ -35,6 +35,11 @@ impl Tenant {
         &self.organization
     }
 
+    /// The name, for whoever keeps it.
+    pub fn shared_organization(&self) -> &Arc<str> {
+        &self.organization
+    }
+
     /// The environment.
     pub fn environment(&self) -> Environment {
         self.environment
