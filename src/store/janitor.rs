@@ -12,7 +12,7 @@ const KEEP_CHANGES: Duration = Duration::from_secs(3 * 24 * 60 * 60);
 /// A deleted webhook is left alone for so long: other nodes may still publish to it by what they knew a moment ago.
 const SETTLED: Duration = Duration::from_secs(60);
 /// One step removes at most this many rows.
-const MAX_STEP: i64 = 500;
+const MAX_STEP: i64 = 128;
 
 impl Store {
     /// One round: notes the use of keys, forgets old changes and answers, and removes what deleted webhooks left. True
