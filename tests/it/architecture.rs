@@ -27,6 +27,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
         "server",
         &[
             "auth",
+            "clock",
             "config",
             "deadline",
             "dispatch",

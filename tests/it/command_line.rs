@@ -97,6 +97,34 @@ async fn a_sqlite_database_is_served_once() {
     first.wait().await.unwrap();
 }
 
+/// Keys of a version whose keys had no checksum are replaced, and those of the last start are not.
+#[tokio::test]
+async fn development_keys_work_at_every_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let old = "sk_test_0123456789abcdef0123456789abcdef0123456789a";
+    let kept = format!(r#"{{"secret":"{old}","service":"{old}"}}"#);
+    std::fs::write(directory.path().join("shortkit.db.dev-keys.json"), kept).unwrap();
+    let mut printed = Vec::new();
+    for _ in 0..2 {
+        let serve = ["serve", "--dev", "--log", "error", "--listen", "127.0.0.1:0"];
+        let mut server = binary(&serve, directory.path()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+        let origin = soon("a line", lines.next_line()).await.unwrap().unwrap().replace("listening on ", "");
+        let key = loop {
+            let line = soon("a line", lines.next_line()).await.unwrap().unwrap();
+            if let Some(rest) = line.trim().strip_prefix("secret key") {
+                break rest.split_whitespace().next().unwrap().to_owned();
+            }
+        };
+        let list = reqwest::Client::builder().no_proxy().build().unwrap().get(format!("{origin}/v1/webhooks"));
+        assert_eq!(soon("an answer", list.bearer_auth(&key).send()).await.unwrap().status(), 200, "{key}");
+        printed.push(key);
+        server.start_kill().unwrap();
+        server.wait().await.unwrap();
+    }
+    assert!(printed[0] == printed[1] && printed[0] != old, "{printed:?}");
+}
+
 /// What `--dev` prints works when pasted into a shell.
 #[tokio::test]
 async fn the_lines_of_development_mode_work() {
