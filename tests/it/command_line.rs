@@ -116,6 +116,7 @@ async fn development_keys_work_at_every_start() {
                 break rest.split_whitespace().next().unwrap().to_owned();
             }
         };
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let list = reqwest::Client::builder().no_proxy().build().unwrap().get(format!("{origin}/v1/webhooks"));
         assert_eq!(soon("an answer", list.bearer_auth(&key).send()).await.unwrap().status(), 200, "{key}");
         printed.push(key);
