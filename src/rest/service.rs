@@ -77,25 +77,21 @@ where
         request_id: Option<String>,
     ) -> Result<Result<Response<Body>, S::Error>, Failure> {
         let plan = Arc::clone(&self.plan);
-        match plan.routes.find(request.method(), request.uri().path()) {
-            Found::Route(route, bound) => self.call_inner(route, bound, request, request_id).await,
-            Found::OtherMethods(methods) if request.method() == Method::OPTIONS => {
-                let mut response = options(&methods);
-                response.headers_mut().extend(self.allowance(request).await);
+        let answered = match plan.routes.find(request.method(), request.uri().path()) {
+            Found::Route(route, bound) => return self.call_inner(route, bound, request, request_id).await,
+            Found::OtherMethods(methods) if request.method() == Method::OPTIONS => Ok(options(&methods)),
+            Found::OtherMethods(methods) => Err(Failure::method_not_allowed(&methods.join(", "))),
+            Found::BadPath => Err(Failure::new("INVALID_PARAMETER", "the path has a broken escape")),
+            Found::Unknown if is_grpc(&request) => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "gRPC needs HTTP/2")),
+            Found::Unknown => Err(Failure::new("NOT_FOUND", "no such path")),
+        };
+        let allowance = self.allowance(request).await;
+        match answered {
+            Ok(mut response) => {
+                response.headers_mut().extend(allowance);
                 Ok(Ok(response))
             }
-            Found::OtherMethods(methods) => {
-                let failure = Failure::method_not_allowed(&methods.join(", "));
-                Err(failure.with_headers(self.allowance(request).await))
-            }
-            Found::BadPath => {
-                let failure = Failure::new("INVALID_PARAMETER", "the path has a broken escape");
-                Err(failure.with_headers(self.allowance(request).await))
-            }
-            Found::Unknown if is_grpc(&request) => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "gRPC needs HTTP/2")),
-            Found::Unknown => {
-                Err(Failure::new("NOT_FOUND", "no such path").with_headers(self.allowance(request).await))
-            }
+            Err(failure) => Err(failure.with_headers(allowance)),
         }
     }
 
