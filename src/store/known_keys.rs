@@ -44,8 +44,7 @@ impl KnownKeys {
 impl Store {
     /// What is known of a key; none when there is no such key.
     pub async fn find_key(&self, hash: KeyHash) -> Result<Option<Arc<KeyInfo>>, Error> {
-        let answer = self.ask_for_key(hash);
-        answer.await
+        self.ask_for_key(hash).await
     }
 
     /// The answer that is known or on its way, or a new question. It is put in its place before it is asked, so that what

@@ -29,7 +29,7 @@ mod script;
 mod secrets;
 mod sql;
 mod targets;
-mod waiting;
+mod turns;
 mod webhooks;
 mod writer;
 

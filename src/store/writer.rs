@@ -17,7 +17,7 @@ use super::{
     publish::{self, Draft, Publish, Published},
     record::{self, Finished},
     script::Script,
-    waiting::Waiting,
+    turns::Turns,
 };
 use crate::failpoint;
 
@@ -72,7 +72,7 @@ impl Writer {
     pub(super) fn start(store: Weak<Inner>) -> Self {
         let (queue, mut coming) = mpsc::unbounded_channel::<Write>();
         tokio::spawn(async move {
-            let mut waiting = Waiting::new();
+            let mut waiting = Turns::new();
             loop {
                 if waiting.is_empty() {
                     let Some(first) = coming.recv().await else { return };
