@@ -53,6 +53,8 @@ struct Abuser {
     name: &'static str,
     first: Vec<u8>,
     next: fn(usize) -> Vec<u8>,
+    /// Between two writes.
+    pause: Duration,
     reads: bool,
 }
 
@@ -61,7 +63,7 @@ fn stream(index: usize) -> u32 {
 }
 
 fn abusers() -> Vec<Abuser> {
-    let http2 = |name, next| Abuser { name, first: opening(None), next, reads: true };
+    let http2 = |name, next| Abuser { name, first: opening(None), next, pause: Duration::ZERO, reads: true };
     vec![
         http2("rapid-reset", |index| {
             let reset = |stream| frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes());
@@ -90,13 +92,17 @@ fn abusers() -> Vec<Abuser> {
             let head = frame(HEADERS, END_HEADERS, stream(index), &post("/v1/events", ""));
             [head, frame(DATA, END_STREAM, stream(index), &[b'x'; 16 * 1024])].concat()
         }),
-        // As above, but each call is taken back as soon as it is under way.
-        http2("cancelled", |index| {
-            let streams = move || (90 * (index / 2)..90 * (index / 2 + 1)).map(stream);
-            let head = |id| frame(HEADERS, END_HEADERS, id, &post("/v1/events", ""));
-            let reset = |id| frame(RST_STREAM, 0, id, &8_u32.to_be_bytes());
-            if index % 2 == 0 { streams().flat_map(head).collect() } else { streams().flat_map(reset).collect() }
-        }),
+        // As `streams`, but each call is taken back as soon as it is under way.
+        Abuser {
+            // Long enough for the service to have begun.
+            pause: Duration::from_millis(12),
+            ..http2("cancelled", |index| {
+                let streams = move || (90 * (index / 2)..90 * (index / 2 + 1)).map(stream);
+                let head = |id| frame(HEADERS, END_HEADERS, id, &post("/v1/events", ""));
+                let reset = |id| frame(RST_STREAM, 0, id, &8_u32.to_be_bytes());
+                if index % 2 == 0 { streams().flat_map(head).collect() } else { streams().flat_map(reset).collect() }
+            })
+        },
         Abuser {
             name: "http1-bodies",
             first: Vec::new(),
@@ -104,30 +110,35 @@ fn abusers() -> Vec<Abuser> {
                 let head = b"POST /v1/events HTTP/1.1\r\nhost: x\r\ncontent-length: 65536\r\n\r\n";
                 [&head[..], &[b'x'; 65_536]].concat()
             },
+            pause: Duration::ZERO,
             reads: true,
         },
         Abuser {
             name: "reconnects",
             first: b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".to_vec(),
             next: |_| Vec::new(),
+            pause: Duration::ZERO,
             reads: true,
         },
         Abuser {
             name: "slowloris",
             first: b"GET / HTTP/1.1\r\n".to_vec(),
             next: |_| b"x: y\r\n".to_vec(),
+            pause: Duration::from_millis(100),
             reads: true,
         },
         Abuser {
             name: "never-reads",
             first: Vec::new(),
             next: |_| b"GET / HTTP/1.1\r\nhost: x\r\n\r\n".repeat(64),
+            pause: Duration::ZERO,
             reads: false,
         },
         Abuser {
             name: "endless-head",
             first: b"GET / HTTP/1.1\r\nx: ".to_vec(),
             next: |_| vec![b'y'; 4096],
+            pause: Duration::ZERO,
             reads: true,
         },
     ]
@@ -147,11 +158,8 @@ impl Abuser {
                 write.write_all(&next).await?;
                 budget.keep();
                 tokio::task::yield_now().await;
-                match self.name {
-                    "slowloris" => tokio::time::sleep(Duration::from_millis(100)).await,
-                    // Long enough for the service to have begun.
-                    "cancelled" => tokio::time::sleep(Duration::from_millis(12)).await,
-                    _ => {}
+                if !self.pause.is_zero() {
+                    tokio::time::sleep(self.pause).await;
                 }
             }
             Ok(())

@@ -8,7 +8,12 @@ use shortkit_webhooks::grpc::proto::{
 };
 use tonic::{Request, Status, transport::Channel};
 
-use super::support::service::Service;
+use super::{receiver::now, support::service::Service};
+
+/// Before a publish that was refused is tried again …
+const REFUSED: Duration = Duration::from_millis(50);
+/// … and for how long.
+const BUSY: Duration = Duration::from_secs(60);
 
 /// Connections that callers share; each takes a hundred calls at a time.
 const CONNECTIONS: usize = 8;
@@ -46,10 +51,12 @@ impl Caller {
         client.publish_event(self.signed(message)).await.map(drop)
     }
 
-    /// Publishes until it is accepted: the service may be busy for a moment.
+    /// Publishes until it is accepted: the service may be busy for a moment, and says so, but not for longer.
     pub(crate) async fn publish_surely(&self, number: usize, event: &str, data: String) {
-        while self.publish(number, event, data.clone()).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        let began = now();
+        while let Err(refused) = self.publish(number, event, data.clone()).await {
+            assert!(began.elapsed() < BUSY, "the service refuses: {refused}");
+            tokio::time::sleep(REFUSED).await;
         }
     }
 

@@ -49,6 +49,8 @@ const SLOW: usize = 1_000;
 const GROUPS: usize = 50;
 /// Webhooks whose receiver recovers.
 const RECOVERING: usize = 10;
+/// Events of the loud organisation: more than it can publish while it is measured; the rest is given up then.
+const FLOOD_EVENTS: usize = 1_000_000;
 /// Calls under way of the loud organisation.
 const LOUD: usize = 256;
 /// The per-webhook limit of the service.
@@ -60,7 +62,6 @@ struct Size {
     /// How long the slow receivers take, and the pace of events for their groups.
     slow: Duration,
     slow_pace: u32,
-    flood_events: usize,
     recovering_events: usize,
     /// From the first refusal to the recovery.
     down: Duration,
@@ -70,7 +71,6 @@ const LONG: Size = Size {
     measure: Duration::from_secs(60),
     slow: Duration::from_millis(14_900),
     slow_pace: 5,
-    flood_events: 1_000_000,
     recovering_events: 100_000,
     down: Duration::from_secs(180),
 };
@@ -78,8 +78,6 @@ const SHORT: Size = Size {
     measure: Duration::from_secs(20),
     slow: Duration::from_millis(2_980),
     slow_pace: 25,
-    // More than can be published while it is measured; the rest is given up then.
-    flood_events: 1_000_000,
     recovering_events: 10_000,
     down: Duration::from_secs(20),
 };
@@ -292,12 +290,11 @@ async fn flood(size: &Size) -> Report {
     let loud = Caller::connect(&stage.service, "loud").await;
     loud.webhook(format!("{}/loud", stage.base), "content.ready").await;
     let until = Arc::new(AtomicBool::new(false));
-    let events = size.flood_events;
     let flooding = tokio::spawn({
         let until = Arc::clone(&until);
         async move {
             let began = now();
-            let count = publish_all(&loud, events, "content.ready", until).await;
+            let count = publish_all(&loud, FLOOD_EVENTS, "content.ready", until).await;
             count as f64 / began.elapsed().as_secs_f64()
         }
     });

@@ -134,8 +134,9 @@ async fn floods_end_their_connection() {
 async fn ten_thousand_streams_on_one_connection() {
     let (server, _database) = server(Limits::default()).await;
     let head = |index| frame(HEADERS, END_HEADERS, stream(index), &post("/v1/events", &server.key));
-    // 100 are open, 1,024 are refused, and then it ends.
-    flooded(&server, head).await;
+    let sent = flooded(&server, head).await;
+    // 100 are open, 1,024 are refused; what was in the buffers of both sides comes on top.
+    assert!(sent < 10_000, "{sent}");
     assert_serves(server).await;
 }
 
