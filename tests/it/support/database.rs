@@ -57,8 +57,18 @@ impl Database {
     /// All that a thief of the database gets: its files, or every row of every table.
     pub(crate) async fn contents(&self) -> Vec<u8> {
         if let Some(directory) = &self.directory {
-            let files = std::fs::read_dir(directory.path()).unwrap();
-            return files.flat_map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect();
+            let read = || -> std::io::Result<Vec<_>> {
+                std::fs::read_dir(directory.path())?.map(|file| std::fs::read(file?.path())).collect()
+            };
+            loop {
+                match read() {
+                    Ok(files) => return files.concat(),
+                    // The last connection of a service that has just stopped takes its log away, once that is in the
+                    // database: which then has to be read again.
+                    Err(gone) if gone.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
         }
         let connection = self.open().await;
         let all = async |sql: String| -> Vec<String> {
