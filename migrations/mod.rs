@@ -11,6 +11,7 @@ mod m0004_idempotency;
 mod m0005_audit;
 mod m0006_revisions;
 mod m0007_retention;
+mod m0008_expectations;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -52,6 +53,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0005_audit", schema: m0005_audit::schema },
             Step { name: "m0006_revisions", schema: m0006_revisions::schema },
             Step { name: "m0007_retention", schema: m0007_retention::schema },
+            Step { name: "m0008_expectations", schema: m0008_expectations::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

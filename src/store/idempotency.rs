@@ -8,11 +8,12 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use sea_orm::{ConnectionTrait, DatabaseTransaction};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend};
 
 use super::{
     Error, Store,
     rows::{Column, Rows, int, text},
+    script::{Expected, Outcome, Script},
     sql::Sql,
 };
 use crate::{
@@ -193,17 +194,26 @@ impl Store {
     pub(super) async fn keep_answers(
         &self,
         transaction: &DatabaseTransaction,
-        mut answers: Vec<Kept<'_>>,
+        answers: Vec<Kept<'_>>,
     ) -> Result<(), Error> {
+        let script = self.keep(Script::default(), transaction.get_database_backend(), answers)?;
+        match script.run(transaction).await? {
+            Outcome::Done => Ok(()),
+            Outcome::Missed(_) => Err(Error::Repeated),
+        }
+    }
+
+    /// Adds to a script what [`Store::keep_answers`] does; the script finds out whether one was done in between.
+    pub(super) fn keep(&self, script: Script, backend: DbBackend, mut answers: Vec<Kept<'_>>) -> Result<Script, Error> {
         if answers.is_empty() {
-            return Ok(());
+            return Ok(script);
         }
         // In one order on all nodes: two that wait for each other's rows would wait for ever.
         answers.sort_by(|one, other| one.request.place().cmp(&other.request.place()));
         if answers.windows(2).any(|pair| pair[0].request.place() == pair[1].request.place()) {
             return Err(Error::Repeated);
         }
-        let mut rows = Rows::new(transaction.get_database_backend(), COLUMNS);
+        let mut rows = Rows::new(backend, COLUMNS);
         let expires_at_ms = clock::now().after(KEEP).millis();
         for Kept { request, answer } in &answers {
             let [organization, environment, call, key] = request.place();
@@ -220,8 +230,7 @@ impl Store {
             ]);
         }
         let insert = INSERT.replace("{keep}", &KEEP.as_millis().to_string());
-        let kept = rows.execute(transaction, &insert).await?;
-        if kept == answers.len() as u64 { Ok(()) } else { Err(Error::Repeated) }
+        Ok(script.with_each(insert, rows, Expected::Name))
     }
 
     /// Which of these were done already, or stand in front of themselves here.

@@ -14,22 +14,25 @@ use super::{
     entity::{delivery, event},
     keys::tenant,
     rows::{Column, Rows, int, text},
+    script::Script,
     sql::Sql,
     writer::Write,
 };
 use crate::{
     clock, failpoint,
-    webhook::{Attempt, Event, EventData, Plan, Tenant, Timestamp},
+    webhook::{Attempt, DeliveryStatus, Event, EventData, Plan, Tenant, Timestamp},
 };
 
 /// One claim takes at most this many deliveries; the rest is in the next, and what others write comes between.
 const MAX_CLAIM: usize = 128;
 /// One claim serves at most this many webhooks; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 32;
-const RELEASES: &[Column] = &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("now_ms")];
-const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, \
+const RELEASES: &[Column] =
+    &[text("webhook_id"), text("id"), text("event_type"), text("pending"), text("node"), int("attempt"), int("now_ms")];
+pub(super) const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, \
     next_attempt_at_ms = rows.now_ms FROM {rows} \
     WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
+    AND deliveries.event_type = rows.event_type AND deliveries.status = rows.pending \
     AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
 
 /// What leases are taken for.
@@ -66,14 +69,20 @@ pub(super) struct Release {
     organization: Arc<str>,
     webhook_id: Arc<str>,
     delivery_id: String,
+    event: Arc<Event>,
     attempt: i32,
 }
 
 impl Release {
     fn of(leased: &Leased) -> Self {
-        let Leased { tenant, webhook_id, delivery_id, attempt, .. } = leased;
-        let organization = Arc::clone(tenant.shared_organization());
-        Self { organization, webhook_id: webhook_id.clone(), delivery_id: delivery_id.clone(), attempt: *attempt }
+        let Leased { tenant, webhook_id, delivery_id, event, attempt, .. } = leased;
+        Self {
+            organization: Arc::clone(tenant.shared_organization()),
+            webhook_id: webhook_id.clone(),
+            delivery_id: delivery_id.clone(),
+            event: event.clone(),
+            attempt: *attempt,
+        }
     }
 
     pub(super) fn organization(&self) -> &Arc<str> {
@@ -98,14 +107,17 @@ impl Store {
     /// It leaps from webhook to webhook through the index of what is due, so it costs a look-up per webhook, however
     /// many deliveries wait.
     pub async fn waiting(&self) -> Result<Vec<Waiting>, Error> {
+        // Not by min(), for which PostgreSQL reads the whole queue as long as its statistics say that there is none.
         const LEAP: &str = "\
             WITH RECURSIVE queue (webhook_id) AS (\
-             SELECT min(webhook_id) FROM deliveries WHERE next_attempt_at_ms IS NOT NULL \
-             UNION ALL SELECT (SELECT min(d.webhook_id) FROM deliveries d \
-              WHERE d.next_attempt_at_ms IS NOT NULL AND d.webhook_id > queue.webhook_id) \
+             SELECT * FROM (SELECT webhook_id FROM deliveries WHERE next_attempt_at_ms IS NOT NULL \
+              ORDER BY webhook_id LIMIT 1) AS first \
+             UNION ALL SELECT (SELECT d.webhook_id FROM deliveries d \
+              WHERE d.next_attempt_at_ms IS NOT NULL AND d.webhook_id > queue.webhook_id ORDER BY d.webhook_id LIMIT 1) \
              FROM queue WHERE queue.webhook_id IS NOT NULL) \
-            SELECT queue.webhook_id, w.organization, (SELECT min(d.next_attempt_at_ms) FROM deliveries d \
-             WHERE d.webhook_id = queue.webhook_id AND d.next_attempt_at_ms IS NOT NULL) AS due_at_ms \
+            SELECT queue.webhook_id, w.organization, (SELECT d.next_attempt_at_ms FROM deliveries d \
+             WHERE d.webhook_id = queue.webhook_id AND d.next_attempt_at_ms IS NOT NULL \
+             ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms \
             FROM queue JOIN webhooks w ON w.id = queue.webhook_id \
             WHERE w.status = 'active' AND w.deleted_at_ms IS NULL";
         let rows = self.0.read.query_all_raw(Sql::new(LEAP).build(self.0.read.get_database_backend())).await?;
@@ -212,9 +224,9 @@ impl Store {
 
     /// Gives leases back unused: the deliveries are due again at once, and the attempts stay granted.
     pub async fn release(&self, leased: &[Leased]) -> Result<(), Error> {
-        let transaction = self.write().await?;
         let releases: Vec<Release> = leased.iter().map(Release::of).collect();
-        self.release_in(&transaction, releases.iter()).await?;
+        let transaction = self.write().await?;
+        Script::default().with(RELEASE, self.releases(releases.iter())).run(&transaction).await?;
         Ok(transaction.commit().await?)
     }
 
@@ -223,18 +235,22 @@ impl Store {
         self.writer()?.submit(|answer| Write::Release(Release::of(leased), answer)).await
     }
 
-    pub(super) async fn release_in(
-        &self,
-        transaction: &DatabaseTransaction,
-        releases: impl Iterator<Item = &Release>,
-    ) -> Result<(), Error> {
+    /// The rows for [`RELEASE`].
+    pub(super) fn releases<'a>(&self, releases: impl Iterator<Item = &'a Release>) -> Rows {
         let (node, now_ms) = (self.0.node.as_str(), clock::now().millis());
-        let mut rows = Rows::new(transaction.get_database_backend(), RELEASES);
-        for Release { webhook_id, delivery_id, attempt, .. } in releases {
-            rows.push([(&**webhook_id).into(), delivery_id.into(), node.into(), (*attempt).into(), now_ms.into()]);
+        let mut rows = Rows::new(self.0.write.get_database_backend(), RELEASES);
+        for Release { webhook_id, delivery_id, event, attempt, .. } in releases {
+            rows.push([
+                (&**webhook_id).into(),
+                delivery_id.into(),
+                (&event.event_type).into(),
+                DeliveryStatus::Pending.as_str().into(),
+                node.into(),
+                (*attempt).into(),
+                now_ms.into(),
+            ]);
         }
-        rows.execute(transaction, RELEASE).await?;
-        Ok(())
+        rows
     }
 }
 

@@ -18,6 +18,7 @@ use super::{
     Error, Store,
     entity::delivery,
     rows::{Column, Rows, int, text},
+    script::Script,
     sql::Sql,
 };
 use crate::{
@@ -239,14 +240,13 @@ impl Round<'_> {
                 *removed.entry((webhook_id, event_type, status)).or_default() += 1;
             }
         }
-        attempts.execute(&transaction, REMOVE_ATTEMPTS).await?;
+        let mut counts = Rows::new(backend, COUNTS);
         if what == What::Everything {
-            let mut counts = Rows::new(backend, COUNTS);
             for ((webhook_id, event_type, status), count) in &removed {
                 counts.push([(*webhook_id).into(), event_type.into(), status.into(), (*count).into()]);
             }
-            counts.execute(&transaction, COUNT_REMOVED).await?;
         }
+        Script::default().with(REMOVE_ATTEMPTS, attempts).with(COUNT_REMOVED, counts).run(&transaction).await?;
         transaction.commit().await?;
         tokio::time::sleep(began.elapsed()).await;
         Ok(())

@@ -1,8 +1,8 @@
 //! Many rows in one statement whose text hardly ever changes, so that the database has it prepared already.
 //!
 //! A statement names its rows `{rows}` and uses them like a table: `INSERT INTO t (a) SELECT a FROM {rows}`. With
-//! `FROM {rows}{ordered}` it waits, before it writes the first of them, until its transaction is the only one on all nodes
-//! that may do so.
+//! `FROM {rows}{ordered}` it waits, in a [`super::script`] and before it writes the first of them, until its transaction is
+//! the only one on all nodes that may do so.
 //!
 //! That is for the log of changes: PostgreSQL gives out sequence numbers in the order of asking but shows them in the
 //! order of commits; a reader that saw number 8 could find a 7 later. SQLite has one writer anyway.
@@ -10,19 +10,13 @@
 use std::fmt::Write;
 
 use sea_orm::{
-    ConnectionTrait, DatabaseTransaction, DbBackend, Statement, Value,
+    DbBackend, Statement, Value,
     sea_query::{ArrayType, ValueType},
 };
-
-use super::Error;
 
 /// SQLite takes at most this many rows in a statement; more go in several. Each size is a text of its own, and a power of
 /// two: what is left of it stays NULL.
 pub(super) const MAX_ROWS: usize = 256;
-
-/// Identifies, among PostgreSQL's advisory locks, the one that orders changes. PostgreSQL joins what takes it before it
-/// hands a row on to be written and numbered.
-const ORDERED: &str = " CROSS JOIN (SELECT pg_advisory_xact_lock(1936422760)) AS ordered";
 
 /// Type of a column.
 #[derive(Clone, Copy)]
@@ -134,15 +128,6 @@ impl Rows {
         self.values.is_empty()
     }
 
-    /// Runs `statement` for the rows; how many rows of the database it concerned. No rows, no statement.
-    pub(super) async fn execute(self, transaction: &DatabaseTransaction, statement: &str) -> Result<u64, Error> {
-        let mut concerned = 0;
-        for statement in self.statements(statement) {
-            concerned += transaction.execute_raw(statement).await?.rows_affected();
-        }
-        Ok(concerned)
-    }
-
     /// The statements that carry the rows.
     pub(super) fn statements(self, statement: &str) -> Vec<Statement> {
         if self.is_empty() {
@@ -153,23 +138,30 @@ impl Rows {
             self.append(statement, &mut text, &mut values);
             return vec![Statement::from_sql_and_values(backend, text, values)];
         }
-        let (width, mut left) = (self.columns.len(), self.len());
-        let mut values = self.values.into_iter();
-        let mut statements = Vec::with_capacity(left.div_ceil(MAX_ROWS));
-        while left > 0 {
-            let count = left.min(MAX_ROWS);
-            let text = on_sqlite(statement, self.columns, count.next_power_of_two());
-            // Parameters beyond the values given are NULL to SQLite.
-            let values: Vec<Value> = values.by_ref().take(count * width).collect();
-            statements.push(Statement::from_sql_and_values(self.backend, text, values));
-            left -= count;
-        }
-        statements
+        let of = |piece: Self| {
+            let (backend, mut text, mut values) = (piece.backend, String::new(), Vec::new());
+            let places = piece.len().next_power_of_two();
+            piece.append_places(statement, places, &mut text, &mut values);
+            Statement::from_sql_and_values(backend, text, values)
+        };
+        self.pieces(MAX_ROWS).map(of).collect()
+    }
+
+    /// At most `count` of the rows at a time.
+    pub(super) fn pieces(self, count: usize) -> impl Iterator<Item = Self> {
+        let Self { columns, values, backend } = self;
+        let mut values = values.into_iter();
+        std::iter::from_fn(move || {
+            let values: Vec<Value> = values.by_ref().take(count * columns.len()).collect();
+            (!values.is_empty()).then_some(Self { columns, values, backend })
+        })
     }
 
     /// Adds `statement` for the rows to a text for PostgreSQL that already takes `values`.
     pub(super) fn append(self, statement: &str, text: &mut String, values: &mut Vec<Value>) {
-        text.push_str(&statement.replace("{ordered}", ORDERED).replace("{rows}", &self.arrays(values.len())));
+        text.push_str(
+            &statement.replace("{ordered}", " CROSS JOIN ordered").replace("{rows}", &self.arrays(values.len())),
+        );
         values.extend(self.transposed());
     }
 
@@ -276,7 +268,7 @@ mod tests {
             "INSERT INTO t (id, at) SELECT id, at FROM (SELECT column1 AS id, column2 AS at FROM \
              (VALUES (?,?),(?,?),(?,?),(?,?)) WHERE column1 IS NOT NULL) AS rows"
         );
-        assert_eq!(statements[1].values.as_ref().map(|values| values.0.len()), Some(6));
+        assert_eq!(statements[1].values.as_ref().map(|values| values.0.len()), Some(8));
     }
 
     #[test]

@@ -1,10 +1,19 @@
 //! Several statements, each with rows of its own, in one trip to the database. The trips, and not the work, are most of what
 //! a commit takes, to PostgreSQL over the network as to SQLite, whose driver has a thread of its own: while everything is
-//! busy, each thread that is woken waits for a processor.
+//! busy, each thread that is woken waits for a processor. So what publishing and sending write goes there whole, from the
+//! beginning of the transaction to its commit.
 
-use std::fmt::Write;
+use std::{
+    borrow::Cow,
+    fmt::Write,
+    sync::{Mutex, PoisonError},
+};
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, Statement, Value};
+use sea_orm::{
+    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, Statement, Value,
+    sea_query::ArrayType,
+    sqlx::{self, Arguments, Postgres, pool::PoolConnection, postgres::PgArguments, sqlite::SqliteArguments},
+};
 
 use super::{
     Error,
@@ -13,18 +22,83 @@ use super::{
     rows::{MAX_ROWS, Rows},
 };
 
+/// Fails as [`Expected::missed`] knows it, unless the statement before has concerned as many rows as were expected.
+const EXPECT_ON_SQLITE: &str = "INSERT INTO expectations (what, expected, found) SELECT ?, ?, changes();";
+/// Identifies, among PostgreSQL's advisory locks, the one that orders changes.
+const ORDER: u32 = 1_936_422_760;
+
 /// Statements to run together. None may depend on what another one writes, nor on which comes first: PostgreSQL keeps no
 /// order. What must come later is in a later script.
 #[derive(Default)]
 pub(super) struct Script {
-    steps: Vec<(&'static str, Rows)>,
+    steps: Vec<Step>,
+}
+
+struct Step {
+    statement: Cow<'static, str>,
+    rows: Rows,
+    expected: Option<Expected>,
+}
+
+/// Where transactions are committed that are a script each, one after the other.
+pub(super) enum Commits {
+    /// The connection that all write by.
+    Sqlite(sqlx::SqlitePool),
+    /// A pool of one, and its connection between two commits: the pool would ask the database about it each time.
+    Postgres(sqlx::PgPool, Mutex<Option<PoolConnection<Postgres>>>),
+}
+
+/// What a statement has to find for each of its rows, or the script is not done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Expected {
+    /// A lease that holds.
+    Lease,
+    /// A name that no request has.
+    Name,
+}
+
+/// What became of a script.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It is done.
+    Done,
+    /// None of it is, since this was not found for each row.
+    Missed(Expected),
+}
+
+impl Expected {
+    const ALL: [Self; 2] = [Self::Lease, Self::Name];
+
+    /// The migration has it in an error of its own.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Lease => "lease",
+            Self::Name => "name",
+        }
+    }
+
+    /// Which one was not met, if that is what the error says.
+    fn missed(error: &sqlx::Error) -> Option<Self> {
+        let sqlx::Error::Database(error) = error else { return None };
+        let what = error.message().strip_prefix("not found for each row: ")?;
+        Self::ALL.into_iter().find(|expected| expected.as_str() == what)
+    }
 }
 
 impl Script {
     /// Adds a statement that names its rows as [`super::rows`] says; without rows there is nothing to do.
-    pub(super) fn with(mut self, statement: &'static str, rows: Rows) -> Self {
+    pub(super) fn with(self, statement: impl Into<Cow<'static, str>>, rows: Rows) -> Self {
+        self.step(statement.into(), rows, None)
+    }
+
+    /// The same for a statement that has to concern one row of the database for each of its own.
+    pub(super) fn with_each(self, statement: impl Into<Cow<'static, str>>, rows: Rows, expected: Expected) -> Self {
+        self.step(statement.into(), rows, Some(expected))
+    }
+
+    fn step(mut self, statement: Cow<'static, str>, rows: Rows, expected: Option<Expected>) -> Self {
         if !rows.is_empty() {
-            self.steps.push((statement, rows));
+            self.steps.push(Step { statement, rows, expected });
         }
         self
     }
@@ -34,50 +108,171 @@ impl Script {
         Ok(self.with(counts::ADD, deltas.rows(backend)).with(log::INSERT, log.rows(backend)?))
     }
 
-    /// Runs them; how many rows of the database the last one concerned, if the others are plain inserts.
-    pub(super) async fn run(self, transaction: &DatabaseTransaction) -> Result<u64, Error> {
-        if transaction.get_database_backend() == DbBackend::Postgres {
-            let Some(statement) = self.into_one() else { return Ok(0) };
-            return Ok(transaction.execute_raw(statement).await?.rows_affected());
+    /// Runs them in a transaction that goes on, unless something was missed.
+    pub(super) async fn run(self, transaction: &DatabaseTransaction) -> Result<Outcome, Error> {
+        if self.steps.is_empty() {
+            return Ok(Outcome::Done);
         }
-        let most = self.steps.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0);
-        if self.steps.len() > 1 && most <= MAX_ROWS {
-            // SQLite's driver counts the rows of all statements.
-            let others = self.steps.iter().rev().skip(1).map(|(_, rows)| rows.len() as u64).sum();
-            let statement = self.into_text(most.next_power_of_two());
-            return Ok(transaction.execute_raw(statement).await?.rows_affected().saturating_sub(others));
-        }
-        let mut concerned = 0;
-        for (statement, rows) in self.steps {
-            concerned = rows.execute(transaction, statement).await?;
-        }
-        Ok(concerned)
+        let backend = transaction.get_database_backend();
+        let (text, values) = if backend == DbBackend::Postgres { self.on_postgres() } else { self.on_sqlite() };
+        outcome(transaction.execute_raw(Statement::from_sql_and_values(backend, text, values)).await)
     }
 
-    /// One text of several statements, which SQLite's driver runs one after the other. All get places for `count` rows:
-    /// each mixture of sizes would be a text of its own, to be prepared and kept.
-    fn into_text(self, count: usize) -> Statement {
-        let (mut text, mut values) = (String::new(), Vec::<Value>::new());
-        for (statement, rows) in self.steps {
-            rows.append_places(statement, count, &mut text, &mut values);
-            text.push(';');
-        }
-        Statement::from_sql_and_values(DbBackend::Sqlite, text, values)
-    }
-
-    /// One statement, in which all but the last stand as expressions that PostgreSQL runs to their end, whether or not
-    /// something reads them.
-    fn into_one(mut self) -> Option<Statement> {
-        let last = self.steps.pop()?;
+    /// One text of several statements, which SQLite's driver runs one after the other. All get places for the same number of
+    /// rows: each mixture of sizes would be a text of its own, to be prepared and kept.
+    fn on_sqlite(self) -> (String, Vec<Value>) {
         let (mut text, mut values) = (String::new(), Vec::new());
-        for (index, (statement, rows)) in self.steps.into_iter().enumerate() {
-            let _ = write!(text, "{} step{index} AS (", if index == 0 { "WITH" } else { "," });
-            rows.append(statement, &mut text, &mut values);
+        let most = self.steps.iter().map(|step| step.rows.len()).max().unwrap_or(0);
+        let places = most.min(MAX_ROWS).next_power_of_two();
+        for Step { statement, rows, expected } in self.steps {
+            for piece in rows.pieces(places) {
+                let count = piece.len();
+                piece.append_places(&statement, places, &mut text, &mut values);
+                text.push(';');
+                if let Some(expected) = expected {
+                    text.push_str(EXPECT_ON_SQLITE);
+                    values.extend([expected.as_str().into(), count_of(count)]);
+                }
+            }
+        }
+        (text, values)
+    }
+
+    /// One statement, in which all stand as expressions that PostgreSQL runs to their end. Those that are in the order of
+    /// commits wait, before they write, for the lock, which is taken when all others are done and have found what they should.
+    fn on_postgres(self) -> (String, Vec<Value>) {
+        let (mut text, mut values) = (String::from("WITH "), Vec::new());
+        let (ordered, free): (Vec<Step>, Vec<Step>) =
+            self.steps.into_iter().partition(|step| step.statement.contains("{ordered}"));
+        let mut checks = String::from("TRUE");
+        for (index, Step { statement, rows, expected }) in free.into_iter().enumerate() {
+            let count = rows.len();
+            let _ = write!(text, "step{index} AS (");
+            rows.append(&statement, &mut text, &mut values);
+            text.push_str(" RETURNING 1), ");
+            let _ = match expected {
+                Some(expected) => {
+                    values.push(count_of(count));
+                    let (what, wanted) = (expected.as_str(), values.len());
+                    write!(checks, " AND found_for_each('{what}', (SELECT count(*) FROM step{index}), ${wanted})")
+                }
+                None => write!(checks, " AND (SELECT count(*) FROM step{index}) >= 0"),
+            };
+        }
+        let lock = if ordered.is_empty() { "1" } else { &format!("pg_advisory_xact_lock({ORDER})") };
+        // PostgreSQL would look at conditions outside of CASE in an order of its own.
+        let _ = write!(text, "ordered AS MATERIALIZED (SELECT {lock} WHERE CASE WHEN {checks} THEN TRUE END)");
+        for (index, Step { statement, rows, .. }) in ordered.into_iter().enumerate() {
+            let _ = write!(text, ", last{index} AS (");
+            rows.append(&statement, &mut text, &mut values);
             text.push(')');
         }
-        text.push(' ');
-        last.1.append(last.0, &mut text, &mut values);
-        Some(Statement::from_sql_and_values(DbBackend::Postgres, text, values))
+        text.push_str(" SELECT count(*) FROM ordered");
+        (text, values)
+    }
+}
+
+impl Commits {
+    pub(super) fn new(connection: &DatabaseConnection) -> Self {
+        match connection.get_database_backend() {
+            DbBackend::Postgres => Self::Postgres(connection.get_postgres_connection_pool().clone(), Mutex::default()),
+            _ => Self::Sqlite(connection.get_sqlite_connection_pool().clone()),
+        }
+    }
+
+    pub(super) fn backend(&self) -> DbBackend {
+        if matches!(self, Self::Postgres(..)) { DbBackend::Postgres } else { DbBackend::Sqlite }
+    }
+
+    /// Runs a script as a transaction of its own, unless something was missed.
+    pub(super) async fn run(&self, script: Script) -> Result<Outcome, Error> {
+        if script.steps.is_empty() {
+            return Ok(Outcome::Done);
+        }
+        let done = match self {
+            Self::Sqlite(pool) => on_sqlite(pool, script).await,
+            Self::Postgres(pool, idle) => on_postgres(pool, idle, script).await,
+        };
+        outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
+    }
+}
+
+async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {
+    let (text, values) = script.on_sqlite();
+    let mut arguments = SqliteArguments::default();
+    arguments.reserve(values.len(), 0);
+    for value in values {
+        let added = match value {
+            Value::String(text) => arguments.add(text),
+            Value::BigInt(number) => arguments.add(number),
+            other => Err(format!("rows have no {other:?}").into()),
+        };
+        added.map_err(sqlx::Error::Encode)?;
+    }
+    let text = sqlx::AssertSqlSafe(format!("BEGIN IMMEDIATE;{text}COMMIT"));
+    let mut connection = pool.acquire().await?;
+    let Err(error) = sqlx::query_with(text, arguments).execute(&mut *connection).await else { return Ok(()) };
+    // An error ends some transactions and leaves others open.
+    if sqlx::query("ROLLBACK").execute(&mut *connection).await.is_err() {
+        connection.close().await?;
+    }
+    Err(error)
+}
+
+/// A statement is a transaction.
+async fn on_postgres(
+    pool: &sqlx::PgPool,
+    idle: &Mutex<Option<PoolConnection<Postgres>>>,
+    script: Script,
+) -> Result<(), sqlx::Error> {
+    let (text, values) = script.on_postgres();
+    let mut arguments = PgArguments::default();
+    for value in values {
+        let added = match value {
+            Value::BigInt(number) => arguments.add(number),
+            Value::Array(ArrayType::BigInt, Some(numbers)) => arguments.add(array(*numbers, |value| match value {
+                Value::BigInt(number) => number,
+                _ => None,
+            })),
+            Value::Array(_, Some(texts)) => arguments.add(array(*texts, |value| match value {
+                Value::String(text) => text,
+                _ => None,
+            })),
+            other => Err(format!("rows have no {other:?}").into()),
+        };
+        added.map_err(sqlx::Error::Encode)?;
+    }
+    let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let mut connection = match kept {
+        Some(connection) => connection,
+        None => pool.acquire().await?,
+    };
+    let done = sqlx::query_with(sqlx::AssertSqlSafe(text), arguments).execute(&mut *connection).await;
+    match &done {
+        Ok(_) | Err(sqlx::Error::Database(_)) => {
+            *idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+        }
+        // What came of the statement is not known, nor what the connection says next.
+        Err(_) => connection.close_on_drop(),
+    }
+    done.map(drop)
+}
+
+fn array<T>(values: Vec<Value>, of: impl Fn(Value) -> Option<T>) -> Vec<Option<T>> {
+    values.into_iter().map(of).collect()
+}
+
+fn count_of(rows: usize) -> Value {
+    Value::BigInt(Some(i64::try_from(rows).unwrap_or(i64::MAX)))
+}
+
+fn outcome<T>(done: Result<T, DbErr>) -> Result<Outcome, Error> {
+    match done {
+        Ok(_) => Ok(Outcome::Done),
+        Err(DbErr::Exec(RuntimeErr::SqlxError(error))) if let Some(expected) = Expected::missed(&error) => {
+            Ok(Outcome::Missed(expected))
+        }
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -91,61 +286,99 @@ mod tests {
     const COLUMNS: &[Column] = &[text("id"), int_or_null("at")];
     const INSERT: &str = "INSERT INTO t (id, at) SELECT id, at FROM {rows}";
     const UPDATE: &str = "UPDATE t SET at = rows.at FROM {rows} WHERE t.id = rows.id";
+    const ORDERED: &str = "INSERT INTO log (id) SELECT id FROM {rows}{ordered}";
 
     fn script(backend: DbBackend, counts: [usize; 3]) -> Script {
-        counts.into_iter().zip([INSERT, INSERT, UPDATE]).fold(Script::default(), |script, (count, text)| {
+        let [one, none, found] = counts.map(|count| {
             let mut rows = Rows::new(backend, COLUMNS);
             (0..count).for_each(|_| rows.push(["a".into(), Cell::Null]));
-            script.with(text, rows)
-        })
+            rows
+        });
+        Script::default().with(INSERT, one).with(INSERT, none).with_each(UPDATE, found, Expected::Lease)
     }
 
     #[test]
     fn postgres_gets_one_statement() {
-        let statement = script(DbBackend::Postgres, [300, 0, 7]).into_one().unwrap();
+        let mut rows = Rows::new(DbBackend::Postgres, COLUMNS);
+        rows.push(["a".into(), Cell::Null]);
+        let (text, values) = script(DbBackend::Postgres, [300, 0, 7]).with(ORDERED, rows).on_postgres();
         assert_eq!(
-            statement.sql,
+            text,
             "WITH step0 AS (INSERT INTO t (id, at) SELECT id, at FROM (SELECT id, NULLIF(at, -1) AS at FROM \
-             unnest($1::text[], $2::bigint[]) AS given (id, at)) AS rows) UPDATE t SET at = rows.at FROM \
-             (SELECT id, NULLIF(at, -1) AS at FROM unnest($3::text[], $4::bigint[]) AS given (id, at)) AS rows \
-             WHERE t.id = rows.id"
+             unnest($1::text[], $2::bigint[]) AS given (id, at)) AS rows RETURNING 1), \
+             step1 AS (UPDATE t SET at = rows.at FROM (SELECT id, NULLIF(at, -1) AS at FROM \
+             unnest($3::text[], $4::bigint[]) AS given (id, at)) AS rows WHERE t.id = rows.id RETURNING 1), \
+             ordered AS MATERIALIZED (SELECT pg_advisory_xact_lock(1936422760) WHERE CASE WHEN TRUE \
+             AND (SELECT count(*) FROM step0) >= 0 \
+             AND found_for_each('lease', (SELECT count(*) FROM step1), $5) THEN TRUE END), \
+             last0 AS (INSERT INTO log (id) SELECT id FROM (SELECT id, NULLIF(at, -1) AS at FROM \
+             unnest($6::text[], $7::bigint[]) AS given (id, at)) AS rows CROSS JOIN ordered) \
+             SELECT count(*) FROM ordered"
         );
-        assert_eq!(statement.values.map(|values| values.0.len()), Some(4));
-        assert!(script(DbBackend::Postgres, [0, 0, 0]).into_one().is_none());
+        assert_eq!((values.len(), &values[4]), (7, &Value::BigInt(Some(7))));
     }
 
     #[test]
     fn sqlite_gets_one_text() {
-        let statement = script(DbBackend::Sqlite, [1, 0, 2]).into_text(2);
+        let (text, values) = script(DbBackend::Sqlite, [1, 0, 2]).on_sqlite();
         assert_eq!(
-            statement.sql,
+            text,
             "INSERT INTO t (id, at) SELECT id, at FROM (SELECT column1 AS id, column2 AS at FROM \
              (VALUES (?,?),(?,?)) WHERE column1 IS NOT NULL) AS rows;\
              UPDATE t SET at = rows.at FROM (SELECT column1 AS id, column2 AS at FROM \
-             (VALUES (?,?),(?,?)) WHERE column1 IS NOT NULL) AS rows WHERE t.id = rows.id;"
+             (VALUES (?,?),(?,?)) WHERE column1 IS NOT NULL) AS rows WHERE t.id = rows.id;\
+             INSERT INTO expectations (what, expected, found) SELECT ?, ?, changes();"
         );
         // The places left over are filled, since the next statement's values follow.
-        assert_eq!(statement.values.map(|values| values.0.len()), Some(8));
+        assert_eq!(values.len(), 10);
     }
 
-    /// Whatever the sizes, what counts is how many rows the last statement has found.
+    /// Whatever the sizes, all is done when each row was found, and nothing otherwise.
     #[tokio::test]
-    async fn the_last_statement_is_counted() {
+    async fn all_or_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}", directory.path().join("test.db").display());
+        let store = crate::store::Store::connect(&(url + "?mode=rwc")).await.unwrap();
+        store.migrate().await.unwrap();
+        let (database, commits) = (&store.0.write, &store.0.commits);
+        database.execute_unprepared("CREATE TABLE t (id TEXT PRIMARY KEY, at INTEGER)").await.unwrap();
+        for (inserted, updated) in
+            [(1, 0), (0, 1), (3, 1), (1, 3), (MAX_ROWS, 2), (MAX_ROWS + 1, 2), (600, 600), (2, 300)]
+        {
+            let rows = |count: usize| {
+                let mut rows = Rows::new(DbBackend::Sqlite, COLUMNS);
+                (0..count).for_each(|index| rows.push([(&index.to_string()).into(), 7.into()]));
+                rows
+            };
+            let script =
+                || Script::default().with(INSERT, rows(inserted)).with_each(UPDATE, rows(updated), Expected::Lease);
+            let expected = if updated > inserted { Outcome::Missed(Expected::Lease) } else { Outcome::Done };
+            let transaction = database.begin().await.unwrap();
+            assert_eq!(script().run(&transaction).await.unwrap(), expected, "{inserted} {updated}");
+            transaction.rollback().await.unwrap();
+            assert_eq!(commits.run(script()).await.unwrap(), expected, "{inserted} {updated}");
+            let removed = database.execute_unprepared("DELETE FROM t").await.unwrap().rows_affected();
+            assert_eq!(removed, if expected == Outcome::Done { inserted as u64 } else { 0 });
+        }
+    }
+
+    /// A statement that fails leaves no transaction behind, and nothing of what came before it.
+    #[tokio::test]
+    async fn what_fails_ends() {
         let directory = tempfile::tempdir().unwrap();
         let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
-        let database = sea_orm::Database::connect(url).await.unwrap();
-        database.execute_unprepared("CREATE TABLE t (id TEXT, at INTEGER)").await.unwrap();
-        for (inserted, updated) in [(1, 0), (0, 1), (3, 1), (1, 3), (MAX_ROWS, 2), (MAX_ROWS + 1, 2), (2, 300), (0, 0)]
-        {
-            let transaction = database.begin().await.unwrap();
-            let mut insert = Rows::new(DbBackend::Sqlite, COLUMNS);
-            (0..inserted).for_each(|index| insert.push([(&index.to_string()).into(), Cell::Null]));
-            let mut update = Rows::new(DbBackend::Sqlite, COLUMNS);
-            (0..updated).for_each(|index| update.push([(&index.to_string()).into(), 7.into()]));
-            let script = Script::default().with(INSERT, insert).with(UPDATE, update);
-            let found = if updated == 0 { inserted } else { updated.min(inserted) };
-            assert_eq!(script.run(&transaction).await.unwrap(), found as u64, "{inserted} {updated}");
-            transaction.rollback().await.unwrap();
-        }
+        let mut options = sea_orm::ConnectOptions::new(url);
+        options.max_connections(1);
+        let database = sea_orm::Database::connect(options).await.unwrap();
+        database.execute_unprepared("CREATE TABLE t (id TEXT PRIMARY KEY, at INTEGER)").await.unwrap();
+        let commits = Commits::new(&database);
+        let twice = script(DbBackend::Sqlite, [1, 0, 0]).with(INSERT, {
+            let mut rows = Rows::new(DbBackend::Sqlite, COLUMNS);
+            rows.push(["a".into(), Cell::Null]);
+            rows
+        });
+        assert!(matches!(commits.run(twice).await, Err(Error::Failed(_))));
+        let once = script(DbBackend::Sqlite, [1, 0, 0]);
+        assert_eq!(commits.run(once).await.unwrap(), Outcome::Done);
     }
 }

@@ -6,17 +6,16 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::ConnectionTrait;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Error, Inner, Store,
     counts::Deltas,
-    leases::Release,
+    leases::{self, Release},
     log::Log,
     publish::{self, Draft, Publish, Published},
     record::{self, Finished},
-    script::Script,
+    script::{Expected, Outcome, Script},
     turns::Turns,
 };
 use crate::failpoint;
@@ -190,27 +189,23 @@ impl Store {
         let (mut deltas, mut log) = (Deltas::default(), Log::default());
         drafts().for_each(|draft| draft.tell(&mut deltas, &mut log));
         finished.iter().for_each(|finished| finished.tell(&mut deltas, &mut log));
-        let transaction = self.write().await?;
-        let (backend, node) = (transaction.get_database_backend(), &self.0.node);
-        self.keep_answers(&transaction, drafts().filter_map(Draft::kept).collect()).await?;
-        let rows = Script::default()
+        let (backend, node) = (self.0.commits.backend(), &self.0.node);
+        let script = self
+            .keep(Script::default(), backend, drafts().filter_map(Draft::kept).collect())?
             .with(publish::INSERT_EVENTS, publish::events(backend, drafts()))
             .with(publish::INSERT_DELIVERIES, publish::deliveries(backend, node, drafts()))
-            .with(record::UPDATE, record::results(backend, node, finished));
-        let concerned = rows.run(&transaction).await?;
-        if !finished.is_empty() && concerned != finished.len() as u64 {
-            return Ok(false);
-        }
-        self.release_in(&transaction, batch.releases.iter().map(|(release, _)| release)).await?;
-        Script::default()
+            .with_each(record::UPDATE, record::results(backend, node, finished), Expected::Lease)
             .with(record::INSERT_ATTEMPTS, record::failures(backend, finished))
-            .tell(backend, deltas, log)?
-            .run(&transaction)
-            .await?;
+            .with(leases::RELEASE, self.releases(batch.releases.iter().map(|(release, _)| release)))
+            .tell(backend, deltas, log)?;
         batch.reached("before commit");
-        transaction.commit().await?;
+        let outcome = self.0.commits.run(script).await?;
         batch.reached("after commit");
-        Ok(true)
+        match outcome {
+            Outcome::Done => Ok(true),
+            Outcome::Missed(Expected::Lease) => Ok(false),
+            Outcome::Missed(Expected::Name) => Err(Error::Repeated),
+        }
     }
 
     fn answer(&self, batch: Batch, lost: &[usize]) {

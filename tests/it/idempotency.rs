@@ -278,7 +278,7 @@ async fn a_run_that_died_is_taken_over(database: Database) {
 #[tokio::test]
 async fn a_commit_whose_reply_was_lost_is_found_again() {
     let database = Database::fresh(Kind::Postgres).await;
-    let proxy = LossyProxy::start(&database.url).await;
+    let proxy = LossyProxy::start(&database.url, "cnt_1").await;
     let server = TestServer::with(Config { database_url: proxy.url(), ..config(&database) }).await;
     let connection = self::database(&database).await;
     proxy.lose_the_next_commit();

@@ -1,4 +1,5 @@
-//! A way to PostgreSQL that loses the reply of one commit, and then is down until it is mended.
+//! A way to PostgreSQL that loses the reply of one commit, and then is down until it is mended. A commit is a statement
+//! that is a transaction of its own; what it carries tells it.
 
 use std::sync::{
     Arc,
@@ -22,8 +23,8 @@ pub(super) struct LossyProxy {
 }
 
 impl LossyProxy {
-    /// In front of the server that `url` names.
-    pub(super) async fn start(url: &str) -> Self {
+    /// In front of the server that `url` names; the commit is the one that carries `data`.
+    pub(super) async fn start(url: &str, data: &'static str) -> Self {
         let (user, rest) = url.split_once('@').expect("a user");
         let (server, name) = rest.split_once('/').expect("a database");
         let (server, state) = (server.to_owned(), Arc::new(AtomicU8::new(UP)));
@@ -34,7 +35,7 @@ impl LossyProxy {
             while let Ok((client, _)) = listener.accept().await {
                 if shared.load(Ordering::SeqCst) != DOWN {
                     let server = TcpStream::connect(&server).await.unwrap();
-                    tokio::spawn(forward(client, server, Arc::clone(&shared)));
+                    tokio::spawn(forward(client, server, data, Arc::clone(&shared)));
                 }
             }
         });
@@ -60,11 +61,11 @@ impl Drop for LossyProxy {
     }
 }
 
-async fn forward(client: TcpStream, server: TcpStream, state: Arc<AtomicU8>) {
+async fn forward(client: TcpStream, server: TcpStream, data: &'static str, state: Arc<AtomicU8>) {
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     let asking = copy(from_client, to_server, |bytes| {
-        let commit = bytes.windows(6).any(|window| window == b"COMMIT");
+        let commit = bytes.windows(data.len()).any(|window| window == data.as_bytes());
         // It passes, and from here on nothing else does: the first thing that is lost is its reply.
         let lost = commit && state.compare_exchange(LOSING, DOWN, Ordering::SeqCst, Ordering::SeqCst).is_ok();
         lost || state.load(Ordering::SeqCst) != DOWN
