@@ -8,7 +8,7 @@ use shortkit_webhooks::grpc::proto::{
 };
 use tonic::{Request, Status, transport::Channel};
 
-use super::{receiver::now, support::service::Service};
+use super::receiver::now;
 
 /// Before a publish that was refused is tried again …
 const REFUSED: Duration = Duration::from_millis(50);
@@ -28,13 +28,13 @@ pub(crate) struct Caller {
 
 impl Caller {
     /// A caller with connections of its own.
-    pub(crate) async fn connect(service: &Service, organization: &'static str) -> Self {
+    pub(crate) async fn connect(base: &str, key: &str, organization: &'static str) -> Self {
         let mut channels = Vec::new();
         for _ in 0..CONNECTIONS {
-            let endpoint = Channel::from_shared(service.base.clone()).expect("a URL");
+            let endpoint = Channel::from_shared(base.to_owned()).expect("a URL");
             channels.push(endpoint.connect().await.expect("a connection"));
         }
-        Self { channels, key: service.service_key.clone(), organization }
+        Self { channels, key: key.to_owned(), organization }
     }
 
     /// Registers a webhook.

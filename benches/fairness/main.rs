@@ -4,13 +4,14 @@
 //!
 //! The service runs in a process of its own. Organisation `others` publishes at a steady pace to a receiver that answers
 //! at once; what its deliveries take, from before the publish to the arrival, is measured first alone and then while the
-//! disturbance lasts, in the same run of the service. `short` takes about three minutes instead of twenty: it measures
-//! for a shorter time, scales the slow receivers to a fifth of their time and five times their traffic, and takes fewer
-//! events for the recovery.
+//! disturbance lasts, in the same run of the service, three times each; the median counts. Those who disturb have a process
+//! of their own (see [`disturber`]). `short` takes about five minutes instead of twenty: it measures for a shorter time,
+//! scales the slow receivers to a fifth of their time and five times their traffic, and takes fewer events for the recovery.
 //!
 //! Prints a line for each bar, PASS or FAIL, and one JSON line. Ends with 1 when a bar is missed.
 
 mod caller;
+mod disturber;
 mod receiver;
 #[path = "../support/mod.rs"]
 mod support;
@@ -29,7 +30,8 @@ use tokio::task::JoinSet;
 
 use self::{
     caller::Caller,
-    receiver::{Manners, nanoseconds, never_accepts, now, serve},
+    disturber::{Disturber, Role, publish_all},
+    receiver::{Manners, Recovery, Report as Recovered, nanoseconds, never_accepts, now, serve},
     support::service::Service,
 };
 
@@ -51,8 +53,8 @@ const GROUPS: usize = 50;
 const RECOVERING: usize = 10;
 /// Events of the loud organisation: more than it can publish while it is measured; the rest is given up then.
 const FLOOD_EVENTS: usize = 1_000_000;
-/// Calls under way of the loud organisation.
-const LOUD: usize = 256;
+/// Times that each is measured.
+const ROUNDS: usize = 3;
 /// The per-webhook limit of the service.
 const MAX_IN_FLIGHT: usize = 32;
 
@@ -68,14 +70,14 @@ struct Size {
 }
 
 const LONG: Size = Size {
-    measure: Duration::from_secs(60),
+    measure: Duration::from_secs(30),
     slow: Duration::from_millis(14_900),
     slow_pace: 5,
     recovering_events: 100_000,
     down: Duration::from_secs(180),
 };
 const SHORT: Size = Size {
-    measure: Duration::from_secs(20),
+    measure: Duration::from_secs(10),
     slow: Duration::from_millis(2_980),
     slow_pace: 25,
     recovering_events: 10_000,
@@ -97,7 +99,6 @@ struct Stage {
     /// Goes last: the service works in it.
     _directory: tempfile::TempDir,
     manners: Arc<Manners>,
-    base: String,
     others: Caller,
     runs: u64,
     report: Report,
@@ -145,8 +146,8 @@ impl Report {
 }
 
 impl Stage {
-    async fn new(size: &Size, arguments: &[&str]) -> Self {
-        let manners = Manners::new(now(), size.slow);
+    async fn new(arguments: &[&str]) -> Self {
+        let manners = Manners::new(now(), Duration::ZERO, Recovery::default());
         let base = serve(&manners).await;
         let database = std::env::var("SHORTKIT_BENCH_POSTGRES").ok();
         let groups: Vec<String> = (0..GROUPS).map(group).collect();
@@ -154,14 +155,36 @@ impl Stage {
         let arguments = [&["--log", "error", "--event-types", &types], arguments].concat();
         let directory = tempfile::tempdir().expect("a directory");
         let service = Arc::new(Service::start(directory.path(), database.as_deref(), &arguments).await);
-        let others = Caller::connect(&service, "others").await;
+        let others = Caller::connect(&service.base, &service.service_key, "others").await;
         for _ in 0..4 {
             others.webhook(format!("{base}/counted"), "content.ready").await;
         }
-        let mut stage =
-            Self { service, _directory: directory, manners, base, others, runs: 0, report: Report::default() };
+        let mut stage = Self { service, _directory: directory, manners, others, runs: 0, report: Report::default() };
         stage.measure(WARM_UP, PACE).await;
         stage
+    }
+
+    async fn caller(&self, organization: &'static str) -> Caller {
+        Caller::connect(&self.service.base, &self.service.service_key, organization).await
+    }
+
+    /// Several measurements; the medians of what they found.
+    async fn median(&mut self, time: Duration, pace: u32) -> Latency {
+        let mut found = Vec::new();
+        for _ in 0..ROUNDS {
+            found.push(self.measure(time, pace).await);
+        }
+        let median = |of: fn(&Latency) -> f64| {
+            let mut values: Vec<f64> = found.iter().map(of).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        Latency {
+            p50_ms: median(|latency| latency.p50_ms),
+            p99_ms: median(|latency| latency.p99_ms),
+            count: found.iter().map(|latency| latency.count).sum(),
+            lost: found.iter().map(|latency| latency.lost).sum(),
+        }
     }
 
     /// Publishes for `time` and measures what arrives.
@@ -225,30 +248,15 @@ fn keep_publishing(caller: Caller, pace: u32, event: impl Fn(usize) -> String + 
     stop
 }
 
-/// Publishes `count` events, many at a time.
-async fn publish_all(caller: &Caller, count: usize, event: &'static str, until: Arc<AtomicBool>) -> usize {
-    let next = Arc::new(AtomicUsize::new(0));
-    let mut loops = JoinSet::new();
-    for number in 0..LOUD {
-        let (caller, next, until) = (caller.clone(), Arc::clone(&next), Arc::clone(&until));
-        loops.spawn(async move {
-            while !until.load(Ordering::Relaxed) && next.fetch_add(1, Ordering::Relaxed) < count {
-                caller.publish_surely(number, event, format!("{{\"filler\":\"{}\"}}", "x".repeat(450))).await;
-            }
-        });
-    }
-    while loops.join_next().await.is_some() {}
-    next.load(Ordering::Relaxed).min(count)
-}
-
 /// A fifth of the traffic goes to receivers that take connections, or not even those, and never answer.
 async fn dead(size: &Size) -> Report {
-    let mut stage = Stage::new(size, &[]).await;
-    let without = stage.measure(size.measure, PACE).await;
-    let caller = Caller::connect(&stage.service, "dead").await;
+    let mut stage = Stage::new(&[]).await;
+    let without = stage.median(size.measure, PACE).await;
+    let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery: Recovery::default() }).await;
+    let caller = stage.caller("dead").await;
     let (deaf, _listener) = never_accepts();
     for number in 0..DEAD {
-        let url = if number % 2 == 0 { format!("{}/hang", stage.base) } else { deaf.clone() };
+        let url = if number % 2 == 0 { format!("{}/hang", receiver.base) } else { deaf.clone() };
         caller.webhook(url, &group(number % GROUPS)).await;
     }
     // All places that they can get are taken from the first moment.
@@ -257,7 +265,7 @@ async fn dead(size: &Size) -> Report {
     }
     // The others make four deliveries an event.
     let stop = keep_publishing(caller, PACE, |number| group(number % GROUPS));
-    let with = stage.measure(size.measure, PACE).await;
+    let with = stage.median(size.measure, PACE).await;
     stop.store(true, Ordering::Relaxed);
     stage.report.latencies("dead", without, with, 1.2);
     stage.report
@@ -265,16 +273,17 @@ async fn dead(size: &Size) -> Report {
 
 /// A thousand receivers that answer, but late.
 async fn slow(size: &Size) -> Report {
-    let mut stage = Stage::new(size, &[]).await;
-    let caller = Caller::connect(&stage.service, "slow").await;
+    let mut stage = Stage::new(&[]).await;
+    let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery: Recovery::default() }).await;
+    let caller = stage.caller("slow").await;
     for number in 0..SLOW {
-        caller.webhook(format!("{}/slow", stage.base), &group(number % GROUPS)).await;
+        caller.webhook(format!("{}/slow", receiver.base), &group(number % GROUPS)).await;
     }
-    let without = stage.measure(size.measure, PACE).await;
+    let without = stage.median(size.measure, PACE).await;
     let memory = stage.service.resident_mib();
     let stop = keep_publishing(caller, size.slow_pace, |number| group(number % GROUPS));
     tokio::time::sleep(size.slow * 2).await;
-    let with = stage.measure(size.measure, PACE).await;
+    let with = stage.median(size.measure, PACE).await;
     let memory_with = stage.service.resident_mib();
     stop.store(true, Ordering::Relaxed);
     stage.report.latencies("slow", without, with, 1.5);
@@ -284,25 +293,15 @@ async fn slow(size: &Size) -> Report {
 
 /// One organisation publishes as fast as it can.
 async fn flood(size: &Size) -> Report {
-    let mut stage = Stage::new(size, &[]).await;
-    let without = stage.measure(size.measure, QUIET_PACE).await;
+    let mut stage = Stage::new(&[]).await;
+    let without = stage.median(size.measure, QUIET_PACE).await;
     let memory = stage.service.resident_mib();
-    let loud = Caller::connect(&stage.service, "loud").await;
-    loud.webhook(format!("{}/loud", stage.base), "content.ready").await;
-    let until = Arc::new(AtomicBool::new(false));
-    let flooding = tokio::spawn({
-        let until = Arc::clone(&until);
-        async move {
-            let began = now();
-            let count = publish_all(&loud, FLOOD_EVENTS, "content.ready", until).await;
-            count as f64 / began.elapsed().as_secs_f64()
-        }
-    });
+    let (base, key) = (stage.service.base.clone(), stage.service.service_key.clone());
+    let flood = Disturber::start(&Role::Flood { base, key, most: FLOOD_EVENTS }).await;
     tokio::time::sleep(WARM_UP).await;
-    let with = stage.measure(size.measure, QUIET_PACE).await;
+    let with = stage.median(size.measure, QUIET_PACE).await;
     let memory_with = stage.service.resident_mib();
-    until.store(true, Ordering::Relaxed);
-    let rate = flooding.await.unwrap_or(0.0);
+    let rate = flood.stop().await.parse().unwrap_or(0.0);
     stage.report.latencies("flood", without, with, 2.0);
     stage.report.note("flood", "memory MiB", memory, memory_with);
     stage.report.note("flood", "events/s", 0.0, rate);
@@ -311,34 +310,38 @@ async fn flood(size: &Size) -> Report {
 
 /// A receiver that was down comes back when everything for it falls due at the same moment.
 async fn recovery(size: &Size) -> Report {
-    let mut stage = Stage::new(size, &["--retry-schedule", "0s,1s,1s"]).await;
-    let without = stage.measure(size.measure, PACE).await;
-    let recovering = &stage.manners.recovering;
-    let back_at = now() + size.down;
-    *recovering.back_at.lock().expect("no panic") = back_at;
-    let caller = Caller::connect(&stage.service, "recovering").await;
+    let mut stage = Stage::new(&["--retry-schedule", "0s,1s,1s"]).await;
+    let without = stage.median(size.measure, PACE).await;
+    let recovery = Recovery { down: size.down, refusals: size.recovering_events };
+    let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery }).await;
+    let report = async || -> Recovered {
+        let answer = reqwest::get(format!("{}/report", receiver.base)).await.expect("an answer");
+        serde_json::from_slice(&answer.bytes().await.expect("a body")).expect("a report")
+    };
+    let caller = stage.caller("recovering").await;
     for _ in 0..RECOVERING {
-        caller.webhook(format!("{}/down", stage.base), "export.ready").await;
+        caller.webhook(format!("{}/down", receiver.base), "export.ready").await;
     }
-    let events = size.recovering_events / RECOVERING;
-    publish_all(&caller, events, "export.ready", Arc::default()).await;
-    while recovering.refused.load(Ordering::Relaxed) < size.recovering_events && now() < back_at {
+    publish_all(&caller, size.recovering_events / RECOVERING, "export.ready", Arc::default()).await;
+    let mut found = report().await;
+    while found.refused < size.recovering_events && !found.back_in.is_zero() {
         tokio::time::sleep(Duration::from_millis(100)).await;
+        found = report().await;
     }
-    let waiting = recovering.refused.load(Ordering::Relaxed);
-    recovering.up.store(true, Ordering::Relaxed);
-    tokio::time::sleep_until((back_at - Duration::from_secs(1)).into()).await;
+    let waiting = found.refused;
+    tokio::time::sleep(found.back_in.saturating_sub(Duration::from_secs(1))).await;
     let began = now();
-    let with = stage.measure(size.measure, PACE).await;
-    let recovering = &stage.manners.recovering;
-    while recovering.accepted.load(Ordering::Relaxed) < size.recovering_events && began.elapsed() < 10 * size.measure {
+    // The first of several would have all of it.
+    let with = stage.measure(2 * size.measure, PACE).await;
+    let mut found = report().await;
+    while found.accepted < size.recovering_events && began.elapsed() < 10 * size.measure {
         tokio::time::sleep(Duration::from_millis(100)).await;
+        found = report().await;
     }
-    let (took, accepted) = (began.elapsed().as_secs_f64(), recovering.accepted.load(Ordering::Relaxed));
-    let most = recovering.most_under_way();
+    let took = began.elapsed().as_secs_f64();
     stage.report.note("recovery", "due", 0.0, waiting as f64);
-    stage.report.at_most("recovery", "in flight", most, MAX_IN_FLIGHT);
-    stage.report.at_most("recovery", "missing", size.recovering_events.saturating_sub(accepted), 0);
+    stage.report.at_most("recovery", "in flight", found.most_under_way, MAX_IN_FLIGHT);
+    stage.report.at_most("recovery", "missing", size.recovering_events.saturating_sub(found.accepted), 0);
     stage.report.note("recovery", "seconds", 0.0, took);
     stage.report.latencies("recovery", without, with, 2.0);
     stage.report
@@ -347,7 +350,14 @@ async fn recovery(size: &Size) -> Report {
 #[tokio::main]
 async fn main() -> ExitCode {
     let _ = rlimit::increase_nofile_limit(u64::MAX);
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [first, role] = &arguments[..]
+        && first == disturber::ARGUMENT
+    {
+        disturber::run(role).await;
+        return ExitCode::SUCCESS;
+    }
     let given = |name: &str| arguments.iter().any(|argument| argument == name);
     let size = if given("short") { SHORT } else { LONG };
     let all = !["dead", "slow", "flood", "recovery"].into_iter().any(given);

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -14,6 +14,7 @@ use http::{Request, Response, StatusCode, header::RETRY_AFTER};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpSocket};
 
 /// What one run of events saw arrive.
@@ -24,30 +25,50 @@ pub(crate) struct Arrived {
     latencies: Mutex<Vec<u64>>,
 }
 
+/// How long `/down` is.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct Recovery {
+    /// From the first request that it refuses to the time at which it tells all to come back.
+    pub(crate) down: Duration,
+    /// It is up before, once it has refused so many.
+    pub(crate) refusals: usize,
+}
+
+/// What `/report` tells of it.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Report {
+    pub(crate) refused: usize,
+    pub(crate) accepted: usize,
+    /// The most requests of a webhook that were under way at a time.
+    pub(crate) most_under_way: usize,
+    /// Until all come back.
+    pub(crate) back_in: Duration,
+}
+
 /// A receiver that is down until it recovers.
-pub(crate) struct Recovering {
-    pub(crate) up: AtomicBool,
-    /// What it tells to come back later, while it is down.
-    pub(crate) back_at: Mutex<Instant>,
-    pub(crate) refused: AtomicUsize,
-    pub(crate) accepted: AtomicUsize,
+struct Recovering {
+    recovery: Recovery,
+    /// Set by the first that is refused.
+    back_at: Mutex<Option<Instant>>,
+    refused: AtomicUsize,
+    accepted: AtomicUsize,
     /// Requests under way by webhook, and the most there were.
     under_way: Mutex<HashMap<String, (usize, usize)>>,
 }
 
-/// What `/slow`, `/down` and every other path say.
+/// What `/slow`, `/down`, `/report` of it, and every other path say.
 pub(crate) struct Manners {
     pub(crate) start: Instant,
     pub(crate) slow: Duration,
     pub(crate) arrived: Arrived,
-    pub(crate) recovering: Recovering,
+    recovering: Recovering,
 }
 
 impl Manners {
-    pub(crate) fn new(start: Instant, slow: Duration) -> Arc<Self> {
+    pub(crate) fn new(start: Instant, slow: Duration, recovery: Recovery) -> Arc<Self> {
         let recovering = Recovering {
-            up: AtomicBool::new(false),
-            back_at: Mutex::new(start),
+            recovery,
+            back_at: Mutex::new(None),
             refused: AtomicUsize::new(0),
             accepted: AtomicUsize::new(0),
             under_way: Mutex::default(),
@@ -64,6 +85,10 @@ impl Manners {
             "/down" => {
                 let webhook_id = head.headers["x-shortform-webhook-id"].to_str().unwrap_or_default();
                 return Ok(self.recovering.answer(webhook_id).await);
+            }
+            "/report" => {
+                let report = serde_json::to_vec(&self.recovering.report()).expect("JSON");
+                return Ok(Response::new(Full::new(report.into())));
             }
             "/counted" => self.arrived.note(&body, self.start),
             _ => {}
@@ -100,14 +125,21 @@ impl Arrived {
 }
 
 impl Recovering {
-    pub(crate) fn most_under_way(&self) -> usize {
-        self.under_way.lock().expect("no panic").values().map(|(_, most)| *most).max().unwrap_or(0)
+    fn report(&self) -> Report {
+        let back_at = self.back_at.lock().expect("no panic");
+        Report {
+            refused: self.refused.load(Ordering::Relaxed),
+            accepted: self.accepted.load(Ordering::Relaxed),
+            most_under_way: self.under_way.lock().expect("no panic").values().map(|(_, most)| *most).max().unwrap_or(0),
+            back_in: back_at.map_or(self.recovery.down, |back_at| back_at.saturating_duration_since(now())),
+        }
     }
 
     async fn answer(&self, webhook_id: &str) -> Response<Full<Bytes>> {
-        if !self.up.load(Ordering::Relaxed) {
+        let back_at = *self.back_at.lock().expect("no panic").get_or_insert_with(|| now() + self.recovery.down);
+        if now() < back_at && self.refused.load(Ordering::Relaxed) < self.recovery.refusals {
             self.refused.fetch_add(1, Ordering::Relaxed);
-            let wait = self.back_at.lock().expect("no panic").saturating_duration_since(now()).as_secs().max(1);
+            let wait = back_at.saturating_duration_since(now()).as_secs().max(1);
             let mut response = Response::new(Full::new(Bytes::new()));
             *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             response.headers_mut().insert(RETRY_AFTER, wait.into());

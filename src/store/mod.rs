@@ -7,6 +7,7 @@
 mod audit;
 mod backlog;
 mod changes;
+mod commit_size;
 mod counts;
 mod deliveries;
 mod entity;
@@ -19,6 +20,7 @@ mod leases;
 mod log;
 #[path = "../../migrations/mod.rs"]
 mod migrations;
+mod parameter;
 mod publish;
 mod record;
 mod rescue;

@@ -301,7 +301,7 @@ pub(super) fn events<'a>(backend: DbBackend, drafts: impl Iterator<Item = &'a Dr
     let mut rows = Rows::new(backend, EVENTS);
     for DraftEvent { event, .. } in drafts.flat_map(|draft| &draft.events) {
         let Event { id, event_type, data, created_at } = &**event;
-        rows.push([id.into(), event_type.into(), data.as_str().into(), created_at.millis().into()]);
+        rows.push([id.into(), event_type.into(), data.shared().into(), created_at.millis().into()]);
     }
     rows
 }
@@ -312,9 +312,9 @@ pub(super) fn deliveries<'a>(backend: DbBackend, node: &str, drafts: impl Iterat
     for draft in drafts {
         for (event, new) in draft.deliveries() {
             rows.push([
-                (&*new.webhook_id).into(),
+                (&new.webhook_id).into(),
                 (&new.id).into(),
-                draft.tenant.organization().into(),
+                draft.tenant.shared_organization().into(),
                 draft.tenant.environment().as_str().into(),
                 (&event.id).into(),
                 (&event.event_type).into(),

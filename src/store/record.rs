@@ -153,7 +153,7 @@ pub(super) fn results(backend: DbBackend, node: &str, finished: &[&Finished]) ->
     for finished in finished {
         let attempt = &finished.attempt;
         rows.push([
-            (&*finished.webhook_id).into(),
+            (&finished.webhook_id).into(),
             (&finished.delivery_id).into(),
             node.into(),
             attempt.number.into(),

@@ -26,8 +26,10 @@ use crate::{
     webhook::{DeliveryStatus, Retention, Timestamp},
 };
 
-/// One step removes at most this many rows, or pages of 4 KiB.
-const MAX_STEP: usize = 128;
+/// One step removes at most this many rows, or pages of 4 KiB: a few milliseconds, for which publishes wait.
+const MAX_STEP: usize = 32;
+/// After a step, nothing is removed during this many times as long.
+const REST_OF_STEP: u32 = 2;
 /// One read looks at no more than this many rows.
 const MAX_READ: i64 = 5_000;
 /// Between rounds …
@@ -248,7 +250,7 @@ impl Round<'_> {
         }
         Script::default().with(REMOVE_ATTEMPTS, attempts).with(COUNT_REMOVED, counts).run(&transaction).await?;
         transaction.commit().await?;
-        tokio::time::sleep(began.elapsed()).await;
+        tokio::time::sleep(began.elapsed() * REST_OF_STEP).await;
         Ok(())
     }
 
@@ -341,8 +343,8 @@ mod tests {
             steps(&due).map(<[_]>::len).collect::<Vec<_>>()
         };
         assert_eq!(lengths(&[]), [0; 0]);
-        assert_eq!(lengths(&[1; 300]), [128, 128, 44]);
-        assert_eq!(lengths(&[127, 1, 1, 1000, 2, 126]), [2, 1, 1, 2]);
+        assert_eq!(lengths(&[1; 75]), [32, 32, 11]);
+        assert_eq!(lengths(&[31, 1, 1, 1000, 2, 30]), [2, 1, 1, 2]);
     }
 
     #[test]

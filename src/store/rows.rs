@@ -7,23 +7,26 @@
 //! That is for the log of changes: PostgreSQL gives out sequence numbers in the order of asking but shows them in the
 //! order of commits; a reader that saw number 8 could find a 7 later. SQLite has one writer anyway.
 
-use std::fmt::Write;
+use std::{fmt::Write, sync::Arc};
 
-use sea_orm::{
-    DbBackend, Statement, Value,
-    sea_query::{ArrayType, ValueType},
-};
+use sea_orm::{DbBackend, Statement, Value};
+
+use super::parameter::Parameter;
 
 /// SQLite takes at most this many rows in a statement; more go in several. Each size is a text of its own, and a power of
 /// two: what is left of it stays NULL.
 pub(super) const MAX_ROWS: usize = 256;
 
+/// PostgreSQL's arrays are given without NULL. These stand for it in columns that never have them otherwise.
+const NULL_TEXT: &str = "";
+const NULL_INT: i64 = -1;
+
 /// Type of a column.
 #[derive(Clone, Copy)]
 pub(super) enum Type {
-    /// Text; the empty text may stand for NULL.
+    /// Text.
     Text,
-    /// A number; −1 may stand for NULL.
+    /// A number.
     Int,
 }
 
@@ -31,7 +34,6 @@ pub(super) enum Type {
 pub(super) struct Column {
     name: &'static str,
     kind: Type,
-    /// PostgreSQL's arrays are given without NULL, so there a value stands for it that the column never has otherwise.
     nullable: bool,
 }
 
@@ -59,6 +61,8 @@ pub(super) const fn int_or_null(name: &'static str) -> Column {
 pub(super) enum Cell<'a> {
     /// For [`Type::Text`].
     Text(&'a str),
+    /// The same, and not copied.
+    Shared(&'a Arc<str>),
     /// For [`Type::Int`].
     Int(i64),
     /// For a column that may be NULL.
@@ -68,14 +72,20 @@ pub(super) enum Cell<'a> {
 /// Rows on their way into a statement.
 pub(super) struct Rows {
     columns: &'static [Column],
-    /// Row by row.
-    values: Vec<Value>,
+    /// Row by row, as SQLite takes them.
+    values: Vec<Parameter>,
     backend: DbBackend,
 }
 
 impl<'a> From<&'a str> for Cell<'a> {
     fn from(text: &'a str) -> Self {
         Self::Text(text)
+    }
+}
+
+impl<'a> From<&'a Arc<str>> for Cell<'a> {
+    fn from(text: &'a Arc<str>) -> Self {
+        Self::Shared(text)
     }
 }
 
@@ -108,16 +118,20 @@ impl Rows {
         Self { columns, values: Vec::new(), backend }
     }
 
-    /// Adds a row.
+    /// Adds a row. A text that the row before has in its place as well is not copied again.
     pub(super) fn push<const N: usize>(&mut self, row: [Cell<'_>; N]) {
         debug_assert_eq!(N, self.columns.len());
-        let postgres = self.backend == DbBackend::Postgres;
-        self.values.extend(row.into_iter().zip(self.columns).map(|(cell, column)| match (cell, column.kind) {
-            (Cell::Text(text), _) => Value::String(Some(text.to_owned())),
-            (Cell::Int(number), _) => Value::BigInt(Some(number)),
-            (Cell::Null, Type::Text) => Value::String(postgres.then(String::new)),
-            (Cell::Null, Type::Int) => Value::BigInt(postgres.then_some(-1)),
-        }));
+        for cell in row {
+            let above = self.values.len().checked_sub(N).map(|place| &self.values[place]);
+            let value = match (cell, above) {
+                (Cell::Text(text), Some(Parameter::Text(above))) if **above == *text => Parameter::Text(above.clone()),
+                (Cell::Text(text), _) => Parameter::Text(text.into()),
+                (Cell::Shared(text), _) => Parameter::Text(text.clone()),
+                (Cell::Int(number), _) => Parameter::Int(number),
+                (Cell::Null, _) => Parameter::Null,
+            };
+            self.values.push(value);
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -136,13 +150,13 @@ impl Rows {
         if self.backend == DbBackend::Postgres {
             let (backend, mut text, mut values) = (self.backend, String::new(), Vec::new());
             self.append(statement, &mut text, &mut values);
-            return vec![Statement::from_sql_and_values(backend, text, values)];
+            return vec![Statement::from_sql_and_values(backend, text, values.into_iter().map(Value::from))];
         }
         let of = |piece: Self| {
             let (backend, mut text, mut values) = (piece.backend, String::new(), Vec::new());
             let places = piece.len().next_power_of_two();
             piece.append_places(statement, places, &mut text, &mut values);
-            Statement::from_sql_and_values(backend, text, values)
+            Statement::from_sql_and_values(backend, text, values.into_iter().map(Value::from))
         };
         self.pieces(MAX_ROWS).map(of).collect()
     }
@@ -152,13 +166,13 @@ impl Rows {
         let Self { columns, values, backend } = self;
         let mut values = values.into_iter();
         std::iter::from_fn(move || {
-            let values: Vec<Value> = values.by_ref().take(count * columns.len()).collect();
+            let values: Vec<Parameter> = values.by_ref().take(count * columns.len()).collect();
             (!values.is_empty()).then_some(Self { columns, values, backend })
         })
     }
 
     /// Adds `statement` for the rows to a text for PostgreSQL that already takes `values`.
-    pub(super) fn append(self, statement: &str, text: &mut String, values: &mut Vec<Value>) {
+    pub(super) fn append(self, statement: &str, text: &mut String, values: &mut Vec<Parameter>) {
         text.push_str(
             &statement.replace("{ordered}", " CROSS JOIN ordered").replace("{rows}", &self.arrays(values.len())),
         );
@@ -166,29 +180,33 @@ impl Rows {
     }
 
     /// Adds `statement`, with places for `count` rows, to a text for SQLite that already takes `values`.
-    pub(super) fn append_places(self, statement: &str, count: usize, text: &mut String, values: &mut Vec<Value>) {
+    pub(super) fn append_places(self, statement: &str, count: usize, text: &mut String, values: &mut Vec<Parameter>) {
         text.push_str(&on_sqlite(statement, self.columns, count));
         let end = values.len() + count * self.columns.len();
         values.extend(self.values);
-        values.resize(end, Value::BigInt(None));
+        values.resize(end, Parameter::Null);
     }
 
     /// One array for each column.
-    fn transposed(self) -> Vec<Value> {
-        let (width, count) = (self.columns.len(), self.len());
-        let mut arrays: Vec<Vec<Value>> = (0..width).map(|_| Vec::with_capacity(count)).collect();
-        for (index, value) in self.values.into_iter().enumerate() {
-            arrays[index % width].push(value);
-        }
-        let kind = |column: &Column| match column.kind {
-            Type::Text => String::array_type(),
-            Type::Int => ArrayType::BigInt,
+    fn transposed(self) -> impl Iterator<Item = Parameter> {
+        let count = self.len();
+        let empty = |column: &Column| match column.kind {
+            Type::Text => Parameter::Texts(Vec::with_capacity(count)),
+            Type::Int => Parameter::Ints(Vec::with_capacity(count)),
         };
-        arrays
-            .into_iter()
-            .zip(self.columns)
-            .map(|(values, column)| Value::Array(kind(column), Some(Box::new(values))))
-            .collect()
+        let mut arrays: Vec<Parameter> = self.columns.iter().map(empty).collect();
+        let width = arrays.len();
+        let null: Arc<str> = NULL_TEXT.into();
+        for (index, value) in self.values.into_iter().enumerate() {
+            match (&mut arrays[index % width], value) {
+                (Parameter::Texts(texts), Parameter::Text(text)) => texts.push(text),
+                (Parameter::Texts(texts), _) => texts.push(Arc::clone(&null)),
+                (Parameter::Ints(numbers), Parameter::Int(number)) => numbers.push(number),
+                (Parameter::Ints(numbers), _) => numbers.push(NULL_INT),
+                _ => {}
+            }
+        }
+        arrays.into_iter()
     }
 
     /// The rows as PostgreSQL reads them from arrays, which come after `before` other parameters.
@@ -197,8 +215,8 @@ impl Rows {
         for (index, column) in self.columns.iter().enumerate() {
             let comma = if index > 0 { ", " } else { "" };
             let (kind, null) = match column.kind {
-                Type::Text => ("text", "''"),
-                Type::Int => ("bigint", "-1"),
+                Type::Text => ("text", format!("'{NULL_TEXT}'")),
+                Type::Int => ("bigint", NULL_INT.to_string()),
             };
             let name = column.name;
             let _ = write!(names, "{comma}{name}");

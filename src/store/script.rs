@@ -11,14 +11,14 @@ use std::{
 
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, Statement, Value,
-    sea_query::ArrayType,
-    sqlx::{self, Arguments, Postgres, pool::PoolConnection, postgres::PgArguments, sqlite::SqliteArguments},
+    sqlx::{self, Postgres, pool::PoolConnection},
 };
 
 use super::{
     Error,
     counts::{self, Deltas},
     log::{self, Log},
+    parameter::{Parameter, for_postgres, for_sqlite},
     rows::{MAX_ROWS, Rows},
 };
 
@@ -114,13 +114,14 @@ impl Script {
             return Ok(Outcome::Done);
         }
         let backend = transaction.get_database_backend();
-        let (text, values) = if backend == DbBackend::Postgres { self.on_postgres() } else { self.on_sqlite() };
+        let (text, parameters) = if backend == DbBackend::Postgres { self.on_postgres() } else { self.on_sqlite() };
+        let values = parameters.into_iter().map(Value::from);
         outcome(transaction.execute_raw(Statement::from_sql_and_values(backend, text, values)).await)
     }
 
     /// One text of several statements, which SQLite's driver runs one after the other. All get places for the same number of
     /// rows: each mixture of sizes would be a text of its own, to be prepared and kept.
-    fn on_sqlite(self) -> (String, Vec<Value>) {
+    fn on_sqlite(self) -> (String, Vec<Parameter>) {
         let (mut text, mut values) = (String::new(), Vec::new());
         let most = self.steps.iter().map(|step| step.rows.len()).max().unwrap_or(0);
         let places = most.min(MAX_ROWS).next_power_of_two();
@@ -131,7 +132,7 @@ impl Script {
                 text.push(';');
                 if let Some(expected) = expected {
                     text.push_str(EXPECT_ON_SQLITE);
-                    values.extend([expected.as_str().into(), count_of(count)]);
+                    values.extend([Parameter::Text(expected.as_str().into()), count_of(count)]);
                 }
             }
         }
@@ -140,7 +141,7 @@ impl Script {
 
     /// One statement, in which all stand as expressions that PostgreSQL runs to their end. Those that are in the order of
     /// commits wait, before they write, for the lock, which is taken when all others are done and have found what they should.
-    fn on_postgres(self) -> (String, Vec<Value>) {
+    fn on_postgres(self) -> (String, Vec<Parameter>) {
         let (mut text, mut values) = (String::from("WITH "), Vec::new());
         let (ordered, free): (Vec<Step>, Vec<Step>) =
             self.steps.into_iter().partition(|step| step.statement.contains("{ordered}"));
@@ -198,20 +199,12 @@ impl Commits {
 }
 
 async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {
-    let (text, values) = script.on_sqlite();
-    let mut arguments = SqliteArguments::default();
-    arguments.reserve(values.len(), 0);
-    for value in values {
-        let added = match value {
-            Value::String(text) => arguments.add(text),
-            Value::BigInt(number) => arguments.add(number),
-            other => Err(format!("rows have no {other:?}").into()),
-        };
-        added.map_err(sqlx::Error::Encode)?;
-    }
+    let (text, parameters) = script.on_sqlite();
     let text = sqlx::AssertSqlSafe(format!("BEGIN IMMEDIATE;{text}COMMIT"));
     let mut connection = pool.acquire().await?;
-    let Err(error) = sqlx::query_with(text, arguments).execute(&mut *connection).await else { return Ok(()) };
+    let Err(error) = sqlx::query_with(text, for_sqlite(parameters)?).execute(&mut *connection).await else {
+        return Ok(());
+    };
     // An error ends some transactions and leaves others open.
     if sqlx::query("ROLLBACK").execute(&mut *connection).await.is_err() {
         connection.close().await?;
@@ -225,23 +218,8 @@ async fn on_postgres(
     idle: &Mutex<Option<PoolConnection<Postgres>>>,
     script: Script,
 ) -> Result<(), sqlx::Error> {
-    let (text, values) = script.on_postgres();
-    let mut arguments = PgArguments::default();
-    for value in values {
-        let added = match value {
-            Value::BigInt(number) => arguments.add(number),
-            Value::Array(ArrayType::BigInt, Some(numbers)) => arguments.add(array(*numbers, |value| match value {
-                Value::BigInt(number) => number,
-                _ => None,
-            })),
-            Value::Array(_, Some(texts)) => arguments.add(array(*texts, |value| match value {
-                Value::String(text) => text,
-                _ => None,
-            })),
-            other => Err(format!("rows have no {other:?}").into()),
-        };
-        added.map_err(sqlx::Error::Encode)?;
-    }
+    let (text, parameters) = script.on_postgres();
+    let arguments = for_postgres(&parameters)?;
     let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
     let mut connection = match kept {
         Some(connection) => connection,
@@ -258,12 +236,8 @@ async fn on_postgres(
     done.map(drop)
 }
 
-fn array<T>(values: Vec<Value>, of: impl Fn(Value) -> Option<T>) -> Vec<Option<T>> {
-    values.into_iter().map(of).collect()
-}
-
-fn count_of(rows: usize) -> Value {
-    Value::BigInt(Some(i64::try_from(rows).unwrap_or(i64::MAX)))
+fn count_of(rows: usize) -> Parameter {
+    Parameter::Int(i64::try_from(rows).unwrap_or(i64::MAX))
 }
 
 fn outcome<T>(done: Result<T, DbErr>) -> Result<Outcome, Error> {
@@ -315,7 +289,7 @@ mod tests {
              unnest($6::text[], $7::bigint[]) AS given (id, at)) AS rows CROSS JOIN ordered) \
              SELECT count(*) FROM ordered"
         );
-        assert_eq!((values.len(), &values[4]), (7, &Value::BigInt(Some(7))));
+        assert_eq!((values.len(), &values[4]), (7, &Parameter::Int(7)));
     }
 
     #[test]

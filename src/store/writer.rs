@@ -2,7 +2,10 @@
 //! (natural batching): a lone item waits for nobody, and a crowd shares the cost of the disk.
 
 use std::{
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -10,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Error, Inner, Store,
+    commit_size::CommitSize,
     counts::Deltas,
     leases::{self, Release},
     log::Log,
@@ -18,14 +22,15 @@ use super::{
     script::{Expected, Outcome, Script},
     turns::Turns,
 };
-use crate::failpoint;
+use crate::{clock, failpoint};
 
 /// One commit takes no further item once it has this many events and results; the rest is in the next. The more, the less
 /// each costs.
 const MAX_BATCH: usize = 512;
-/// As much while several organisations have something to write: what one of them writes waits for the commit that is under
-/// way, which is to be short then, however much another has.
-const MAX_SHARED_BATCH: usize = 64;
+/// Between so many and so many, as [`CommitSize`] finds, while several organisations have something to write: what one of
+/// them writes waits for the commit that is under way, which is to be short then, however much another has.
+const MIN_SHARED_BATCH: usize = 16;
+const MAX_SHARED_BATCH: usize = 128;
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
 
@@ -42,7 +47,10 @@ pub(super) enum Write {
 
 /// The way to the task. What waits is bounded by those who send: publishes by [`publish::MAX_WAITING_BYTES`], the others
 /// by what the node holds.
-pub(super) struct Writer(mpsc::UnboundedSender<Write>);
+pub(super) struct Writer {
+    queue: mpsc::UnboundedSender<Write>,
+    shared: Arc<AtomicBool>,
+}
 
 /// What goes into one commit.
 #[derive(Default)]
@@ -70,8 +78,10 @@ impl Writer {
     /// Starts the task. It does not keep the store, which has the writer, alive.
     pub(super) fn start(store: Weak<Inner>) -> Self {
         let (queue, mut coming) = mpsc::unbounded_channel::<Write>();
+        let shared = Arc::new(AtomicBool::new(false));
+        let is_shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let mut waiting = Turns::new();
+            let (mut waiting, mut size) = (Turns::new(), CommitSize::new(MIN_SHARED_BATCH..=MAX_SHARED_BATCH));
             loop {
                 if waiting.is_empty() {
                     let Some(first) = coming.recv().await else { return };
@@ -80,7 +90,8 @@ impl Writer {
                 while let Ok(next) = coming.try_recv() {
                     waiting.push(next.organization(), next);
                 }
-                let most = if waiting.is_shared(SHARED) { MAX_SHARED_BATCH } else { MAX_BATCH };
+                is_shared.store(waiting.is_shared(SHARED), Ordering::Relaxed);
+                let most = if waiting.is_shared(SHARED) { size.best() } else { MAX_BATCH };
                 let (mut writes, mut weight) = (Vec::with_capacity(most), 0);
                 while weight < most
                     && let Some(next) = waiting.pop()
@@ -90,20 +101,27 @@ impl Writer {
                 }
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
+                let began = clock::stopwatch();
                 match store.draft(writes).await {
                     (batch, None) => store.settle(batch).await,
                     // Those who wait behind this batch are not to wait for the database a second time.
                     (batch, Some(error)) => store.fail(batch, &error),
                 }
+                size.learn(weight, began.elapsed());
             }
         });
-        Self(queue)
+        Self { queue, shared }
+    }
+
+    /// Whether several organisations had something to write when somebody last had.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::Relaxed)
     }
 
     /// Has `write` made, which gets its answer through the other end of the channel.
     pub(super) async fn submit<T>(&self, write: impl FnOnce(Answer<T>) -> Write) -> Result<T, Error> {
         let (answer, written) = oneshot::channel();
-        self.0.send(write(answer)).map_err(|_| Error::Closed)?;
+        self.queue.send(write(answer)).map_err(|_| Error::Closed)?;
         written.await.map_err(|_| Error::Closed)?
     }
 }

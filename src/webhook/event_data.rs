@@ -34,6 +34,11 @@ pub enum EventDataError {
 }
 
 impl EventData {
+    /// The text itself, to be kept without a copy.
+    pub fn shared(&self) -> &Arc<str> {
+        &self.0
+    }
+
     /// Takes `text` as it is, after a look at its syntax; white space around the object is dropped.
     pub fn parse(text: &str) -> Result<Self, EventDataError> {
         let text = text.trim_matches([' ', '\t', '\r', '\n']);
