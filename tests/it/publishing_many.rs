@@ -2,11 +2,11 @@
 
 use http::Method;
 use serde_json::{Value, json};
-use shortkit_webhooks::grpc::proto::{PublishEventRequest, PublishEventsRequest};
+use shortkit_webhooks::grpc::proto::{DeliveryStatus, PublishEventRequest, PublishEventsRequest};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::support::{Database, Receiver, TestServer, on_both_databases};
+use crate::support::{Database, Kind, Receiver, TestServer, on_both_databases, soon};
 
 on_both_databases!(
     all_in_the_order_given,
@@ -119,4 +119,48 @@ async fn not_more_deliveries_than_one_commit_should_have(database: Database) {
     let answer = server.post("/v1/events/batch", &events(MANY / 10).to_string()).await;
     assert_eq!(answer.status, 202, "{}", answer.text);
     server.stop().await;
+}
+
+/// PostgreSQL makes the plans that it keeps while there is nothing, when all cost the same. One that goes through what a
+/// webhook has, instead of to a delivery, shows once it has much.
+#[tokio::test]
+async fn what_a_result_costs_does_not_grow() {
+    const FEW: i64 = 100;
+    const BLOCKS: i64 = 100;
+    let database = Database::fresh(Kind::Postgres).await;
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (webhook, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    assert_eq!(server.publish("content.ready", "{}").await, 1);
+    watch.until(1, |change| change.status() == DeliveryStatus::Success).await;
+    let old = format!(
+        "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, \
+         granted, once, lost_leases, status_code, response_time_ms, last_attempt_at_ms, created_at_ms) \
+         SELECT '{webhook}', 'del_' || i, 'acme', 'test', 'evt_' || i, 'content.ready', 'success', 1, FALSE, FALSE, 0, \
+         200, 1, 1, 1 FROM generate_series(1, 50000) AS n (i)"
+    );
+    database.execute(&old).await;
+    database.rows("SELECT pg_stat_reset()").await;
+    for number in 0..FEW as usize {
+        assert_eq!(server.publish("content.ready", "{}").await, 1);
+        receiver.wait_for(number + 2).await;
+    }
+    server.stop().await;
+    let blocks = soon("all that was recorded is counted", async {
+        loop {
+            let rows = database
+                .rows(
+                    "SELECT n_tup_upd, (SELECT sum(idx_blks_hit + idx_blks_read)::bigint FROM pg_statio_user_indexes \
+                     WHERE relname = 'deliveries') FROM pg_stat_user_tables WHERE relname = 'deliveries'",
+                )
+                .await;
+            let (updated, blocks): (i64, i64) = rows[0].try_get_many_by_index().unwrap();
+            if updated >= FEW {
+                return blocks;
+            }
+        }
+    });
+    let blocks = blocks.await / FEW;
+    assert!(blocks < BLOCKS, "{blocks} blocks of indexes were read for each delivery");
 }
