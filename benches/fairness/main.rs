@@ -99,6 +99,7 @@ struct Stage {
     /// Goes last: the service works in it.
     _directory: tempfile::TempDir,
     manners: Arc<Manners>,
+    base: String,
     others: Caller,
     runs: u64,
     report: Report,
@@ -159,7 +160,8 @@ impl Stage {
         for _ in 0..4 {
             others.webhook(format!("{base}/counted"), "content.ready").await;
         }
-        let mut stage = Self { service, _directory: directory, manners, others, runs: 0, report: Report::default() };
+        let mut stage =
+            Self { service, _directory: directory, manners, base, others, runs: 0, report: Report::default() };
         stage.measure(WARM_UP, PACE).await;
         stage
     }
@@ -296,6 +298,8 @@ async fn flood(size: &Size) -> Report {
     let mut stage = Stage::new(&[]).await;
     let without = stage.median(size.measure, QUIET_PACE).await;
     let memory = stage.service.resident_mib();
+    // Its receiver is here: one that had no time would hold up the flood.
+    stage.caller("loud").await.webhook(format!("{}/loud", stage.base), "content.ready").await;
     let (base, key) = (stage.service.base.clone(), stage.service.service_key.clone());
     let flood = Disturber::start(&Role::Flood { base, key, most: FLOOD_EVENTS }).await;
     tokio::time::sleep(WARM_UP).await;

@@ -61,14 +61,23 @@ impl Engine {
         let (freed, mut free) = mpsc::unbounded_channel();
         let (mut running, mut more) = (JoinSet::new(), false);
         while !stopping.is_cancelled() {
-            tokio::select! {
-                () = stopping.cancelled() => break,
-                () = tokio::task::yield_now(), if more => {}
-                Some(leased) = ready.recv() => self.take(leased, &mut queue, &mut running),
-                Some(freed) = free.recv() => self.free(&freed, &mut queue),
-                Some(ended) = running.join_next() => if let Err(error) = ended {
-                    tracing::error!(%error, "an attempt ended the hard way; its lease will run out");
-                },
+            if !more {
+                tokio::select! {
+                    () = stopping.cancelled() => break,
+                    Some(leased) = ready.recv() => self.take(leased, &mut queue, &mut running),
+                    Some(freed) = free.recv() => self.free(&freed, &mut queue),
+                    Some(ended) = running.join_next() => ended_well(ended),
+                }
+            }
+            // Everything that is there has its place in the order before the next one starts.
+            while let Ok(leased) = ready.try_recv() {
+                self.take(leased, &mut queue, &mut running);
+            }
+            while let Ok(freed) = free.try_recv() {
+                self.free(&freed, &mut queue);
+            }
+            while let Some(ended) = running.try_join_next() {
+                ended_well(ended);
             }
             more = false;
             for _ in 0..MAX_STARTS {
@@ -77,6 +86,9 @@ impl Engine {
                 let Some((line, leased)) = next else { break };
                 let place = (Slot::new(line, freed.clone()), Place::new(self.store.clone(), &leased));
                 running.spawn(self.clone().attempt(leased, Some(place)));
+            }
+            if more {
+                tokio::task::yield_now().await;
             }
         }
         let finish = self.finish(ready, claims, queue, &mut running, calls_ended);
@@ -130,5 +142,11 @@ impl Engine {
     fn free(&self, freed: &Freed, queue: &mut Queue<Leased>) {
         let (webhook_id, worth_holding) = queue.finished(freed.line, freed.ended);
         self.store.worth_holding(&webhook_id, worth_holding);
+    }
+}
+
+fn ended_well(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "an attempt ended the hard way; its lease will run out");
     }
 }

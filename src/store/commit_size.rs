@@ -8,7 +8,7 @@ const FORGET: f64 = 0.98;
 /// Commits whose numbers of items vary less than this tell nothing of what one costs.
 const MIN_VARIANCE: f64 = 4.0;
 
-/// What commits took: the line `time = fixed + items × each` through the last of them (least squares, older ones counting
+/// What commits took that were made at the first try: the line `time = fixed + items × each` through the last of them (least squares, older ones counting
 /// less and less).
 pub(super) struct CommitSize {
     range: RangeInclusive<usize>,
@@ -43,9 +43,10 @@ impl CommitSize {
         let variance = self.weight * self.items_squared - self.items * self.items;
         let each = (self.weight * self.items_secs - self.items * self.secs) / variance;
         let fixed = (self.secs - each * self.items) / self.weight;
-        if variance >= MIN_VARIANCE * self.weight * self.weight && each > 0.0 {
+        if variance >= MIN_VARIANCE * self.weight * self.weight {
             // A float that is too large, or negative, becomes the nearest number there is.
-            self.best = ((fixed / each) as usize).clamp(*self.range.start(), *self.range.end());
+            let best = if each > 0.0 { (fixed / each) as usize } else { usize::MAX };
+            self.best = best.clamp(*self.range.start(), *self.range.end());
         }
     }
 

@@ -25,7 +25,7 @@ use crate::{
 
 /// One claim takes at most this many deliveries; the rest is in the next, and what others write comes between.
 const MAX_CLAIM: usize = 128;
-/// As much while several organisations have something to write, which waits for it on SQLite.
+/// On SQLite as much while several organisations have something to write, which waits for it.
 const MAX_SHARED_CLAIM: usize = 32;
 /// One claim serves at most this many webhooks; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 32;
@@ -137,7 +137,7 @@ impl Store {
     /// there may be more to claim at once.
     pub async fn claim(&self, webhooks: &[Waiting], now: Timestamp, length: Duration) -> Result<bool, Error> {
         let due = in_turns(webhooks.iter().filter(|webhook| webhook.due_at <= now).collect(), now);
-        let most = if self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
+        let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
         let share = (most / due.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
         let mut wanted: HashMap<String, usize> = HashMap::new();
         for webhook in &due {

@@ -1,7 +1,7 @@
 //! The only place with sea_orm: SQLite and PostgreSQL behind one interface.
 //!
-//! A write that changes deliveries goes through [`Store::write`] in this order: rows of `deliveries` first, then counts
-//! and changes ([`script::Script::tell`]). That keeps the order of `changes` the order of commits on both databases, and no
+//! A write that changes deliveries goes through [`Store::write`], or is one [`script::Script`], in this order: rows of
+//! `deliveries` first, then counts and changes ([`script::Script::tell`]). That keeps the order of `changes` the order of commits on both databases, and no
 //! two transactions wait for each other in a circle.
 
 mod audit;
@@ -67,7 +67,7 @@ use crate::{
     webhook::{Retention, Timestamp},
 };
 
-/// Connections for reading, and on PostgreSQL for everything.
+/// Connections for reading, and on PostgreSQL, less one for commits, for everything.
 const MAX_CONNECTIONS: u32 = 16;
 /// A call waits this long for a connection, then ends with [`Error::Unavailable`]. A publish may wait behind another that
 /// waits, and is to be refused within five seconds.
@@ -179,7 +179,7 @@ impl Store {
             let write = Database::connect(options(url, 1, Plans::New)).await?;
             (Database::connect(options(url, MAX_CONNECTIONS, Plans::New)).await?, write.clone(), write)
         } else {
-            let pool = Database::connect(options(url, MAX_CONNECTIONS, Plans::New)).await?;
+            let pool = Database::connect(options(url, MAX_CONNECTIONS - 1, Plans::New)).await?;
             (pool.clone(), pool, Database::connect(options(url, 1, Plans::Kept)).await?)
         };
         let (ready, ready_out) = mpsc::unbounded_channel();

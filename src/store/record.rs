@@ -28,7 +28,7 @@ const RESULTS: &[Column] = &[
     int("last_attempt_at_ms"),
     text_or_null("response"),
 ];
-/// Each only if this node still has the lease of that very attempt. As in [`leases::RELEASE`], the rows name all columns of
+/// Each only if this node still has the lease of that very attempt. As in [`super::leases::RELEASE`], the rows name all columns of
 /// both indexes of `deliveries` that begin with the webhook: PostgreSQL keeps a plan from when all cost the same, which may
 /// go by either, but from row to row.
 pub(super) const UPDATE: &str = "UPDATE deliveries SET status = rows.status, \

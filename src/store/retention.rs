@@ -3,7 +3,8 @@
 //! Ids begin with the time at which they were made, so primary keys lead to what is old, and a round reads no further.
 //! Reading goes on beside the writers. What it finds due is removed a few rows at a time, each time in a transaction of
 //! its own that looks once more whether it still is; after each there is a pause as long as the step took, its wait for
-//! the database included, so that publishing has at least half of the time, and more the busier it is.
+//! the database included, or twice as long on SQLite, so that publishing has at least half, or two thirds, of the time, and
+//! more the busier it is.
 //!
 //! What a round leaves behind, because it is pending or ended only lately, the next one looks at again; the time that this
 //! takes says when the next one is.
@@ -26,10 +27,17 @@ use crate::{
     webhook::{DeliveryStatus, Retention, Timestamp},
 };
 
-/// One step removes at most this many rows, or pages of 4 KiB: a few milliseconds, for which publishes wait.
-const MAX_STEP: usize = 32;
-/// After a step, nothing is removed during this many times as long.
-const REST_OF_STEP: u32 = 2;
+/// At most so many rows, or pages of 4 KiB, are removed at a time, and nothing for so many times as long after it.
+#[derive(Clone, Copy)]
+struct Step {
+    most: usize,
+    rest: u32,
+}
+
+const STEP: Step = Step { most: 128, rest: 1 };
+/// There, publishes wait for it: a few milliseconds.
+const STEP_ON_SQLITE: Step = Step { most: 32, rest: 2 };
+
 /// One read looks at no more than this many rows.
 const MAX_READ: i64 = 5_000;
 /// Between rounds …
@@ -88,6 +96,7 @@ impl<E: Into<Error>> From<E> for Stop {
 struct Round<'a> {
     store: &'a Store,
     in_vain: Duration,
+    step: Step,
 }
 
 impl Store {
@@ -99,7 +108,8 @@ impl Store {
     /// Removes what is finished and old, and answers how long to wait before the next time.
     pub async fn remove_old(&self) -> Result<Duration, Error> {
         let Some(retention) = self.0.retention.get() else { return Ok(ROUND) };
-        let mut round = Round { store: self, in_vain: Duration::ZERO };
+        let step = if self.sqlite() { STEP_ON_SQLITE } else { STEP };
+        let mut round = Round { store: self, in_vain: Duration::ZERO, step };
         match round.run(retention, clock::now()).await {
             Ok(()) | Err(Stop::Elsewhere) => Ok((round.in_vain * REST).max(ROUND)),
             Err(Stop::Failed(error)) => Err(error),
@@ -170,7 +180,7 @@ impl Round<'_> {
             if due.is_empty() {
                 self.in_vain += began.elapsed();
             }
-            for step in steps(&due) {
+            for step in steps(&due, self.step.most) {
                 let run = Run { webhook_id, first: step[0].0, last: step[step.len() - 1].0 };
                 self.remove(what, &[run], old).await?;
             }
@@ -207,7 +217,7 @@ impl Round<'_> {
                 .iter()
                 .map(|(_, webhook_id, id, attempts)| (Run { webhook_id, first: id, last: id }, weight(*attempts)))
                 .collect();
-            for step in steps(&due) {
+            for step in steps(&due, self.step.most) {
                 let runs: Vec<Run<'_>> = step.iter().map(|(run, _)| Run { ..*run }).collect();
                 self.remove(What::Attempts, &runs, old).await?;
             }
@@ -250,7 +260,7 @@ impl Round<'_> {
         }
         Script::default().with(REMOVE_ATTEMPTS, attempts).with(COUNT_REMOVED, counts).run(&transaction).await?;
         transaction.commit().await?;
-        tokio::time::sleep(began.elapsed() * REST_OF_STEP).await;
+        tokio::time::sleep(began.elapsed() * self.step.rest).await;
         Ok(())
     }
 
@@ -320,11 +330,11 @@ fn weight(attempts: i32) -> usize {
 }
 
 /// Cuts what is to be removed, each with its weight, into steps.
-fn steps<T>(due: &[(T, usize)]) -> impl Iterator<Item = &[(T, usize)]> {
+fn steps<T>(due: &[(T, usize)], most: usize) -> impl Iterator<Item = &[(T, usize)]> {
     let mut sum = 0;
     due.chunk_by(move |(_, one), (_, next)| {
         sum += one;
-        let together = sum + next <= MAX_STEP;
+        let together = sum + next <= most;
         if !together {
             sum = 0;
         }
@@ -340,7 +350,7 @@ mod tests {
     fn steps_are_small_and_leave_nothing_out() {
         let lengths = |weights: &[usize]| {
             let due: Vec<((), usize)> = weights.iter().map(|weight| ((), *weight)).collect();
-            steps(&due).map(<[_]>::len).collect::<Vec<_>>()
+            steps(&due, 32).map(<[_]>::len).collect::<Vec<_>>()
         };
         assert_eq!(lengths(&[]), [0; 0]);
         assert_eq!(lengths(&[1; 75]), [32, 32, 11]);

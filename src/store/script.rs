@@ -7,6 +7,7 @@ use std::{
     borrow::Cow,
     fmt::Write,
     sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use sea_orm::{
@@ -21,9 +22,12 @@ use super::{
     parameter::{Parameter, for_postgres, for_sqlite},
     rows::{MAX_ROWS, Rows},
 };
+use crate::clock;
 
 /// Fails as [`Expected::missed`] knows it, unless the statement before has concerned as many rows as were expected.
 const EXPECT_ON_SQLITE: &str = "INSERT INTO expectations (what, expected, found) SELECT ?, ?, changes();";
+/// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time.
+const MAX_KEPT: Duration = Duration::from_secs(10 * 60);
 /// Identifies, among PostgreSQL's advisory locks, the one that orders changes.
 const ORDER: u32 = 1_936_422_760;
 
@@ -45,8 +49,11 @@ pub(super) enum Commits {
     /// The connection that all write by.
     Sqlite(sqlx::SqlitePool),
     /// A pool of one, and its connection between two commits: the pool would ask the database about it each time.
-    Postgres(sqlx::PgPool, Mutex<Option<PoolConnection<Postgres>>>),
+    Postgres(sqlx::PgPool, Idle),
 }
+
+/// A connection, and since when it has been out of its pool.
+type Idle = Mutex<Option<(PoolConnection<Postgres>, Instant)>>;
 
 /// What a statement has to find for each of its rows, or the script is not done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,6 +164,7 @@ impl Script {
                     let (what, wanted) = (expected.as_str(), values.len());
                     write!(checks, " AND found_for_each('{what}', (SELECT count(*) FROM step{index}), ${wanted})")
                 }
+                // Counting it runs it to its end.
                 None => write!(checks, " AND (SELECT count(*) FROM step{index}) >= 0"),
             };
         }
@@ -199,41 +207,54 @@ impl Commits {
 }
 
 async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {
+    // Texts for one piece of each step come again; what is longer would fill the cache with what hardly does.
+    let kept = script.steps.iter().all(|step| step.rows.len() <= MAX_ROWS);
     let (text, parameters) = script.on_sqlite();
     let text = sqlx::AssertSqlSafe(format!("BEGIN IMMEDIATE;{text}COMMIT"));
-    let mut connection = pool.acquire().await?;
-    let Err(error) = sqlx::query_with(text, for_sqlite(parameters)?).execute(&mut *connection).await else {
-        return Ok(());
-    };
+    let mut connection = Unfinished(Some(pool.acquire().await?));
+    let all = sqlx::query_with(text, for_sqlite(parameters)?).persistent(kept);
+    let done = all.execute(connection.get()?).await;
     // An error ends some transactions and leaves others open.
-    if sqlx::query("ROLLBACK").execute(&mut *connection).await.is_err() {
-        connection.close().await?;
+    if done.is_ok() || sqlx::query("ROLLBACK").execute(connection.get()?).await.is_ok() {
+        drop(connection.0.take());
     }
-    Err(error)
+    done.map(drop)
 }
 
 /// A statement is a transaction.
-async fn on_postgres(
-    pool: &sqlx::PgPool,
-    idle: &Mutex<Option<PoolConnection<Postgres>>>,
-    script: Script,
-) -> Result<(), sqlx::Error> {
+async fn on_postgres(pool: &sqlx::PgPool, idle: &Idle, script: Script) -> Result<(), sqlx::Error> {
     let (text, parameters) = script.on_postgres();
     let arguments = for_postgres(&parameters)?;
     let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let mut connection = match kept {
-        Some(connection) => connection,
-        None => pool.acquire().await?,
+    let (connection, since) = match kept.filter(|(_, since)| since.elapsed() < MAX_KEPT) {
+        Some(kept) => kept,
+        None => (pool.acquire().await?, clock::stopwatch()),
     };
-    let done = sqlx::query_with(sqlx::AssertSqlSafe(text), arguments).execute(&mut *connection).await;
-    match &done {
-        Ok(_) | Err(sqlx::Error::Database(_)) => {
-            *idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
-        }
-        // What came of the statement is not known, nor what the connection says next.
-        Err(_) => connection.close_on_drop(),
+    let mut connection = Unfinished(Some(connection));
+    let done = sqlx::query_with(sqlx::AssertSqlSafe(text), arguments).execute(connection.get()?).await;
+    // After any other error it may be one that has just ended, or one of a server that no longer takes writes.
+    if done.as_ref().map_or_else(|error| Expected::missed(error).is_some(), |_| true) {
+        *idle.lock().unwrap_or_else(PoisonError::into_inner) =
+            connection.0.take().map(|connection| (connection, since));
     }
     done.map(drop)
+}
+
+/// A connection that something is under way on. Should that never be heard of, it is closed, and not used again.
+struct Unfinished<DB: sqlx::Database>(Option<PoolConnection<DB>>);
+
+impl<DB: sqlx::Database> Unfinished<DB> {
+    fn get(&mut self) -> Result<&mut DB::Connection, sqlx::Error> {
+        self.0.as_deref_mut().ok_or(sqlx::Error::WorkerCrashed)
+    }
+}
+
+impl<DB: sqlx::Database> Drop for Unfinished<DB> {
+    fn drop(&mut self) {
+        if let Some(mut connection) = self.0.take() {
+            connection.close_on_drop();
+        }
+    }
 }
 
 fn count_of(rows: usize) -> Parameter {
@@ -354,5 +375,13 @@ mod tests {
         assert!(matches!(commits.run(twice).await, Err(Error::Failed(_))));
         let once = script(DbBackend::Sqlite, [1, 0, 0]);
         assert_eq!(commits.run(once).await.unwrap(), Outcome::Done);
+    }
+
+    #[test]
+    fn the_migration_has_the_same_words() {
+        let migration = include_str!("../../migrations/m0008_expectations.rs");
+        for expected in Expected::ALL {
+            assert!(migration.contains(&format!("'not found for each row: {}'", expected.as_str())));
+        }
     }
 }

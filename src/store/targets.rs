@@ -96,6 +96,12 @@ impl Store {
         Ok(target)
     }
 
+    /// How many deliveries events make, as far as that is known.
+    pub(super) fn known_deliveries(&self, wanted: impl Iterator<Item = Subscription>) -> usize {
+        let known = self.0.targets.lock();
+        wanted.filter_map(|subscription| known.subscribers.get(&subscription)).map(|(_, ids)| ids.len()).sum()
+    }
+
     /// The active webhooks that each event goes to, in one query for those not known.
     pub(super) async fn subscribers(
         &self,

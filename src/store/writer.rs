@@ -24,9 +24,9 @@ use super::{
 };
 use crate::{clock, failpoint};
 
-/// One commit takes no further item once it has this many events and results; the rest is in the next. The more, the less
-/// each costs.
-const MAX_BATCH: usize = 512;
+/// One commit takes no further item once it has this many deliveries and results; the rest is in the next. The more, the
+/// less each costs; more than this, and SQLite's statements would take so much memory as to be made anew each time.
+const MAX_BATCH: usize = 256;
 /// Between so many and so many, as [`CommitSize`] finds, while several organisations have something to write: what one of
 /// them writes waits for the commit that is under way, which is to be short then, however much another has.
 const MIN_SHARED_BATCH: usize = 16;
@@ -69,8 +69,12 @@ impl Write {
         })
     }
 
-    fn weight(&self) -> usize {
-        if let Self::Publish(publish, _) = self { publish.len() } else { 1 }
+    /// How much it is to write, in results or deliveries.
+    fn weight(&self, store: &Store) -> usize {
+        match self {
+            Self::Publish(publish, _) => publish.len().max(store.known_deliveries(publish.subscriptions())),
+            Self::Finish(..) | Self::Release(..) => 1,
+        }
     }
 }
 
@@ -92,22 +96,24 @@ impl Writer {
                 }
                 is_shared.store(waiting.is_shared(SHARED), Ordering::Relaxed);
                 let most = if waiting.is_shared(SHARED) { size.best() } else { MAX_BATCH };
+                let Some(inner) = store.upgrade() else { return };
+                let store = Store(inner);
                 let (mut writes, mut weight) = (Vec::with_capacity(most), 0);
                 while weight < most
                     && let Some(next) = waiting.pop()
                 {
-                    weight += next.weight();
+                    weight += next.weight(&store);
                     writes.push(next);
                 }
-                let Some(inner) = store.upgrade() else { return };
-                let store = Store(inner);
-                let began = clock::stopwatch();
                 match store.draft(writes).await {
-                    (batch, None) => store.settle(batch).await,
+                    (batch, None) => {
+                        if let Some(took) = store.settle(batch).await {
+                            size.learn(weight, took);
+                        }
+                    }
                     // Those who wait behind this batch are not to wait for the database a second time.
                     (batch, Some(error)) => store.fail(batch, &error),
                 }
-                size.learn(weight, began.elapsed());
             }
         });
         Self { queue, shared }
@@ -155,10 +161,15 @@ impl Store {
     }
 
     /// Commits a batch and answers it. When the database refuses it for good, every item stands for itself, so that one
-    /// cannot spoil the others.
-    async fn settle(&self, batch: Batch) {
+    /// cannot spoil the others. How long the commit took, if all of it was done at the first try.
+    async fn settle(&self, batch: Batch) -> Option<Duration> {
+        let began = clock::stopwatch();
         match self.commit(&batch).await {
-            Ok(lost) => self.answer(batch, &lost),
+            Ok(lost) => {
+                let took = lost.is_empty().then(|| began.elapsed());
+                self.answer(batch, &lost);
+                return took;
+            }
             Err(Error::Failed(_)) if batch.len() > 1 => {
                 for alone in batch.split() {
                     Box::pin(self.settle(alone)).await;
@@ -177,6 +188,7 @@ impl Store {
             }
             Err(error) => self.fail(batch, &error),
         }
+        None
     }
 
     /// Writes all of a batch, or nothing. Results whose leases were lost are left out, and answered with, by place.
@@ -190,7 +202,11 @@ impl Store {
         // Once more for each time that another node took leases over in between, which is rare enough.
         loop {
             let holds = self.holds(&held).await?;
+            let before = held.len();
             held.retain(|finished| holds.contains(&finished.delivery_id));
+            if held.len() == before {
+                return Err(Error::Corrupt("lease"));
+            }
             if self.try_commit(batch, &held).await? {
                 lost.extend((0..batch.finished.len()).filter(|index| {
                     let id = &batch.finished[*index].0.delivery_id;

@@ -164,3 +164,30 @@ async fn what_a_result_costs_does_not_grow() {
     let blocks = blocks.await / FEW;
     assert!(blocks < BLOCKS, "{blocks} blocks of indexes were read for each delivery");
 }
+
+/// Commits have a connection to themselves. When PostgreSQL ends it, that is found out once.
+#[tokio::test]
+async fn a_lost_connection_costs_one_publish() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let event = json!({ "event": "content.ready", "data": {} }).to_string();
+    for round in 1..4 {
+        assert_eq!(server.post("/v1/events", &event).await.status, 202, "the connection is new");
+        receiver.wait_for(2 * round - 1).await;
+        database
+            .rows(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+                 WHERE datname = current_database() AND query LIKE 'WITH step0%' AND pid <> pg_backend_pid()",
+            )
+            .await;
+        let mut answer = server.post("/v1/events", &event).await;
+        if answer.status == 503 {
+            answer = server.post("/v1/events", &event).await;
+        }
+        assert_eq!(answer.status, 202, "{}", answer.text);
+        receiver.wait_for(2 * round).await;
+    }
+    server.stop().await;
+}

@@ -50,7 +50,7 @@ impl Round<'_> {
         // What stays is looked at again each round.
         let stay = u32::try_from(run.len() - due.len()).unwrap_or(u32::MAX);
         self.in_vain += began.elapsed() * stay / u32::try_from(run.len()).unwrap_or(u32::MAX);
-        for step in steps(&due) {
+        for step in steps(&due, self.step.most) {
             self.remove_events_in(step, old).await?;
         }
         Ok(())
@@ -86,7 +86,7 @@ impl Round<'_> {
         sql.text(" AND (retried_at_ms IS NULL OR retried_at_ms < ").value(old.millis()).text(")");
         transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
         transaction.commit().await?;
-        tokio::time::sleep(began.elapsed()).await;
+        tokio::time::sleep(began.elapsed() * self.step.rest).await;
         Ok(())
     }
 }
