@@ -27,7 +27,7 @@ use crate::{
 
 /// Attempts that begin before everything else has a turn: one takes a tenth of a millisecond, and an event for many
 /// webhooks, or many deliveries that are due at the same moment, are not to make others wait for all of theirs.
-const MAX_STARTS: usize = 4;
+const MAX_STARTS: usize = 16;
 /// A lease outlasts the request by this much: time to queue, and to record the result.
 const LEASE_MARGIN: Duration = Duration::from_secs(30);
 
