@@ -1,11 +1,18 @@
 //! Callers of the service.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use shortkit_webhooks::grpc::proto::{
     CreateWebhookRequest, PublishEventRequest, delivery_service_client::DeliveryServiceClient,
     webhook_service_client::WebhookServiceClient,
 };
+use tokio::task::JoinSet;
 use tonic::{Request, Status, transport::Channel};
 
 use super::receiver::now;
@@ -15,6 +22,8 @@ const REFUSED: Duration = Duration::from_millis(50);
 /// … and for how long.
 const BUSY: Duration = Duration::from_secs(60);
 
+/// Calls under way of somebody who publishes many events.
+const TOGETHER: usize = 256;
 /// Connections that callers share; each takes a hundred calls at a time.
 const CONNECTIONS: usize = 8;
 
@@ -58,6 +67,22 @@ impl Caller {
             assert!(began.elapsed() < BUSY, "the service refuses: {refused}");
             tokio::time::sleep(REFUSED).await;
         }
+    }
+
+    /// Publishes `count` events, many at a time, or as many as go `until` then; how many.
+    pub(crate) async fn publish_all(&self, count: usize, event: &'static str, until: Arc<AtomicBool>) -> usize {
+        let next = Arc::new(AtomicUsize::new(0));
+        let mut loops = JoinSet::new();
+        for number in 0..TOGETHER {
+            let (caller, next, until) = (self.clone(), Arc::clone(&next), Arc::clone(&until));
+            loops.spawn(async move {
+                while !until.load(Ordering::Relaxed) && next.fetch_add(1, Ordering::Relaxed) < count {
+                    caller.publish_surely(number, event, format!("{{\"filler\":\"{}\"}}", "x".repeat(450))).await;
+                }
+            });
+        }
+        while loops.join_next().await.is_some() {}
+        next.load(Ordering::Relaxed).min(count)
     }
 
     fn signed<T>(&self, message: T) -> Request<T> {

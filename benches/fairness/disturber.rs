@@ -5,7 +5,7 @@ use std::{
     process::Stdio,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines},
     process::{Child, ChildStdout, Command},
-    task::JoinSet,
 };
 
 use super::{
@@ -24,8 +23,6 @@ use super::{
 
 /// The first argument of the process.
 pub(crate) const ARGUMENT: &str = "disturb";
-/// Calls under way of the loud organisation.
-const LOUD: usize = 256;
 
 /// What a process of this kind does until its standard input ends.
 #[derive(Serialize, Deserialize)]
@@ -40,8 +37,8 @@ pub(crate) enum Role {
 pub(crate) struct Disturber {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
-    /// Where it listens.
-    pub(crate) base: String,
+    /// Its first line: where a receiver listens.
+    pub(crate) said: String,
 }
 
 impl Disturber {
@@ -53,8 +50,8 @@ impl Disturber {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().expect("nice, which every system has");
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-        let base = lines.next_line().await.expect("it prints").expect("where it listens");
-        Self { child, lines, base }
+        let said = lines.next_line().await.expect("it prints").expect("a first line");
+        Self { child, lines, said }
     }
 
     /// Ends it; what it says last.
@@ -68,44 +65,26 @@ impl Disturber {
 
 /// What the process does.
 pub(crate) async fn run(role: &str) {
-    let stopped = Arc::new(AtomicBool::new(false));
-    tokio::spawn({
-        let stopped = Arc::clone(&stopped);
-        async move {
-            let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
-            stopped.store(true, Ordering::Relaxed);
-        }
-    });
     match serde_json::from_str(role).expect("a role") {
         Role::Receive { slow, recovery } => {
             println!("{}", serve(&Manners::new(now(), slow, recovery)).await);
-            while !stopped.load(Ordering::Relaxed) {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-            println!("ended");
+            end_of_input().await;
         }
         Role::Flood { base, key, most } => {
             let loud = Caller::connect(&base, &key, "loud").await;
-            println!("nowhere");
-            let began = now();
-            let count = publish_all(&loud, most, "content.ready", stopped).await;
+            println!("publishing");
+            let (began, until) = (now(), Arc::new(AtomicBool::new(false)));
+            let stopped = Arc::clone(&until);
+            tokio::spawn(async move {
+                end_of_input().await;
+                stopped.store(true, Ordering::Relaxed);
+            });
+            let count = loud.publish_all(most, "content.ready", until).await;
             println!("{}", count as f64 / began.elapsed().as_secs_f64());
         }
     }
 }
 
-/// Publishes `count` events, many at a time.
-pub(crate) async fn publish_all(caller: &Caller, count: usize, event: &'static str, until: Arc<AtomicBool>) -> usize {
-    let next = Arc::new(AtomicUsize::new(0));
-    let mut loops = JoinSet::new();
-    for number in 0..LOUD {
-        let (caller, next, until) = (caller.clone(), Arc::clone(&next), Arc::clone(&until));
-        loops.spawn(async move {
-            while !until.load(Ordering::Relaxed) && next.fetch_add(1, Ordering::Relaxed) < count {
-                caller.publish_surely(number, event, format!("{{\"filler\":\"{}\"}}", "x".repeat(450))).await;
-            }
-        });
-    }
-    while loops.join_next().await.is_some() {}
-    next.load(Ordering::Relaxed).min(count)
+async fn end_of_input() {
+    let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
 }

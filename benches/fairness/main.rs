@@ -30,7 +30,7 @@ use tokio::task::JoinSet;
 
 use self::{
     caller::Caller,
-    disturber::{Disturber, Role, publish_all},
+    disturber::{Disturber, Role},
     receiver::{Manners, Recovery, Report as Recovered, nanoseconds, never_accepts, now, serve},
     support::service::Service,
 };
@@ -258,7 +258,7 @@ async fn dead(size: &Size) -> Report {
     let caller = stage.caller("dead").await;
     let (deaf, _listener) = never_accepts();
     for number in 0..DEAD {
-        let url = if number % 2 == 0 { format!("{}/hang", receiver.base) } else { deaf.clone() };
+        let url = if number % 2 == 0 { format!("{}/hang", receiver.said) } else { deaf.clone() };
         caller.webhook(url, &group(number % GROUPS)).await;
     }
     // All places that they can get are taken from the first moment.
@@ -279,7 +279,7 @@ async fn slow(size: &Size) -> Report {
     let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery: Recovery::default() }).await;
     let caller = stage.caller("slow").await;
     for number in 0..SLOW {
-        caller.webhook(format!("{}/slow", receiver.base), &group(number % GROUPS)).await;
+        caller.webhook(format!("{}/slow", receiver.said), &group(number % GROUPS)).await;
     }
     let without = stage.median(size.measure, PACE).await;
     let memory = stage.service.resident_mib();
@@ -319,14 +319,14 @@ async fn recovery(size: &Size) -> Report {
     let recovery = Recovery { down: size.down, refusals: size.recovering_events };
     let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery }).await;
     let report = async || -> Recovered {
-        let answer = reqwest::get(format!("{}/report", receiver.base)).await.expect("an answer");
+        let answer = reqwest::get(format!("{}/report", receiver.said)).await.expect("an answer");
         serde_json::from_slice(&answer.bytes().await.expect("a body")).expect("a report")
     };
     let caller = stage.caller("recovering").await;
     for _ in 0..RECOVERING {
-        caller.webhook(format!("{}/down", receiver.base), "export.ready").await;
+        caller.webhook(format!("{}/down", receiver.said), "export.ready").await;
     }
-    publish_all(&caller, size.recovering_events / RECOVERING, "export.ready", Arc::default()).await;
+    caller.publish_all(size.recovering_events / RECOVERING, "export.ready", Arc::default()).await;
     let mut found = report().await;
     while found.refused < size.recovering_events && !found.back_in.is_zero() {
         tokio::time::sleep(Duration::from_millis(100)).await;

@@ -66,7 +66,7 @@ impl Engine {
                     () = stopping.cancelled() => break,
                     Some(leased) = ready.recv() => self.take(leased, &mut queue, &mut running),
                     Some(freed) = free.recv() => self.free(&freed, &mut queue),
-                    Some(ended) = running.join_next() => ended_well(ended),
+                    Some(ended) = running.join_next() => log_panic(ended),
                 }
             }
             // Everything that is there has its place in the order before the next one starts.
@@ -77,7 +77,7 @@ impl Engine {
                 self.free(&freed, &mut queue);
             }
             while let Some(ended) = running.try_join_next() {
-                ended_well(ended);
+                log_panic(ended);
             }
             more = false;
             for _ in 0..MAX_STARTS {
@@ -145,7 +145,7 @@ impl Engine {
     }
 }
 
-fn ended_well(ended: Result<(), tokio::task::JoinError>) {
+fn log_panic(ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended {
         tracing::error!(%error, "an attempt ended the hard way; its lease will run out");
     }

@@ -9,8 +9,8 @@ const FORGET: f64 = 0.98;
 /// Then the next ones are smaller, until they do.
 const MIN_VARIANCE: f64 = 1.0 / 16.0;
 
-/// What commits took that were made at the first try: the line `time = fixed + items × each` through the last of them (least squares, older ones counting
-/// less and less).
+/// What commits took that were made at the first try: the line `time = fixed + items × each` through the last of them
+/// (least squares, older ones counting less and less).
 pub(super) struct CommitSize {
     range: RangeInclusive<usize>,
     best: usize,

@@ -8,6 +8,7 @@ mod audit;
 mod backlog;
 mod changes;
 mod commit_size;
+mod commits;
 mod counts;
 mod deliveries;
 mod entity;
@@ -59,7 +60,7 @@ pub use self::{
     targets::Target,
     webhooks::Rotated,
 };
-use self::{backlog::Backlog, handoff::Handoff, script::Commits, targets::Targets, writer::Writer};
+use self::{backlog::Backlog, commits::Commits, handoff::Handoff, targets::Targets, writer::Writer};
 use crate::{
     clock,
     feed::Feed,

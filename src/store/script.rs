@@ -1,33 +1,22 @@
 //! Several statements, each with rows of its own, in one trip to the database. The trips, and not the work, are most of what
 //! a commit takes, to PostgreSQL over the network as to SQLite, whose driver has a thread of its own: while everything is
 //! busy, each thread that is woken waits for a processor. So what publishing and sending write goes there whole, from the
-//! beginning of the transaction to its commit.
+//! beginning of the transaction to its commit: see [`super::commits`].
 
-use std::{
-    borrow::Cow,
-    fmt::Write,
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{borrow::Cow, fmt::Write};
 
-use sea_orm::{
-    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, Statement, Value,
-    sqlx::{self, Postgres, pool::PoolConnection},
-};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, Statement, Value, sqlx};
 
 use super::{
     Error,
     counts::{self, Deltas},
     log::{self, Log},
-    parameter::{Parameter, for_postgres, for_sqlite},
+    parameter::Parameter,
     rows::{MAX_ROWS, Rows},
 };
-use crate::clock;
 
 /// Fails as [`Expected::missed`] knows it, unless the statement before has concerned as many rows as were expected.
 const EXPECT_ON_SQLITE: &str = "INSERT INTO expectations (what, expected, found) SELECT ?, ?, changes();";
-/// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time.
-const MAX_KEPT: Duration = Duration::from_secs(10 * 60);
 /// Identifies, among PostgreSQL's advisory locks, the one that orders changes.
 const ORDER: u32 = 1_936_422_760;
 
@@ -43,17 +32,6 @@ struct Step {
     rows: Rows,
     expected: Option<Expected>,
 }
-
-/// Where transactions are committed that are a script each, one after the other.
-pub(super) enum Commits {
-    /// The connection that all write by.
-    Sqlite(sqlx::SqlitePool),
-    /// A pool of one, and its connection between two commits: the pool would ask the database about it each time.
-    Postgres(sqlx::PgPool, Idle),
-}
-
-/// A connection, and since when it has been out of its pool.
-type Idle = Mutex<Option<(PoolConnection<Postgres>, Instant)>>;
 
 /// What a statement has to find for each of its rows, or the script is not done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,7 +63,7 @@ impl Expected {
     }
 
     /// Which one was not met, if that is what the error says.
-    fn missed(error: &sqlx::Error) -> Option<Self> {
+    pub(super) fn missed(error: &sqlx::Error) -> Option<Self> {
         let sqlx::Error::Database(error) = error else { return None };
         let what = error.message().strip_prefix("not found for each row: ")?;
         Self::ALL.into_iter().find(|expected| expected.as_str() == what)
@@ -115,9 +93,18 @@ impl Script {
         Ok(self.with(counts::ADD, deltas.rows(backend)).with(log::INSERT, log.rows(backend)?))
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Whether SQLite gets each statement once, in a text that comes again.
+    pub(super) fn is_common(&self) -> bool {
+        self.steps.iter().all(|step| step.rows.len() <= MAX_ROWS)
+    }
+
     /// Runs them in a transaction that goes on, unless something was missed.
     pub(super) async fn run(self, transaction: &DatabaseTransaction) -> Result<Outcome, Error> {
-        if self.steps.is_empty() {
+        if self.is_empty() {
             return Ok(Outcome::Done);
         }
         let backend = transaction.get_database_backend();
@@ -128,7 +115,7 @@ impl Script {
 
     /// One text of several statements, which SQLite's driver runs one after the other. All get places for the same number of
     /// rows: each mixture of sizes would be a text of its own, to be prepared and kept.
-    fn on_sqlite(self) -> (String, Vec<Parameter>) {
+    pub(super) fn on_sqlite(self) -> (String, Vec<Parameter>) {
         let (mut text, mut values) = (String::new(), Vec::new());
         let most = self.steps.iter().map(|step| step.rows.len()).max().unwrap_or(0);
         let places = most.min(MAX_ROWS).next_power_of_two();
@@ -148,7 +135,7 @@ impl Script {
 
     /// One statement, in which all stand as expressions that PostgreSQL runs to their end. Those that are in the order of
     /// commits wait, before they write, for the lock, which is taken when all others are done and have found what they should.
-    fn on_postgres(self) -> (String, Vec<Parameter>) {
+    pub(super) fn on_postgres(self) -> (String, Vec<Parameter>) {
         let (mut text, mut values) = (String::from("WITH "), Vec::new());
         let (ordered, free): (Vec<Step>, Vec<Step>) =
             self.steps.into_iter().partition(|step| step.statement.contains("{ordered}"));
@@ -181,87 +168,12 @@ impl Script {
     }
 }
 
-impl Commits {
-    pub(super) fn new(connection: &DatabaseConnection) -> Self {
-        match connection.get_database_backend() {
-            DbBackend::Postgres => Self::Postgres(connection.get_postgres_connection_pool().clone(), Mutex::default()),
-            _ => Self::Sqlite(connection.get_sqlite_connection_pool().clone()),
-        }
-    }
-
-    pub(super) fn backend(&self) -> DbBackend {
-        if matches!(self, Self::Postgres(..)) { DbBackend::Postgres } else { DbBackend::Sqlite }
-    }
-
-    /// Runs a script as a transaction of its own, unless something was missed.
-    pub(super) async fn run(&self, script: Script) -> Result<Outcome, Error> {
-        if script.steps.is_empty() {
-            return Ok(Outcome::Done);
-        }
-        let done = match self {
-            Self::Sqlite(pool) => on_sqlite(pool, script).await,
-            Self::Postgres(pool, idle) => on_postgres(pool, idle, script).await,
-        };
-        outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
-    }
-}
-
-async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {
-    // Texts for one piece of each step come again; what is longer would fill the cache with what hardly does.
-    let kept = script.steps.iter().all(|step| step.rows.len() <= MAX_ROWS);
-    let (text, parameters) = script.on_sqlite();
-    let text = sqlx::AssertSqlSafe(format!("BEGIN IMMEDIATE;{text}COMMIT"));
-    let mut connection = Unfinished(Some(pool.acquire().await?));
-    let all = sqlx::query_with(text, for_sqlite(parameters)?).persistent(kept);
-    let done = all.execute(connection.get()?).await;
-    // An error ends some transactions and leaves others open.
-    if done.is_ok() || sqlx::query("ROLLBACK").execute(connection.get()?).await.is_ok() {
-        drop(connection.0.take());
-    }
-    done.map(drop)
-}
-
-/// A statement is a transaction.
-async fn on_postgres(pool: &sqlx::PgPool, idle: &Idle, script: Script) -> Result<(), sqlx::Error> {
-    let (text, parameters) = script.on_postgres();
-    let arguments = for_postgres(&parameters)?;
-    let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let (connection, since) = match kept.filter(|(_, since)| since.elapsed() < MAX_KEPT) {
-        Some(kept) => kept,
-        None => (pool.acquire().await?, clock::stopwatch()),
-    };
-    let mut connection = Unfinished(Some(connection));
-    let done = sqlx::query_with(sqlx::AssertSqlSafe(text), arguments).execute(connection.get()?).await;
-    // After any other error it may be one that has just ended, or one of a server that no longer takes writes.
-    if done.as_ref().map_or_else(|error| Expected::missed(error).is_some(), |_| true) {
-        *idle.lock().unwrap_or_else(PoisonError::into_inner) =
-            connection.0.take().map(|connection| (connection, since));
-    }
-    done.map(drop)
-}
-
-/// A connection that something is under way on. Should that never be heard of, it is closed, and not used again.
-struct Unfinished<DB: sqlx::Database>(Option<PoolConnection<DB>>);
-
-impl<DB: sqlx::Database> Unfinished<DB> {
-    fn get(&mut self) -> Result<&mut DB::Connection, sqlx::Error> {
-        self.0.as_deref_mut().ok_or(sqlx::Error::WorkerCrashed)
-    }
-}
-
-impl<DB: sqlx::Database> Drop for Unfinished<DB> {
-    fn drop(&mut self) {
-        if let Some(mut connection) = self.0.take() {
-            connection.close_on_drop();
-        }
-    }
-}
-
 fn count_of(rows: usize) -> Parameter {
     Parameter::Int(i64::try_from(rows).unwrap_or(i64::MAX))
 }
 
-fn outcome<T>(done: Result<T, DbErr>) -> Result<Outcome, Error> {
+/// What became of a script that ended like this.
+pub(super) fn outcome<T>(done: Result<T, DbErr>) -> Result<Outcome, Error> {
     match done {
         Ok(_) => Ok(Outcome::Done),
         Err(DbErr::Exec(RuntimeErr::SqlxError(error))) if let Some(expected) = Expected::missed(&error) => {
@@ -276,7 +188,10 @@ mod tests {
     use sea_orm::TransactionTrait;
 
     use super::*;
-    use crate::store::rows::{Cell, Column, int_or_null, text};
+    use crate::store::{
+        commits::Commits,
+        rows::{Cell, Column, int_or_null, text},
+    };
 
     const COLUMNS: &[Column] = &[text("id"), int_or_null("at")];
     const INSERT: &str = "INSERT INTO t (id, at) SELECT id, at FROM {rows}";

@@ -1,0 +1,108 @@
+//! The connections by which scripts are committed, each as a transaction of its own and one trip.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use sea_orm::{
+    DatabaseConnection, DbBackend, DbErr, RuntimeErr,
+    sqlx::{self, Postgres, pool::PoolConnection},
+};
+
+use super::{
+    Error,
+    parameter::{for_postgres, for_sqlite},
+    script::{Expected, Outcome, Script, outcome},
+};
+use crate::clock;
+
+/// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time.
+const MAX_KEPT: Duration = Duration::from_secs(10 * 60);
+
+/// Where transactions are committed that are a script each, one after the other.
+pub(super) enum Commits {
+    /// The connection that all write by.
+    Sqlite(sqlx::SqlitePool),
+    /// A pool of one, and its connection between two commits: the pool would ask the database about it each time.
+    Postgres(sqlx::PgPool, Idle),
+}
+
+/// A connection, and since when it has been out of its pool.
+type Idle = Mutex<Option<(PoolConnection<Postgres>, Instant)>>;
+
+impl Commits {
+    pub(super) fn new(connection: &DatabaseConnection) -> Self {
+        match connection.get_database_backend() {
+            DbBackend::Postgres => Self::Postgres(connection.get_postgres_connection_pool().clone(), Mutex::default()),
+            _ => Self::Sqlite(connection.get_sqlite_connection_pool().clone()),
+        }
+    }
+
+    pub(super) fn backend(&self) -> DbBackend {
+        if matches!(self, Self::Postgres(..)) { DbBackend::Postgres } else { DbBackend::Sqlite }
+    }
+
+    /// Runs a script as a transaction of its own, unless something was missed.
+    pub(super) async fn run(&self, script: Script) -> Result<Outcome, Error> {
+        if script.is_empty() {
+            return Ok(Outcome::Done);
+        }
+        let done = match self {
+            Self::Sqlite(pool) => on_sqlite(pool, script).await,
+            Self::Postgres(pool, idle) => on_postgres(pool, idle, script).await,
+        };
+        outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
+    }
+}
+
+async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {
+    // Texts for one piece of each step come again; what is longer would fill the cache with what hardly does.
+    let kept = script.is_common();
+    let (text, parameters) = script.on_sqlite();
+    let text = sqlx::AssertSqlSafe(format!("BEGIN IMMEDIATE;{text}COMMIT"));
+    let mut connection = Unfinished(Some(pool.acquire().await?));
+    let all = sqlx::query_with(text, for_sqlite(parameters)?).persistent(kept);
+    let done = all.execute(connection.get()?).await;
+    // An error ends some transactions and leaves others open.
+    if done.is_ok() || sqlx::query("ROLLBACK").execute(connection.get()?).await.is_ok() {
+        drop(connection.0.take());
+    }
+    done.map(drop)
+}
+
+/// A statement is a transaction.
+async fn on_postgres(pool: &sqlx::PgPool, idle: &Idle, script: Script) -> Result<(), sqlx::Error> {
+    let (text, parameters) = script.on_postgres();
+    let arguments = for_postgres(&parameters)?;
+    let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let (connection, since) = match kept.filter(|(_, since)| since.elapsed() < MAX_KEPT) {
+        Some(kept) => kept,
+        None => (pool.acquire().await?, clock::stopwatch()),
+    };
+    let mut connection = Unfinished(Some(connection));
+    let done = sqlx::query_with(sqlx::AssertSqlSafe(text), arguments).execute(connection.get()?).await;
+    // After any other error it may be one that has just ended, or one of a server that no longer takes writes.
+    if done.as_ref().map_or_else(|error| Expected::missed(error).is_some(), |_| true) {
+        *idle.lock().unwrap_or_else(PoisonError::into_inner) =
+            connection.0.take().map(|connection| (connection, since));
+    }
+    done.map(drop)
+}
+
+/// A connection that something is under way on. Should that never be heard of, it is closed, and not used again.
+struct Unfinished<DB: sqlx::Database>(Option<PoolConnection<DB>>);
+
+impl<DB: sqlx::Database> Unfinished<DB> {
+    fn get(&mut self) -> Result<&mut DB::Connection, sqlx::Error> {
+        self.0.as_deref_mut().ok_or(sqlx::Error::WorkerCrashed)
+    }
+}
+
+impl<DB: sqlx::Database> Drop for Unfinished<DB> {
+    fn drop(&mut self) {
+        if let Some(mut connection) = self.0.take() {
+            connection.close_on_drop();
+        }
+    }
+}
