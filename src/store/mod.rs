@@ -354,6 +354,8 @@ fn options(url: &str, connections: u32, plans: Plans) -> ConnectOptions {
                 // What is acknowledged is on disk, also when the machine loses power.
                 .pragma("synchronous", "FULL")
                 .pragma("busy_timeout", "5000")
+                // What a statement would have to undo is otherwise a file of its own in each commit.
+                .pragma("temp_store", "MEMORY")
         })
         // When a disk is full, SQLite may end a transaction by itself. The pool does not notice, its next "transaction"
         // would be a savepoint in one that never ends, and what is acknowledged would not be on disk.
