@@ -12,6 +12,7 @@ mod m0005_audit;
 mod m0006_revisions;
 mod m0007_retention;
 mod m0008_expectations;
+mod m0009_smaller_indexes;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -36,7 +37,11 @@ impl MigrationTrait for Step {
     }
 
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        let schema = (self.schema)(manager.get_database_backend());
+        let mut schema = (self.schema)(manager.get_database_backend());
+        if manager.get_database_backend() == DbBackend::Postgres {
+            // It takes as long as there are rows, which must not keep a node from ever starting.
+            schema.insert_str(0, "SET LOCAL statement_timeout TO 0;");
+        }
         manager.get_connection().execute_unprepared(&schema).await?;
         Ok(())
     }
@@ -54,6 +59,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0006_revisions", schema: m0006_revisions::schema },
             Step { name: "m0007_retention", schema: m0007_retention::schema },
             Step { name: "m0008_expectations", schema: m0008_expectations::schema },
+            Step { name: "m0009_smaller_indexes", schema: m0009_smaller_indexes::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     clock, failpoint,
-    webhook::{Attempt, DeliveryStatus, Event, EventData, Plan, Tenant, Timestamp},
+    webhook::{Attempt, Event, EventData, Plan, Tenant, Timestamp},
 };
 
 /// One claim takes at most this many deliveries; the rest is in the next, and what others write comes between.
@@ -29,12 +29,10 @@ const MAX_CLAIM: usize = 128;
 const MAX_SHARED_CLAIM: usize = 32;
 /// One claim serves at most this many webhooks; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 32;
-const RELEASES: &[Column] =
-    &[text("webhook_id"), text("id"), text("event_type"), text("pending"), text("node"), int("attempt"), int("now_ms")];
+const RELEASES: &[Column] = &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("now_ms")];
 pub(super) const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, \
     next_attempt_at_ms = rows.now_ms FROM {rows} \
     WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
-    AND deliveries.event_type = rows.event_type AND deliveries.status = rows.pending \
     AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
 
 /// What leases are taken for.
@@ -71,18 +69,16 @@ pub(super) struct Release {
     organization: Arc<str>,
     webhook_id: Arc<str>,
     delivery_id: String,
-    event: Arc<Event>,
     attempt: i32,
 }
 
 impl Release {
     fn of(leased: &Leased) -> Self {
-        let Leased { tenant, webhook_id, delivery_id, event, attempt, .. } = leased;
+        let Leased { tenant, webhook_id, delivery_id, attempt, .. } = leased;
         Self {
             organization: Arc::clone(tenant.shared_organization()),
             webhook_id: webhook_id.clone(),
             delivery_id: delivery_id.clone(),
-            event: event.clone(),
             attempt: *attempt,
         }
     }
@@ -242,12 +238,10 @@ impl Store {
     pub(super) fn releases<'a>(&self, releases: impl Iterator<Item = &'a Release>) -> Rows {
         let (node, now_ms) = (self.0.node.as_str(), clock::now().millis());
         let mut rows = Rows::new(self.0.write.get_database_backend(), RELEASES);
-        for Release { webhook_id, delivery_id, event, attempt, .. } in releases {
+        for Release { webhook_id, delivery_id, attempt, .. } in releases {
             rows.push([
                 webhook_id.into(),
                 delivery_id.into(),
-                (&event.event_type).into(),
-                DeliveryStatus::Pending.as_str().into(),
                 node.into(),
                 (*attempt).into(),
                 now_ms.into(),

@@ -18,8 +18,6 @@ const RESULTS: &[Column] = &[
     text("id"),
     text("node"),
     int("attempt"),
-    text("event_type"),
-    text("pending"),
     text("status"),
     int_or_null("next_attempt_at_ms"),
     int_or_null("status_code"),
@@ -28,15 +26,14 @@ const RESULTS: &[Column] = &[
     int("last_attempt_at_ms"),
     text_or_null("response"),
 ];
-/// Each only if this node still has the lease of that very attempt. As in [`super::leases::RELEASE`], the rows name all columns of
-/// both indexes of `deliveries` that begin with the webhook: PostgreSQL keeps a plan from when all cost the same, which may
-/// go by either, but from row to row.
+/// Each only if this node still has the lease of that very attempt. As in [`super::leases::RELEASE`], the state is left to
+/// the lease, which only what is pending has: PostgreSQL keeps a plan from when all indexes cost the same, and knowing the
+/// state it could go through the one of all that are pending.
 pub(super) const UPDATE: &str = "UPDATE deliveries SET status = rows.status, \
     next_attempt_at_ms = rows.next_attempt_at_ms, lease_node = NULL, lease_expires_at_ms = NULL, lost_leases = 0, \
     status_code = rows.status_code, response_time_ms = rows.response_time_ms, last_error = rows.last_error, \
     last_attempt_at_ms = rows.last_attempt_at_ms, response = rows.response FROM {rows} \
     WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
-    AND deliveries.event_type = rows.event_type AND deliveries.status = rows.pending \
     AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
 
 const LEASES: &[Column] = &[text("webhook_id"), text("id"), text("node"), int("attempt")];
@@ -157,8 +154,6 @@ pub(super) fn results(backend: DbBackend, node: &str, finished: &[&Finished]) ->
             (&finished.delivery_id).into(),
             node.into(),
             attempt.number.into(),
-            (&finished.event.event_type).into(),
-            DeliveryStatus::Pending.as_str().into(),
             finished.transition.status.as_str().into(),
             finished.next_attempt_at_ms().into(),
             finished.status_code().map(i32::from).into(),
