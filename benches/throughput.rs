@@ -22,7 +22,7 @@ use shortkit_webhooks::{
     clock,
     webhook::{Secret, SigningKey, signature_headers},
 };
-use tokio::task::JoinSet;
+use tokio::{runtime::Handle, task::JoinSet};
 
 use self::support::{
     load::{EVENT, Load, Measured, PUBLISHERS, Target, WARM_UP, data, measure, percentile_ms, receiver},
@@ -53,7 +53,7 @@ const FIGURES: [(&str, &str, usize); 9] = [
 type Figures = [f64; FIGURES.len()];
 
 /// Signed POSTs, [`PUBLISHERS`] under way, with nothing else around them: how many a second.
-async fn bare(url: &str, time: Duration, start: Instant) -> f64 {
+async fn bare(url: String, time: Duration, start: Instant) -> f64 {
     let client = reqwest::Client::builder().no_proxy().tcp_nodelay(true).build().expect("a client");
     let key = SigningKey::new(&Secret::from_random(&clock::random()));
     let stop = Arc::new(AtomicBool::new(false));
@@ -61,7 +61,7 @@ async fn bare(url: &str, time: Duration, start: Instant) -> f64 {
     let mut loops = JoinSet::new();
     for _ in 0..PUBLISHERS {
         let (client, key, stop, count, url) =
-            (client.clone(), key.clone(), Arc::clone(&stop), Arc::clone(&count), url.to_owned());
+            (client.clone(), key.clone(), Arc::clone(&stop), Arc::clone(&count), url.clone());
         loops.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
                 let body = data(start);
@@ -84,14 +84,21 @@ async fn bare(url: &str, time: Duration, start: Instant) -> f64 {
     rate
 }
 
-#[tokio::main]
-async fn main() {
+fn main() {
+    // Who publishes takes no more of the machine than it needs: the other threads would look for work all the time.
+    let publishers = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    // The bare loop has all of it, as the service does.
+    let all = tokio::runtime::Runtime::new().expect("a runtime");
+    publishers.block_on(run(all.handle()));
+}
+
+async fn run(all: &Handle) {
     let mut numbers = std::env::args().filter_map(|argument| argument.parse::<u64>().ok());
     let time = Duration::from_secs(numbers.next().unwrap_or(DEFAULT_SECS));
     let rounds = numbers.next().unwrap_or(1);
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let (url, seen) = receiver(start).await;
+    let (url, seen) = receiver(start);
     // Each has its directory for all rounds, since there are its keys.
     let directory = || tempfile::tempdir().expect("a directory");
     let mut databases = vec![("sqlite", None, directory())];
@@ -99,7 +106,7 @@ async fn main() {
     let mut found: BTreeMap<(&str, &str), Vec<Figures>> = BTreeMap::new();
     let mut bares = Vec::new();
     for _ in 0..rounds {
-        let bare = bare(&url, time, start).await;
+        let bare = all.spawn(bare(url.clone(), time, start)).await.expect("the bare loop");
         println!("bare loop of signed POSTs: {bare:.0}/s");
         bares.push(bare);
         heading();

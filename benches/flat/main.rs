@@ -108,7 +108,7 @@ async fn main() {
     let postgres = postgres.as_deref();
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let (url, seen) = receiver(start).await;
+    let (url, seen) = receiver(start);
     let (empty, filled) = (prepare(postgres, &url).await, prepare(postgres, &url).await);
 
     let began = clock::stopwatch();

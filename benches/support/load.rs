@@ -55,13 +55,16 @@ pub(crate) struct Measured {
     pub(crate) resident_mib: f64,
 }
 
-/// A receiver that takes everything, and its URL.
-pub(crate) async fn receiver(start: Instant) -> (String, Arc<Seen>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+/// A receiver that takes everything, on a thread of its own, and its URL.
+pub(crate) fn receiver(start: Instant) -> (String, Arc<Seen>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.set_nonblocking(true).expect("a socket");
     let url = format!("http://{}/", listener.local_addr().expect("an address"));
     let seen = Arc::new(Seen::default());
     let shared = Arc::clone(&seen);
-    tokio::spawn(async move {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let receiving = async move {
+        let listener = TcpListener::from_std(listener).expect("a listener");
         while let Ok((stream, _)) = listener.accept().await {
             let seen = Arc::clone(&shared);
             let _ = stream.set_nodelay(true);
@@ -81,7 +84,8 @@ pub(crate) async fn receiver(start: Instant) -> (String, Arc<Seen>) {
                 let _ = connection.serve_connection(TokioIo::new(stream), service).await;
             });
         }
-    });
+    };
+    std::thread::spawn(move || runtime.block_on(receiving));
     (url, seen)
 }
 

@@ -239,13 +239,7 @@ impl Store {
         let (node, now_ms) = (self.0.node.as_str(), clock::now().millis());
         let mut rows = Rows::new(self.0.write.get_database_backend(), RELEASES);
         for Release { webhook_id, delivery_id, attempt, .. } in releases {
-            rows.push([
-                webhook_id.into(),
-                delivery_id.into(),
-                node.into(),
-                (*attempt).into(),
-                now_ms.into(),
-            ]);
+            rows.push([webhook_id.into(), delivery_id.into(), node.into(), (*attempt).into(), now_ms.into()]);
         }
         rows
     }
