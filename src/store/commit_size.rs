@@ -1,63 +1,51 @@
-//! How many items a commit should have: as many as double the time that it takes anyway, for the flush of a disk. Fewer would
-//! mostly flush; more would mostly make others wait. Where a flush takes long that is many, where it is short few.
+//! How many items a commit should have: as many as take half as long again as the fewest, which mostly wait for the flush of
+//! a disk. Where that takes long it is many, and fewer would mostly flush; where it is short it is few, since more would
+//! make others wait.
 
 use std::{ops::RangeInclusive, time::Duration};
 
-/// How much of what is known is forgotten with each commit.
-const FORGET: f64 = 0.98;
-/// Commits whose numbers of items vary less than this, as a part of their square, tell more of noise than of what one costs.
-/// Then the next ones are smaller, until they do.
-const MIN_VARIANCE: f64 = 1.0 / 16.0;
+/// Every so many commits, one has the least number of items, to see how long that takes.
+const PROBE: usize = 8;
+/// The quickest of so many of those says how long it takes when nothing else is in its way.
+const REMEMBERED: usize = 8;
+/// It grows and shrinks by this part of itself.
+const PACE: usize = 16;
 
-/// What commits took that were made at the first try: the line `time = fixed + items × each` through the last of them
-/// (least squares, older ones counting less and less).
+/// Follows what commits take.
 pub(super) struct CommitSize {
     range: RangeInclusive<usize>,
     best: usize,
-    /// Sums over all commits.
-    weight: f64,
-    items: f64,
-    secs: f64,
-    items_squared: f64,
-    items_secs: f64,
+    commits: usize,
+    /// What the last commits of the least number of items, or fewer, took.
+    smallest: [Duration; REMEMBERED],
+    next: usize,
 }
 
 impl CommitSize {
     /// The least until something is known.
     pub(super) fn new(range: RangeInclusive<usize>) -> Self {
         let best = *range.start();
-        Self { range, best, weight: 0.0, items: 0.0, secs: 0.0, items_squared: 0.0, items_secs: 0.0 }
+        Self { range, best, commits: 0, smallest: [Duration::MAX; REMEMBERED], next: 0 }
+    }
+
+    /// How many items the next commit may have.
+    pub(super) fn next(&mut self) -> usize {
+        self.commits = self.commits.wrapping_add(1);
+        if self.commits.is_multiple_of(PROBE) { *self.range.start() } else { self.best }
     }
 
     /// A commit of so many items took so long.
     pub(super) fn learn(&mut self, items: usize, took: Duration) {
-        let (items, secs) = (items as f64, took.as_secs_f64());
-        for (sum, new) in [
-            (&mut self.weight, 1.0),
-            (&mut self.items, items),
-            (&mut self.secs, secs),
-            (&mut self.items_squared, items * items),
-            (&mut self.items_secs, items * secs),
-        ] {
-            *sum = *sum * FORGET + new;
+        if items <= *self.range.start() {
+            self.smallest[self.next] = took;
+            self.next = (self.next + 1) % REMEMBERED;
         }
-        let variance = self.weight * self.items_squared - self.items * self.items;
-        let each = (self.weight * self.items_secs - self.items * self.secs) / variance;
-        let fixed = (self.secs - each * self.items) / self.weight;
-        let best = if variance < MIN_VARIANCE * self.items * self.items {
-            self.best - self.best.div_ceil(32)
-        } else if each > 0.0 {
-            // A float that is too large, or negative, becomes the nearest number there is.
-            (fixed / each) as usize
-        } else {
-            self.best
-        };
-        self.best = best.clamp(*self.range.start(), *self.range.end());
-    }
-
-    /// How many items a commit should have.
-    pub(super) fn best(&self) -> usize {
-        self.best
+        if items >= self.best {
+            let quickest = self.smallest.iter().min().copied().unwrap_or_default();
+            let step = self.best.div_ceil(PACE);
+            let changed = if took < quickest.saturating_mul(3) / 2 { self.best + step } else { self.best - step };
+            self.best = changed.clamp(*self.range.start(), *self.range.end());
+        }
     }
 }
 
@@ -65,34 +53,45 @@ impl CommitSize {
 mod tests {
     use super::*;
 
-    /// Commits of 1 to `most` items that take this many microseconds, and this many for each item.
-    fn learned(size: &mut CommitSize, most: usize, fixed: u64, each: u64) -> usize {
+    /// The size after 500 commits, each as large as it may be, which take this many microseconds, and this many for each
+    /// item.
+    fn learned(size: &mut CommitSize, fixed: u64, each: u64) -> usize {
         for round in 0..500_u64 {
-            let items = 1 + (round as usize * 7) % most;
+            let items = size.next();
             // A quarter more or less.
             let noise = 75 + round * 13 % 50;
             size.learn(items, Duration::from_micros((fixed + each * items as u64) * noise / 100));
         }
-        size.best()
+        size.best
     }
 
     #[test]
-    fn a_slow_flush_is_shared_by_many() {
+    fn it_follows_what_a_flush_takes() {
         let mut size = CommitSize::new(16..=128);
-        assert_eq!(size.best(), 16);
-        assert_eq!(learned(&mut size, 16, 300, 40), 16);
-        assert!((70..=130).contains(&learned(&mut size, 64, 5_000, 50)), "{}", size.best());
-        assert_eq!(learned(&mut size, 128, 100_000, 50), 128);
-        assert_eq!(learned(&mut size, 128, 300, 40), 16);
+        assert_eq!(size.next(), 16);
+        let quick = learned(&mut size, 300, 40);
+        assert!((16..=32).contains(&quick), "{quick}");
+        let slower = learned(&mut size, 2_000, 50);
+        assert!((quick + 1..=64).contains(&slower), "{slower}");
+        assert_eq!(learned(&mut size, 100_000, 50), 128);
+        assert!(learned(&mut size, 300, 40) <= quick + 2);
+    }
+
+    /// However slow a few commits are for other reasons, others wait no longer for the next ones.
+    #[test]
+    fn what_slows_all_of_them_makes_none_larger() {
+        let mut size = CommitSize::new(16..=128);
+        let before = learned(&mut size, 300, 40);
+        (0..6).for_each(|_| size.learn(16, Duration::from_millis(10)));
+        (0..6).for_each(|_| size.learn(before, Duration::from_millis(10)));
+        assert!(size.best <= before, "{} {before}", size.best);
     }
 
     #[test]
-    fn what_is_always_the_same_is_made_smaller() {
+    fn small_commits_change_nothing() {
         let mut size = CommitSize::new(16..=128);
-        learned(&mut size, 64, 2_000, 50);
-        let before = size.best();
-        assert!(before > 16);
-        (0..1_000).for_each(|_| size.learn(16, Duration::from_micros(2_800)));
-        assert_eq!(size.best(), 16);
+        let before = learned(&mut size, 2_000, 50);
+        (0..100).for_each(|_| size.learn(17, Duration::from_micros(10)));
+        assert_eq!(size.best, before);
     }
 }

@@ -53,6 +53,11 @@ impl<T> Turns<T> {
         self.order.len() > 1 || self.changed.is_some_and(|changed| changed.elapsed() < time)
     }
 
+    /// How many organisations have something in it.
+    pub(super) fn organizations(&self) -> usize {
+        self.order.len()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.order.is_empty()
     }
@@ -69,6 +74,7 @@ mod tests {
         (0..4).for_each(|number| turns.push(loud(), ("loud", number)));
         assert!(!turns.is_shared(Duration::MAX));
         turns.push(quiet(), ("quiet", 0));
+        assert_eq!(turns.organizations(), 2);
         assert_eq!(turns.pop(), Some(("loud", 0)));
         turns.push(quiet(), ("quiet", 1));
         let rest: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();

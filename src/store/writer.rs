@@ -29,7 +29,7 @@ use crate::{clock, failpoint};
 const MAX_BATCH: usize = 256;
 /// Between so many and so many, as [`CommitSize`] finds, while several organisations have something to write: what one of
 /// them writes waits for the commit that is under way, which is to be short then, however much another has.
-const MIN_SHARED_BATCH: usize = 16;
+const MIN_SHARED_BATCH: usize = 8;
 const MAX_SHARED_BATCH: usize = 128;
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
@@ -85,7 +85,7 @@ impl Writer {
         let shared = Arc::new(AtomicBool::new(false));
         let is_shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let (mut waiting, mut size) = (Turns::new(), CommitSize::new(MIN_SHARED_BATCH..=MAX_SHARED_BATCH));
+            let (mut waiting, mut size) = (Turns::new(), None);
             loop {
                 if waiting.is_empty() {
                     let Some(first) = coming.recv().await else { return };
@@ -95,7 +95,14 @@ impl Writer {
                     waiting.push(next.organization(), next);
                 }
                 is_shared.store(waiting.is_shared(SHARED), Ordering::Relaxed);
-                let most = if waiting.is_shared(SHARED) { size.best() } else { MAX_BATCH };
+                // What the commits of one alone took says nothing of these: they were as large as they came.
+                if !waiting.is_shared(SHARED) {
+                    size = None;
+                } else if size.is_none() {
+                    size = Some(CommitSize::new(MIN_SHARED_BATCH..=MAX_SHARED_BATCH));
+                }
+                // Whoever is there has at least one turn: nobody's wait is for another's many.
+                let most = size.as_mut().map_or(MAX_BATCH, |size| size.next().max(waiting.organizations()).min(MAX_BATCH));
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
                 let (mut writes, mut weight) = (Vec::with_capacity(most), 0);
@@ -107,7 +114,8 @@ impl Writer {
                 }
                 match store.draft(writes).await {
                     (batch, None) => {
-                        if let Some(took) = store.settle(batch).await {
+                        let took = store.settle(batch).await;
+                        if let (Some(size), Some(took)) = (&mut size, took) {
                             size.learn(weight, took);
                         }
                     }
