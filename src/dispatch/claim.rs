@@ -7,29 +7,38 @@ use tokio_util::sync::CancellationToken;
 use super::{Engine, lease_length};
 use crate::{
     clock,
-    store::{Error, Store},
+    store::{Error, Store, Waiting},
     webhook::RetrySchedule,
 };
 
 /// How often the database is looked at for what other nodes left to do.
 const POLL: Duration = Duration::from_secs(1);
 
-/// After looking, nothing is looked for during this many times as long: looking costs more the more webhooks wait, and
-/// every attempt that ends may ring the bell.
+/// After a round, nothing is claimed during this many times as long: every attempt that ends may ring the bell.
 const REST: u32 = 8;
+/// After looking, nothing is looked for during this many times as long: looking costs more the more webhooks wait. What was
+/// found then is claimed all the same, as soon as there is room.
+const REST_FROM_LOOKING: u32 = 16;
+
+/// What is known of the work to do.
+struct Claims {
+    store: Store,
+    /// The webhooks that had deliveries waiting at the last look, without those that turned out to have no more.
+    waiting: Vec<Waiting>,
+    /// When that was, and how long it took.
+    looked: Option<(Instant, Duration)>,
+    /// Whether there may be something new since then.
+    rung: bool,
+    rescued: Option<Instant>,
+}
 
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let Engine { store, schedule, request_timeout, .. } = engine;
-    let mut rescued = None;
+    let mut claims = Claims { store: store.clone(), waiting: Vec::new(), looked: None, rung: true, rescued: None };
     while !shutdown.is_cancelled() {
-        // Leases run out by the clock, not by what happens here: looking once in a while is enough.
-        let rescue = rescued.is_none_or(|at: Instant| at.elapsed() >= POLL);
-        if rescue {
-            rescued = Some(clock::stopwatch());
-        }
         let began = clock::stopwatch();
-        let wait = match round(&store, rescue.then_some(&*schedule), lease_length(request_timeout)).await {
+        let wait = match claims.round(&schedule, lease_length(request_timeout)).await {
             Ok(wait) => wait.min(POLL),
             Err(error) => {
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
@@ -45,30 +54,54 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
             () = async {
                 tokio::time::sleep(rest).await;
                 store.due().await;
-            } => {}
+            } => claims.rung = true,
             () = tokio::time::sleep(wait.max(rest)) => {}
         }
     }
 }
 
-/// Claims what is due and there is room for; answers how long nothing more will be.
-async fn round(store: &Store, rescue: Option<&RetrySchedule>, lease: Duration) -> Result<Duration, Error> {
-    let mut rescued = 0;
-    if let Some(schedule) = rescue {
+impl Claims {
+    /// Claims what is due and there is room for; answers how long nothing more will be.
+    async fn round(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<Duration, Error> {
+        // Leases run out by the clock, not by what happens here: looking once in a while is enough.
+        if self.rescued.is_none_or(|at| at.elapsed() >= POLL) {
+            self.rescued = Some(clock::stopwatch());
+            self.rescue(schedule).await?;
+        }
+        let until_look = self.until_look();
+        if until_look.is_zero() {
+            let began = clock::stopwatch();
+            self.rung = false;
+            self.waiting = self.store.waiting().await?;
+            self.looked = Some((clock::stopwatch(), began.elapsed()));
+        }
+        let (now, known) = (clock::now(), self.waiting.len());
+        let more = self.store.claim(&mut self.waiting, now, lease).await?;
+        // Who has no more that is due may have something that falls due soon.
+        self.rung |= self.waiting.len() < known;
+        if more {
+            return Ok(Duration::ZERO);
+        }
+        // What is due and was not claimed has no room: freeing some rings the bell.
+        let next = self.waiting.iter().map(|webhook| webhook.due_at).filter(|due_at| *due_at > now).min();
+        Ok(next.map_or(POLL, |due_at| now.until(due_at)).min(self.until_look()))
+    }
+
+    /// How long until it is time to look.
+    fn until_look(&self) -> Duration {
+        let rest = |took: Duration| if self.rung { (took * REST_FROM_LOOKING).min(POLL) } else { POLL };
+        self.looked.map_or(Duration::ZERO, |(at, took)| rest(took).saturating_sub(at.elapsed()))
+    }
+
+    async fn rescue(&self, schedule: &RetrySchedule) -> Result<(), Error> {
+        let mut rescued = 0;
         // A node that is gone may have held thousands, and one step takes only so many.
-        while let more @ 1.. = store.rescue(false, schedule).await? {
+        while let more @ 1.. = self.store.rescue(false, schedule).await? {
             rescued += more;
         }
+        if rescued > 0 {
+            tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
+        }
+        Ok(())
     }
-    if rescued > 0 {
-        tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
-    }
-    let waiting = store.waiting().await?;
-    let now = clock::now();
-    if store.claim(&waiting, now, lease).await? {
-        return Ok(Duration::ZERO);
-    }
-    // What is due and was not claimed has no room: freeing some rings the bell.
-    let next = waiting.iter().map(|webhook| webhook.due_at).filter(|due_at| *due_at > now).min();
-    Ok(next.map_or(POLL, |due_at| now.until(due_at)))
 }

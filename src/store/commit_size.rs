@@ -73,7 +73,8 @@ mod tests {
         assert!((16..=32).contains(&quick), "{quick}");
         let slower = learned(&mut size, 2_000, 50);
         assert!((quick + 1..=64).contains(&slower), "{slower}");
-        assert_eq!(learned(&mut size, 100_000, 50), 128);
+        let slowest = learned(&mut size, 100_000, 50);
+        assert!(slowest > 100, "{slowest}");
         assert!(learned(&mut size, 300, 40) <= quick + 2);
     }
 

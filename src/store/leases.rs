@@ -1,7 +1,7 @@
 //! Leases: who makes an attempt, and until when. One that has expired comes back in [`super::rescue`].
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -99,6 +99,14 @@ pub struct Waiting {
     pub due_at: Timestamp,
 }
 
+/// What is to be claimed of a webhook.
+struct Wanted {
+    /// At most so many.
+    places: usize,
+    /// None is due before.
+    due_at: Timestamp,
+}
+
 impl Store {
     /// The active webhooks that have deliveries waiting, with the time of the earliest.
     ///
@@ -129,42 +137,45 @@ impl Store {
         Ok(waiting)
     }
 
-    /// Leases to this node what is due of `webhooks`, as far as it has room, and hands it to the engine. True when
-    /// there may be more to claim at once.
-    pub async fn claim(&self, webhooks: &[Waiting], now: Timestamp, length: Duration) -> Result<bool, Error> {
+    /// Leases to this node what is due of `webhooks`, as far as it has room, and hands it to the engine; those that turn
+    /// out to have no more are left out from then on. True when there may be more to claim at once.
+    pub async fn claim(&self, webhooks: &mut Vec<Waiting>, now: Timestamp, length: Duration) -> Result<bool, Error> {
         let due = in_turns(webhooks.iter().filter(|webhook| webhook.due_at <= now).collect(), now);
         let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
         let share = (most / due.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
-        let mut wanted: HashMap<String, usize> = HashMap::new();
+        let mut wanted: HashMap<String, Wanted> = HashMap::new();
         for webhook in &due {
             if wanted.len() == MAX_CLAIM_WEBHOOKS {
                 break;
             }
             match self.0.handoff.take_for_waiting(&webhook.webhook_id, share) {
                 0 => {}
-                places => drop(wanted.insert(webhook.webhook_id.clone(), places)),
+                places => drop(wanted.insert(webhook.webhook_id.clone(), Wanted { places, due_at: webhook.due_at })),
             }
         }
         if wanted.is_empty() {
             return Ok(false);
         }
         let claimed = self.claim_up_to(&wanted, now, length).await.inspect_err(|_| {
-            wanted.iter().for_each(|(webhook_id, places)| self.0.handoff.give_back(webhook_id, *places));
+            wanted.iter().for_each(|(webhook_id, wanted)| self.0.handoff.give_back(webhook_id, wanted.places));
         })?;
         let mut found: HashMap<&str, usize> = HashMap::new();
         for leased in &claimed {
             *found.entry(&leased.webhook_id).or_default() += 1;
         }
         let mut more = wanted.len() == MAX_CLAIM_WEBHOOKS;
-        for (webhook_id, places) in &wanted {
+        let mut caught_up = HashSet::new();
+        for (webhook_id, Wanted { places, .. }) in &wanted {
             let unused = places.saturating_sub(found.get(webhook_id.as_str()).copied().unwrap_or(0));
             if unused > 0 {
                 self.0.handoff.caught_up(webhook_id);
                 self.0.handoff.give_back(webhook_id, unused);
+                caught_up.insert(webhook_id.as_str());
             } else {
                 more = true;
             }
         }
+        webhooks.retain(|webhook| !caught_up.contains(webhook.webhook_id.as_str()));
         claimed.iter().for_each(|leased| self.0.handoff.fetched(&leased.webhook_id, leased.event.data.as_str().len()));
         claimed.into_iter().for_each(|leased| drop(self.0.ready.send(leased)));
         Ok(more)
@@ -172,7 +183,7 @@ impl Store {
 
     async fn claim_up_to(
         &self,
-        wanted: &HashMap<String, usize>,
+        wanted: &HashMap<String, Wanted>,
         now: Timestamp,
         length: Duration,
     ) -> Result<Vec<Leased>, Error> {
@@ -181,10 +192,12 @@ impl Store {
         let mut sql = Sql::new("WITH due AS MATERIALIZED (");
         // Differs from SQLite because there other nodes claim at the same time.
         let lock = if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" };
-        for (index, (webhook_id, places)) in wanted.iter().enumerate() {
+        for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
             sql.text("SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = ");
-            sql.value(webhook_id.as_str()).text(" AND next_attempt_at_ms <= ").value(now.millis());
+            // PostgreSQL keeps in the index what was claimed until it is vacuumed: not to be gone through each time.
+            sql.value(webhook_id.as_str()).text(" AND next_attempt_at_ms >= ").value(due_at.millis());
+            sql.text(" AND next_attempt_at_ms <= ").value(now.millis());
             sql.text(" ORDER BY next_attempt_at_ms LIMIT ").value(i64::try_from(*places).unwrap_or(i64::MAX));
             sql.text(&format!("{lock}) AS r{index}"));
         }

@@ -102,7 +102,8 @@ impl Writer {
                     size = Some(CommitSize::new(MIN_SHARED_BATCH..=MAX_SHARED_BATCH));
                 }
                 // Whoever is there has at least one turn: nobody's wait is for another's many.
-                let most = size.as_mut().map_or(MAX_BATCH, |size| size.next().max(waiting.organizations()).min(MAX_BATCH));
+                let most =
+                    size.as_mut().map_or(MAX_BATCH, |size| size.next().max(waiting.organizations()).min(MAX_BATCH));
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
                 let (mut writes, mut weight) = (Vec::with_capacity(most), 0);
