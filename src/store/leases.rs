@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::{ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter, Value};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, QueryFilter, Statement, Value,
+};
 use tokio::sync::oneshot;
 
 use super::{
@@ -34,6 +36,19 @@ pub(super) const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_no
     next_attempt_at_ms = rows.now_ms FROM {rows} \
     WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
     AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
+
+const WANTED: &[Column] =
+    &[text("webhook_id"), int("due_at_ms"), int("places"), int("now_ms"), text("node"), int("expires_at_ms")];
+/// Materialized, so that a plan that looks twice does not lock, and claim, more than there are places for. Whatever the
+/// statistics say, it goes from webhook to webhook. What other nodes claim at the same time is left to them.
+const CLAIM_ON_POSTGRES: &str = "\
+    WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
+     SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = rows.webhook_id \
+     AND next_attempt_at_ms >= rows.due_at_ms AND next_attempt_at_ms <= rows.now_ms \
+     ORDER BY next_attempt_at_ms LIMIT rows.places FOR UPDATE SKIP LOCKED) AS d) \
+    UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
+    next_attempt_at_ms = NULL, lease_node = due.node, lease_expires_at_ms = due.expires_at_ms FROM due \
+    WHERE deliveries.webhook_id = due.webhook_id AND deliveries.id = due.id RETURNING deliveries.*";
 
 /// What leases are taken for.
 #[derive(Debug, Clone)]
@@ -103,7 +118,8 @@ pub struct Waiting {
 struct Wanted {
     /// At most so many.
     places: usize,
-    /// None is due before.
+    /// None is due before. PostgreSQL keeps what was claimed in the index until it is vacuumed, and would go through it
+    /// each time.
     due_at: Timestamp,
 }
 
@@ -113,7 +129,8 @@ impl Store {
     /// It leaps from webhook to webhook through the index of what is due, so it costs a look-up per webhook, however
     /// many deliveries wait.
     pub async fn waiting(&self) -> Result<Vec<Waiting>, Error> {
-        // Not by min(), for which PostgreSQL reads the whole queue as long as its statistics say that there is none.
+        // Not by min(), for which PostgreSQL reads the whole queue as long as its statistics say that there is none, and not
+        // by a join, for which it compares each with each as long as they say that there are few webhooks.
         const LEAP: &str = "\
             WITH RECURSIVE queue (webhook_id) AS (\
              SELECT * FROM (SELECT webhook_id FROM deliveries WHERE next_attempt_at_ms IS NOT NULL \
@@ -121,16 +138,18 @@ impl Store {
              UNION ALL SELECT (SELECT d.webhook_id FROM deliveries d \
               WHERE d.next_attempt_at_ms IS NOT NULL AND d.webhook_id > queue.webhook_id ORDER BY d.webhook_id LIMIT 1) \
              FROM queue WHERE queue.webhook_id IS NOT NULL) \
-            SELECT queue.webhook_id, w.organization, (SELECT d.next_attempt_at_ms FROM deliveries d \
+            SELECT webhook_id, (SELECT w.organization FROM webhooks w \
+             WHERE w.id = queue.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL) AS organization, \
+             (SELECT d.next_attempt_at_ms FROM deliveries d \
              WHERE d.webhook_id = queue.webhook_id AND d.next_attempt_at_ms IS NOT NULL \
              ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms \
-            FROM queue JOIN webhooks w ON w.id = queue.webhook_id \
-            WHERE w.status = 'active' AND w.deleted_at_ms IS NULL";
+            FROM queue WHERE webhook_id IS NOT NULL";
         let rows = self.0.read.query_all_raw(Sql::new(LEAP).build(self.0.read.get_database_backend())).await?;
         let mut waiting = Vec::with_capacity(rows.len());
         for row in rows {
-            let (webhook_id, organization, due_at): (String, String, Option<i64>) = row.try_get_many_by_index()?;
-            if let Some(due_at) = due_at {
+            let (webhook_id, organization, due_at): (String, Option<String>, Option<i64>) =
+                row.try_get_many_by_index()?;
+            if let (Some(organization), Some(due_at)) = (organization, due_at) {
                 waiting.push(Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) });
             }
         }
@@ -188,30 +207,30 @@ impl Store {
         length: Duration,
     ) -> Result<Vec<Leased>, Error> {
         let expires_at = now.after(length);
-        // Materialized, so that a plan that looks twice does not lock, and claim, more than there are places for.
-        let mut sql = Sql::new("WITH due AS MATERIALIZED (");
-        // Differs from SQLite because there other nodes claim at the same time.
-        let lock = if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" };
-        for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
-            sql.text(if index > 0 { " UNION ALL " } else { "" });
-            sql.text("SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = ");
-            // PostgreSQL keeps in the index what was claimed until it is vacuumed: not to be gone through each time.
-            sql.value(webhook_id.as_str()).text(" AND next_attempt_at_ms >= ").value(due_at.millis());
-            sql.text(" AND next_attempt_at_ms <= ").value(now.millis());
-            sql.text(" ORDER BY next_attempt_at_ms LIMIT ").value(i64::try_from(*places).unwrap_or(i64::MAX));
-            sql.text(&format!("{lock}) AS r{index}"));
-        }
-        sql.text(
-            ") UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
-             next_attempt_at_ms = NULL, lease_node = ",
-        );
-        sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
-        sql.text(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due");
-        sql.text(") RETURNING *");
+        let claim = if self.sqlite() {
+            self.claim_on_sqlite(wanted, now, expires_at)
+        } else {
+            let mut rows = Rows::new(DbBackend::Postgres, WANTED);
+            for (webhook_id, Wanted { places, due_at }) in wanted {
+                let places = i64::try_from(*places).unwrap_or(i64::MAX);
+                let (due_at_ms, now_ms, node) = (due_at.millis(), now.millis(), self.0.node.as_str());
+                rows.push([
+                    webhook_id.into(),
+                    due_at_ms.into(),
+                    places.into(),
+                    now_ms.into(),
+                    node.into(),
+                    expires_at.millis().into(),
+                ]);
+            }
+            rows.statements(CLAIM_ON_POSTGRES)
+        };
         // One transaction with reading the events: a claim that nobody hears of would hold its leases for nothing.
         let transaction = self.write().await?;
-        let statement = sql.build(transaction.get_database_backend());
-        let rows = delivery::Entity::find().from_raw_sql(statement).all(&transaction).await?;
+        let mut rows = Vec::new();
+        for statement in claim {
+            rows.extend(delivery::Entity::find().from_raw_sql(statement).all(&transaction).await?);
+        }
         let leased = with_events(&transaction, rows, expires_at).await?;
         if !leased.is_empty() {
             failpoint::reached("claim", "before commit");
@@ -221,6 +240,31 @@ impl Store {
             failpoint::reached("claim", "after commit");
         }
         Ok(leased)
+    }
+
+    /// As [`CLAIM_ON_POSTGRES`], which SQLite has no word for: a range of the index for each webhook.
+    fn claim_on_sqlite(
+        &self,
+        wanted: &HashMap<String, Wanted>,
+        now: Timestamp,
+        expires_at: Timestamp,
+    ) -> Vec<Statement> {
+        let mut sql = Sql::new("WITH due AS MATERIALIZED (");
+        for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
+            sql.text(if index > 0 { " UNION ALL " } else { "" });
+            sql.text("SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = ");
+            sql.value(webhook_id.as_str()).text(" AND next_attempt_at_ms >= ").value(due_at.millis());
+            sql.text(" AND next_attempt_at_ms <= ").value(now.millis());
+            sql.text(" ORDER BY next_attempt_at_ms LIMIT ").value(i64::try_from(*places).unwrap_or(i64::MAX));
+            sql.text(&format!(") AS r{index}"));
+        }
+        sql.text(
+            ") UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
+             next_attempt_at_ms = NULL, lease_node = ",
+        );
+        sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
+        sql.text(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due) RETURNING *");
+        vec![sql.build(DbBackend::Sqlite)]
     }
 
     /// Says that a delivery of so many bytes of data is no longer held in memory, because its result is recorded or its
