@@ -4,11 +4,12 @@
 
 use sea_orm::DbBackend;
 
-/// Lists with a filter: a filter names ranges of them, each already in the order of the list.
+/// Lists with a filter: a filter names ranges of them, each already in the order of the list. What takes the strongest lock
+/// goes first: behind the others it would wait for nodes that wait for it.
 const SCHEMA: &str = "
+DROP INDEX deliveries_filter;
 CREATE INDEX deliveries_pending ON deliveries (webhook_id, event_type, id) WHERE status = 'pending';
 CREATE INDEX deliveries_ended ON deliveries (webhook_id, event_type, status, id) WHERE status <> 'pending';
-DROP INDEX deliveries_filter;
 ";
 
 pub(super) fn schema(_: DbBackend) -> String {

@@ -39,15 +39,13 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     while !shutdown.is_cancelled() {
         let began = clock::stopwatch();
         let wait = match claims.round(&schedule, lease_length(request_timeout)).await {
-            Ok(wait) => wait.min(POLL),
+            Ok(Some(wait)) => wait.min(POLL),
+            Ok(None) => continue,
             Err(error) => {
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
                 POLL
             }
         };
-        if wait.is_zero() {
-            continue;
-        }
         let rest = (began.elapsed() * REST).min(POLL / 5);
         tokio::select! {
             () = shutdown.cancelled() => {}
@@ -61,8 +59,9 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
 }
 
 impl Claims {
-    /// Claims what is due and there is room for; answers how long nothing more will be.
-    async fn round(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<Duration, Error> {
+    /// Claims what is due and there is room for; answers how long nothing more will be, and with nothing when there may be
+    /// more at once.
+    async fn round(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<Option<Duration>, Error> {
         // Leases run out by the clock, not by what happens here: looking once in a while is enough.
         if self.rescued.is_none_or(|at| at.elapsed() >= POLL) {
             self.rescued = Some(clock::stopwatch());
@@ -71,20 +70,21 @@ impl Claims {
         let until_look = self.until_look();
         if until_look.is_zero() {
             let began = clock::stopwatch();
-            self.rung = false;
             self.waiting = self.store.waiting().await?;
+            self.rung = false;
             self.looked = Some((clock::stopwatch(), began.elapsed()));
         }
         let (now, known) = (clock::now(), self.waiting.len());
         let more = self.store.claim(&mut self.waiting, now, lease).await?;
-        // Who has no more that is due may have something that falls due soon.
-        self.rung |= self.waiting.len() < known;
+        // Who has no more that is due may have something that falls due soon; and while there is always more to claim,
+        // nobody hears the bell.
+        self.rung |= more || self.waiting.len() < known;
         if more {
-            return Ok(Duration::ZERO);
+            return Ok(None);
         }
         // What is due and was not claimed has no room: freeing some rings the bell.
         let next = self.waiting.iter().map(|webhook| webhook.due_at).filter(|due_at| *due_at > now).min();
-        Ok(next.map_or(POLL, |due_at| now.until(due_at)).min(self.until_look()))
+        Ok(Some(next.map_or(POLL, |due_at| now.until(due_at)).min(self.until_look())))
     }
 
     /// How long until it is time to look.

@@ -16,32 +16,36 @@ pub(super) struct CommitSize {
     range: RangeInclusive<usize>,
     best: usize,
     commits: usize,
-    /// What the last commits of the least number of items, or fewer, took.
+    /// Whether the next one is to be as small as it may.
+    probing: bool,
+    /// What the last of those, and others as small, took; and the place for the next one.
     smallest: [Duration; REMEMBERED],
-    next: usize,
+    place: usize,
 }
 
 impl CommitSize {
     /// The least until something is known.
     pub(super) fn new(range: RangeInclusive<usize>) -> Self {
         let best = *range.start();
-        Self { range, best, commits: 0, smallest: [Duration::MAX; REMEMBERED], next: 0 }
+        Self { range, best, commits: 0, probing: false, smallest: [Duration::MAX; REMEMBERED], place: 0 }
     }
 
     /// How many items the next commit may have.
     pub(super) fn next(&mut self) -> usize {
         self.commits = self.commits.wrapping_add(1);
-        if self.commits.is_multiple_of(PROBE) { *self.range.start() } else { self.best }
+        self.probing = self.commits.is_multiple_of(PROBE);
+        if self.probing { *self.range.start() } else { self.best }
     }
 
     /// A commit of so many items took so long.
     pub(super) fn learn(&mut self, items: usize, took: Duration) {
-        if items <= *self.range.start() {
-            self.smallest[self.next] = took;
-            self.next = (self.next + 1) % REMEMBERED;
+        // Also when it became larger, because one item was large, or because everybody had a turn.
+        if self.probing || items <= *self.range.start() {
+            self.smallest[self.place] = took;
+            self.place = (self.place + 1) % REMEMBERED;
         }
-        if items >= self.best {
-            let quickest = self.smallest.iter().min().copied().unwrap_or_default();
+        let quickest = self.smallest.iter().min().copied().unwrap_or_default();
+        if !self.probing && items >= self.best && quickest < Duration::MAX {
             let step = self.best.div_ceil(PACE);
             let changed = if took < quickest.saturating_mul(3) / 2 { self.best + step } else { self.best - step };
             self.best = changed.clamp(*self.range.start(), *self.range.end());
@@ -71,7 +75,7 @@ mod tests {
         assert_eq!(size.next(), 16);
         let quick = learned(&mut size, 300, 40);
         assert!((16..=32).contains(&quick), "{quick}");
-        let slower = learned(&mut size, 2_000, 50);
+        let slower = learned(&mut size, 10_000, 50);
         assert!((quick + 1..=64).contains(&slower), "{slower}");
         let slowest = learned(&mut size, 100_000, 50);
         assert!(slowest > 100, "{slowest}");
@@ -86,6 +90,16 @@ mod tests {
         (0..6).for_each(|_| size.learn(16, Duration::from_millis(10)));
         (0..6).for_each(|_| size.learn(before, Duration::from_millis(10)));
         assert!(size.best <= before, "{} {before}", size.best);
+    }
+
+    #[test]
+    fn where_none_is_small_it_goes_by_the_smallest() {
+        let mut size = CommitSize::new(8..=128);
+        for _ in 0..500 {
+            let items = size.next().max(40);
+            size.learn(items, Duration::from_micros(300 + 40 * items as u64));
+        }
+        assert!((40..=70).contains(&size.best), "{}", size.best);
     }
 
     #[test]

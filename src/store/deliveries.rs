@@ -124,7 +124,7 @@ impl Store {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
             sql.text(&format!("SELECT * FROM (SELECT {LISTED} FROM deliveries WHERE webhook_id = ")).value(webhook_id);
             if let Some((event_type, status)) = range {
-                // A word and not a value, by which neither database would know that the index has all of it.
+                // Only by literals do planners see that a partial index has all of it, SQLite only by those of the index.
                 sql.text(" AND event_type = ").value(event_type.as_str()).text(match status {
                     DeliveryStatus::Pending => " AND status = 'pending'",
                     DeliveryStatus::Success => " AND status <> 'pending' AND status = 'success'",

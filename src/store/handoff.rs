@@ -125,6 +125,11 @@ impl Handoff {
         }
     }
 
+    /// There is more of the webhook in the database than there are places.
+    pub(crate) fn waits(&self, webhook_id: &str) {
+        self.lock().of(webhook_id).waiting = true;
+    }
+
     /// Nothing of the webhook is due in the database any more.
     pub(crate) fn caught_up(&self, webhook_id: &str) {
         let mut held = self.lock();

@@ -40,7 +40,8 @@ pub(super) const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_no
 const WANTED: &[Column] =
     &[text("webhook_id"), int("due_at_ms"), int("places"), int("now_ms"), text("node"), int("expires_at_ms")];
 /// Materialized, so that a plan that looks twice does not lock, and claim, more than there are places for. Whatever the
-/// statistics say, it goes from webhook to webhook. What other nodes claim at the same time is left to them.
+/// statistics say, it looks from webhook to webhook, and updates from row to row since the connection has no other joins.
+/// What other nodes claim at the same time is left to them.
 const CLAIM_ON_POSTGRES: &str = "\
     WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
      SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = rows.webhook_id \
@@ -191,6 +192,7 @@ impl Store {
                 self.0.handoff.give_back(webhook_id, unused);
                 caught_up.insert(webhook_id.as_str());
             } else {
+                self.0.handoff.waits(webhook_id);
                 more = true;
             }
         }

@@ -197,7 +197,10 @@ impl Store {
         if !self.sqlite() {
             return;
         }
-        for statement in ["VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"] {
+        // All of the database, which may be more than there is memory.
+        for statement in
+            ["PRAGMA temp_store = FILE", "VACUUM", "PRAGMA temp_store = MEMORY", "PRAGMA wal_checkpoint(TRUNCATE)"]
+        {
             if let Err(error) = self.0.write.execute_unprepared(statement).await {
                 tracing::warn!(%error, statement, "remains of secrets in plain text may be left in the database file");
             }

@@ -101,13 +101,13 @@ impl Writer {
                 } else if size.is_none() {
                     size = Some(CommitSize::new(MIN_SHARED_BATCH..=MAX_SHARED_BATCH));
                 }
-                // Whoever is there has at least one turn: nobody's wait is for another's many.
-                let most =
-                    size.as_mut().map_or(MAX_BATCH, |size| size.next().max(waiting.organizations()).min(MAX_BATCH));
+                let most = size.as_mut().map_or(MAX_BATCH, CommitSize::next);
+                // Everybody has a turn at least, so that with many of them a commit is as large as that takes.
+                let everybody = waiting.organizations();
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
                 let (mut writes, mut weight) = (Vec::with_capacity(most), 0);
-                while weight < most
+                while (weight < most || writes.len() < everybody && weight < MAX_BATCH)
                     && let Some(next) = waiting.pop()
                 {
                     weight += next.weight(&store);

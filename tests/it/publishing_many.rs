@@ -136,9 +136,10 @@ async fn what_a_result_costs_does_not_grow() {
     watch.until(1, |change| change.status() == DeliveryStatus::Success).await;
     let old = format!(
         "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, \
-         granted, once, lost_leases, status_code, response_time_ms, last_attempt_at_ms, created_at_ms) \
-         SELECT '{webhook}', 'del_' || i, 'acme', 'test', 'evt_' || i, 'content.ready', 'success', 1, FALSE, FALSE, 0, \
-         200, 1, 1, 1 FROM generate_series(1, 50000) AS n (i)"
+         granted, once, lost_leases, next_attempt_at_ms, created_at_ms) \
+         SELECT '{webhook}', 'del_' || i, 'acme', 'test', 'evt_' || i, 'content.ready', \
+         CASE WHEN i % 2 = 0 THEN 'success' ELSE 'pending' END, 1, FALSE, FALSE, 0, \
+         CASE WHEN i % 2 = 0 THEN NULL ELSE 4102444800000 END, 1 FROM generate_series(1, 50000) AS n (i)"
     );
     database.execute(&old).await;
     database.rows("SELECT pg_stat_reset()").await;
