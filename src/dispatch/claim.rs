@@ -35,7 +35,7 @@ struct Claims {
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let Engine { store, schedule, request_timeout, .. } = engine;
-    let mut claims = Claims { store: store.clone(), waiting: Vec::new(), looked: None, rung: true, rescued: None };
+    let mut claims = Claims { store, waiting: Vec::new(), looked: None, rung: true, rescued: None };
     while !shutdown.is_cancelled() {
         let began = clock::stopwatch();
         let wait = match claims.round(&schedule, lease_length(request_timeout)).await {
@@ -51,7 +51,7 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
             () = shutdown.cancelled() => {}
             () = async {
                 tokio::time::sleep(rest).await;
-                store.due().await;
+                claims.store.due().await;
             } => claims.rung = true,
             () = tokio::time::sleep(wait.max(rest)) => {}
         }

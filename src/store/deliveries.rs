@@ -102,13 +102,13 @@ impl Store {
         limit: u64,
     ) -> Result<Page<ListedDelivery>, Error> {
         let mut counts = self.counts(webhook_id).await?;
+        // Where nothing is, PostgreSQL would go through all that was pending since it was vacuumed, to find none.
         counts.retain(|count| {
-            filter.status.is_none_or(|status| status.as_str() == count.status)
+            count.total > 0
+                && filter.status.is_none_or(|status| status.as_str() == count.status)
                 && filter.event_type.as_ref().is_none_or(|wanted| *wanted == count.event_type)
         });
         let total = counts.iter().map(|count| count.total).sum();
-        // PostgreSQL would go through all that was pending since it was vacuumed, to find none.
-        counts.retain(|count| count.total > 0);
         let filtered = *filter != DeliveryFilter::default();
         if filtered && counts.is_empty() {
             return Ok(Page { items: Vec::new(), total, more: false });

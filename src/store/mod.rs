@@ -210,13 +210,13 @@ impl Store {
 
     /// Brings the schema up to date.
     pub async fn migrate(&self) -> Result<(), Error> {
-        self.sort_in_files(true).await?;
+        self.work_in_files(true).await?;
         migrations::Migrator::up(&self.0.write, None).await?;
-        self.sort_in_files(false).await
+        self.work_in_files(false).await
     }
 
     /// Has SQLite put what it works with into files, for steps that go through all there is, or into memory.
-    async fn sort_in_files(&self, files: bool) -> Result<(), Error> {
+    async fn work_in_files(&self, files: bool) -> Result<(), Error> {
         if self.sqlite() {
             let place = if files { "FILE" } else { "MEMORY" };
             self.0.write.execute_unprepared(&format!("PRAGMA temp_store = {place}")).await?;

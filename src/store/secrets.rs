@@ -197,13 +197,16 @@ impl Store {
         if !self.sqlite() {
             return;
         }
-        // All of the database, which may be more than there is memory.
-        for statement in
-            ["PRAGMA temp_store = FILE", "VACUUM", "PRAGMA temp_store = MEMORY", "PRAGMA wal_checkpoint(TRUNCATE)"]
-        {
-            if let Err(error) = self.0.write.execute_unprepared(statement).await {
-                tracing::warn!(%error, statement, "remains of secrets in plain text may be left in the database file");
-            }
+        let write = async |statement| self.0.write.execute_unprepared(statement).await.map_err(Error::from);
+        // Each for itself: one that fails leaves something for the next to wipe.
+        let failed = [
+            self.work_in_files(true).await.err(),
+            write("VACUUM").await.err(),
+            self.work_in_files(false).await.err(),
+            write("PRAGMA wal_checkpoint(TRUNCATE)").await.err(),
+        ];
+        for error in failed.into_iter().flatten() {
+            tracing::warn!(%error, "remains of secrets in plain text may be left in the database file");
         }
     }
 }

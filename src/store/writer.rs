@@ -94,14 +94,15 @@ impl Writer {
                 while let Ok(next) = coming.try_recv() {
                     waiting.push(next.organization(), next);
                 }
-                is_shared.store(waiting.is_shared(SHARED), Ordering::Relaxed);
+                let shared = waiting.is_shared(SHARED);
+                is_shared.store(shared, Ordering::Relaxed);
                 // What the commits of one alone took says nothing of these: they were as large as they came.
-                if !waiting.is_shared(SHARED) {
-                    size = None;
-                } else if size.is_none() {
-                    size = Some(CommitSize::new(MIN_SHARED_BATCH..=MAX_SHARED_BATCH));
-                }
-                let most = size.as_mut().map_or(MAX_BATCH, CommitSize::next);
+                size = size.filter(|_| shared);
+                let most = if shared {
+                    size.get_or_insert_with(|| CommitSize::new(MIN_SHARED_BATCH..=MAX_SHARED_BATCH)).next()
+                } else {
+                    MAX_BATCH
+                };
                 // Everybody has a turn at least, so that with many of them a commit is as large as that takes.
                 let everybody = waiting.organizations();
                 let Some(inner) = store.upgrade() else { return };
