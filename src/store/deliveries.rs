@@ -121,26 +121,7 @@ impl Store {
         } else {
             vec![None]
         };
-        let mut sql = Sql::new("SELECT * FROM (");
-        for (index, range) in ranges.iter().enumerate() {
-            sql.text(if index > 0 { " UNION ALL " } else { "" });
-            sql.text(&format!("SELECT * FROM (SELECT {LISTED} FROM deliveries WHERE webhook_id = ")).value(webhook_id);
-            if let Some((event_type, status)) = range {
-                // Only by literals do planners see that a partial index has all of it, SQLite only by those of the index.
-                sql.text(" AND event_type = ").value(event_type.as_str()).text(match status {
-                    DeliveryStatus::Pending => " AND status = 'pending'",
-                    DeliveryStatus::Success => " AND status <> 'pending' AND status = 'success'",
-                    DeliveryStatus::Failed => " AND status <> 'pending' AND status = 'failed'",
-                });
-            }
-            if let Some(id) = after {
-                sql.text(" AND id < ").value(id);
-            }
-            sql.text(" ORDER BY id DESC LIMIT ").value(i64::try_from(limit + 1).unwrap_or(i64::MAX));
-            sql.text(&format!(") AS r{index}"));
-        }
-        sql.text(") AS merged ORDER BY id DESC LIMIT ").value(i64::try_from(limit + 1).unwrap_or(i64::MAX));
-        let statement = sql.build(self.0.read.get_database_backend());
+        let statement = newest(webhook_id, &ranges, after, limit + 1).build(self.0.read.get_database_backend());
         let rows = delivery::Entity::find().from_raw_sql(statement).all(&self.0.read).await?;
         let mut page = Page::cut(self.with_data(rows).await?, limit, total);
         page.more |= cut_to_bytes(&mut page.items);
@@ -222,6 +203,30 @@ impl Store {
     }
 }
 
+/// The newest deliveries of a webhook in some ranges, each of a type and a state, or in all, that are older than `after`.
+fn newest(webhook_id: &str, ranges: &[Option<(String, DeliveryStatus)>], after: Option<&str>, most: u64) -> Sql {
+    let most = i64::try_from(most).unwrap_or(i64::MAX);
+    let mut sql = Sql::new("SELECT * FROM (");
+    for (index, range) in ranges.iter().enumerate() {
+        sql.text(if index > 0 { " UNION ALL " } else { "" });
+        sql.text(&format!("SELECT * FROM (SELECT {LISTED} FROM deliveries WHERE webhook_id = ")).value(webhook_id);
+        if let Some((event_type, status)) = range {
+            // Only by literals do planners see that a partial index has all of it, SQLite only by those of the index.
+            sql.text(" AND event_type = ").value(event_type.as_str()).text(match status {
+                DeliveryStatus::Pending => " AND status = 'pending'",
+                DeliveryStatus::Success => " AND status <> 'pending' AND status = 'success'",
+                DeliveryStatus::Failed => " AND status <> 'pending' AND status = 'failed'",
+            });
+        }
+        if let Some(id) = after {
+            sql.text(" AND id < ").value(id);
+        }
+        sql.text(" ORDER BY id DESC LIMIT ").value(most).text(&format!(") AS r{index}"));
+    }
+    sql.text(") AS merged ORDER BY id DESC LIMIT ").value(most);
+    sql
+}
+
 /// Keeps as many deliveries as fit into [`MAX_PAGE_BYTES`], at least one; true when some did not.
 fn cut_to_bytes(items: &mut Vec<ListedDelivery>) -> bool {
     let mut bytes = 0;
@@ -283,4 +288,32 @@ fn attempt(row: attempt::Model) -> Attempt {
 
 pub(super) fn status_code(column: Option<i32>) -> Option<u16> {
     column.and_then(|code| u16::try_from(code).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::DbBackend;
+
+    use super::*;
+
+    /// However rare a state is, it has a range of an index.
+    #[tokio::test]
+    async fn sqlite_finds_by_an_index_what_a_filter_asks_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
+        let store = Store::connect(&url).await.unwrap();
+        store.migrate().await.unwrap();
+        for (status, index) in [
+            (DeliveryStatus::Pending, "deliveries_pending (webhook_id=? AND event_type=? AND id<?)"),
+            (DeliveryStatus::Success, "deliveries_ended (webhook_id=? AND event_type=? AND status=? AND id<?)"),
+            (DeliveryStatus::Failed, "deliveries_ended (webhook_id=? AND event_type=? AND status=? AND id<?)"),
+        ] {
+            let mut statement = newest("whk_1", &[Some(("content.ready".to_owned(), status))], Some("del_1"), 20)
+                .build(DbBackend::Sqlite);
+            statement.sql.insert_str(0, "EXPLAIN QUERY PLAN ");
+            let rows = store.0.read.query_all_raw(statement).await.unwrap();
+            let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
+            assert!(plan.iter().any(|step| step.ends_with(&format!("INDEX {index}"))), "{status:?}: {plan:?}");
+        }
+    }
 }

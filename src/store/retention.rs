@@ -1,4 +1,5 @@
-//! Retention: what is finished and old is removed, in steps so small that nobody waits for one.
+//! Retention: what is finished and old is removed, and what deleted webhooks left, in steps so small that nobody waits for
+//! one.
 //!
 //! Ids begin with the time at which they were made, so primary keys lead to what is old, and a round reads no further.
 //! Reading goes on beside the writers. What it finds due is removed a few rows at a time, each time in a transaction of
@@ -9,6 +10,7 @@
 //! What a round leaves behind, because it is pending or ended only lately, the next one looks at again; the time that this
 //! takes says when the next one is.
 
+mod deleted;
 mod events;
 
 use std::{collections::BTreeMap, time::Duration};
@@ -37,6 +39,8 @@ struct Step {
 const STEP: Step = Step { most: 128, rest: 1 };
 /// There, publishes wait for it: a few milliseconds.
 const STEP_ON_SQLITE: Step = Step { most: 32, rest: 2 };
+/// What deleted webhooks left keeps nothing from anybody, so that it may take its time.
+const REST_FROM_DELETED: u32 = 8;
 
 /// One read looks at no more than this many rows.
 const MAX_READ: i64 = 5_000;
@@ -66,11 +70,15 @@ const COUNT_REMOVED: &str = "UPDATE delivery_counts SET total = delivery_counts.
 const FORGOTTEN: &str = "attempts_forgotten_ms";
 const FORGOTTEN_LATE: &str = "late_attempts_forgotten_ms";
 
-/// What is removed of a delivery.
+/// What is removed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
-    Everything,
-    Attempts,
+    /// Deliveries that ended before a time.
+    Ended(Timestamp),
+    /// The attempts of those.
+    Attempts(Timestamp),
+    /// Deliveries of a deleted webhook, pending or not, but for those of which an attempt may be on the wire.
+    Deleted,
 }
 
 /// Deliveries of a webhook from one id to another.
@@ -131,7 +139,7 @@ impl Round<'_> {
         let mut ended = Ok(());
         if let Some(keep) = retention.deliveries {
             let old = now.before(keep);
-            ended = ended.and(self.walk(What::Everything, [Timestamp::from_millis(0), old], old).await);
+            ended = ended.and(self.walk(What::Ended(old), [Timestamp::from_millis(0), old]).await);
         }
         if let Some(keep) = retention.attempts {
             ended = ended.and(self.forget_attempts(now.before(keep)).await);
@@ -139,37 +147,29 @@ impl Round<'_> {
         if let Some(keep) = retention.payloads() {
             ended = ended.and(self.remove_events(now.before(keep)).await);
         }
-        ended
+        ended.and(self.remove_deleted(now).await)
     }
 
-    /// Goes through the deliveries made between two times, and removes `what` of those that ended before `old`.
-    async fn walk(&mut self, what: What, made: [Timestamp; 2], old: Timestamp) -> Result<(), Stop> {
+    /// Goes through the deliveries made between two times, and removes what is to go.
+    async fn walk(&mut self, what: What, made: [Timestamp; 2]) -> Result<(), Stop> {
         let [from, to] = made.map(|at| clock::first_id("del", at));
         let mut after = String::new();
         loop {
             let webhooks = self.webhooks_between(&after, &from, &to).await?;
             let Some(last) = webhooks.last() else { return Ok(()) };
             for webhook_id in &webhooks {
-                self.walk_webhook(what, webhook_id, [&from, &to], old).await?;
+                self.walk_webhook(what, webhook_id, [&from, &to]).await?;
             }
             after.clone_from(last);
         }
     }
 
-    async fn walk_webhook(
-        &mut self,
-        what: What,
-        webhook_id: &str,
-        [from, to]: [&str; 2],
-        old: Timestamp,
-    ) -> Result<(), Stop> {
+    async fn walk_webhook(&mut self, what: What, webhook_id: &str, [from, to]: [&str; 2]) -> Result<(), Stop> {
         let mut after = from.to_owned();
         loop {
             let began = clock::stopwatch();
             let mut sql = Sql::new("SELECT id, attempts, CASE WHEN ");
-            ended_before(&mut sql, old)
-                .text(" THEN 1 ELSE 0 END FROM deliveries WHERE webhook_id = ")
-                .value(webhook_id);
+            what.applies(&mut sql).text(" THEN 1 ELSE 0 END FROM deliveries WHERE webhook_id = ").value(webhook_id);
             sql.text(" AND id >= ").value(after.as_str()).text(" AND id < ").value(to);
             sql.text(" ORDER BY id LIMIT ").value(MAX_READ);
             let found = self.read(sql).await?;
@@ -182,7 +182,7 @@ impl Round<'_> {
             }
             for step in steps(&due, self.step.most) {
                 let run = Run { webhook_id, first: step[0].0, last: step[step.len() - 1].0 };
-                self.remove(what, &[run], old).await?;
+                self.remove(what, &[run]).await?;
             }
             match rows.last() {
                 // No id is between one and the same with a letter more.
@@ -198,7 +198,7 @@ impl Round<'_> {
     async fn forget_attempts(&mut self, old: Timestamp) -> Result<(), Stop> {
         let made = [self.mark(FORGOTTEN).await?, old.before(LATE)];
         if made[0] < made[1] {
-            self.walk(What::Attempts, made, old).await?;
+            self.walk(What::Attempts(old), made).await?;
             self.set_mark(FORGOTTEN, made[1]).await?;
         }
         let mut after = (self.mark(FORGOTTEN_LATE).await?.millis(), String::new(), String::new());
@@ -219,7 +219,7 @@ impl Round<'_> {
                 .collect();
             for step in steps(&due, self.step.most) {
                 let runs: Vec<Run<'_>> = step.iter().map(|(run, _)| Run { ..*run }).collect();
-                self.remove(What::Attempts, &runs, old).await?;
+                self.remove(What::Attempts(old), &runs).await?;
             }
             match rows.into_iter().next_back() {
                 Some((at, webhook_id, id, _)) => after = (at, webhook_id, id),
@@ -228,8 +228,8 @@ impl Round<'_> {
         }
     }
 
-    /// Removes `what` of the deliveries in `runs` that ended before `old`, as one step.
-    async fn remove(&self, what: What, runs: &[Run<'_>], old: Timestamp) -> Result<(), Stop> {
+    /// Removes what is to go of the deliveries in `runs`, as one step.
+    async fn remove(&self, what: What, runs: &[Run<'_>]) -> Result<(), Stop> {
         let began = clock::stopwatch();
         let transaction = self.begin().await?;
         let backend = transaction.get_database_backend();
@@ -237,30 +237,31 @@ impl Round<'_> {
         let mut removed: BTreeMap<(&str, String, String), i64> = BTreeMap::new();
         for Run { webhook_id, first, last } in runs {
             let mut sql = Sql::new(match what {
-                What::Everything => "DELETE FROM deliveries",
-                What::Attempts => "UPDATE deliveries SET response = NULL",
+                What::Ended(_) | What::Deleted => "DELETE FROM deliveries",
+                What::Attempts(_) => "UPDATE deliveries SET response = NULL",
             });
             sql.text(" WHERE webhook_id = ").value(*webhook_id);
             sql.text(" AND id >= ").value(*first).text(" AND id <= ").value(*last).text(" AND ");
-            ended_before(&mut sql, old).text(" RETURNING id, event_type, status, attempts");
+            what.applies(&mut sql).text(" RETURNING id, event_type, status, attempts");
             for row in transaction.query_all_raw(sql.build(backend)).await? {
                 let (id, event_type, status, count): (String, String, String, i32) = row.try_get_many_by_index()?;
                 // What succeeded at once has no others.
-                if count > 1 || status == DeliveryStatus::Failed.as_str() {
+                if count > 1 || status != DeliveryStatus::Success.as_str() {
                     attempts.push([(&id).into()]);
                 }
                 *removed.entry((webhook_id, event_type, status)).or_default() += 1;
             }
         }
         let mut counts = Rows::new(backend, COUNTS);
-        if what == What::Everything {
+        if matches!(what, What::Ended(_)) {
             for ((webhook_id, event_type, status), count) in &removed {
                 counts.push([(*webhook_id).into(), event_type.into(), status.into(), (*count).into()]);
             }
         }
         Script::default().with(REMOVE_ATTEMPTS, attempts).with(COUNT_REMOVED, counts).run(&transaction).await?;
         transaction.commit().await?;
-        tokio::time::sleep(began.elapsed() * self.step.rest).await;
+        let rest = if what == What::Deleted { REST_FROM_DELETED } else { self.step.rest };
+        tokio::time::sleep(began.elapsed() * rest).await;
         Ok(())
     }
 
@@ -315,6 +316,16 @@ impl Round<'_> {
         sql.text(" ON CONFLICT (name) DO UPDATE SET value = excluded.value");
         self.store.run(sql).await?;
         Ok(())
+    }
+}
+
+impl What {
+    /// Adds the condition that a delivery is one of those.
+    fn applies(self, sql: &mut Sql) -> &mut Sql {
+        match self {
+            Self::Ended(old) | Self::Attempts(old) => ended_before(sql, old),
+            Self::Deleted => sql.text("lease_node IS NULL"),
+        }
     }
 }
 

@@ -136,7 +136,7 @@ impl Store {
         Ok(Some(webhook(changed)?))
     }
 
-    /// Removes a webhook from sight at once; its deliveries are removed in small steps by [`Store::purge`].
+    /// Removes a webhook from sight at once; its deliveries are removed in small steps by [`Store::remove_old`].
     pub async fn delete_webhook(&self, tenant: &Tenant, id: &str, by: &Actor) -> Result<bool, Error> {
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(false) };

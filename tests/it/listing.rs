@@ -4,9 +4,14 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::support::{Database, Receiver, Reply, TestServer, config, on_both_databases};
+use crate::support::{Database, Kind, Receiver, Reply, TestServer, config, on_both_databases, soon};
 
-on_both_databases!(totals_agree_and_pages_hold_still, webhooks_are_paged, cursors_are_bound);
+on_both_databases!(
+    totals_agree_and_pages_hold_still,
+    webhooks_are_paged,
+    cursors_are_bound,
+    a_database_of_before_the_smaller_indexes_is_brought_up_to_date,
+);
 
 /// Every id on the pages of a list, and the total that each page named.
 async fn pages(server: &TestServer, path: &str, mut between: impl AsyncFnMut()) -> (Vec<String>, Vec<i64>) {
@@ -112,4 +117,87 @@ async fn cursors_are_bound(database: Database) {
         assert_eq!(refused.json()["error"]["details"]["field"], "cursor");
     }
     server.stop().await;
+}
+
+/// How many [`fill`] makes of each.
+const FILLED: [(&str, usize); 3] = [("pending", 20), ("failed", 180), ("success", 19_800)];
+
+/// Fills in deliveries of a webhook.
+async fn fill(database: &Database, webhook_id: &str) {
+    database
+        .execute(&format!(
+            "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, \
+             granted, once, lost_leases, next_attempt_at_ms, created_at_ms) \
+             WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) \
+             SELECT '{webhook_id}', 'del_' || (100000 + i), 'acme', 'test', \
+             'evt_' || i, 'content.ready', CASE WHEN i % 1000 = 0 THEN 'pending' WHEN i % 100 = 0 THEN 'failed' ELSE \
+             'success' END, 1, FALSE, FALSE, 0, CASE WHEN i % 1000 = 0 THEN 4102444800000 END, 1 FROM n"
+        ))
+        .await;
+    for (status, count) in FILLED {
+        let row = format!("('{webhook_id}', 'content.ready', '{status}', {count})");
+        database
+            .execute(&format!("INSERT INTO delivery_counts (webhook_id, event_type, status, total) VALUES {row}"))
+            .await;
+    }
+}
+
+async fn a_database_of_before_the_smaller_indexes_is_brought_up_to_date(database: Database) {
+    let server = TestServer::start(&database).await;
+    let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    server.stop().await;
+    fill(&database, &id).await;
+    for undo in [
+        "DROP INDEX deliveries_pending",
+        "DROP INDEX deliveries_ended",
+        "CREATE INDEX deliveries_filter ON deliveries (webhook_id, event_type, status, id)",
+        "DELETE FROM seaql_migrations WHERE version = 'm0009_smaller_indexes'",
+    ] {
+        database.execute(undo).await;
+    }
+    let server = TestServer::start(&database).await;
+    for (status, count) in FILLED {
+        let list = server.get(&format!("/v1/webhooks/{id}/deliveries?limit=100&status={status}")).await;
+        assert_eq!(list.json()["meta"]["total"], count, "{status}");
+        assert_eq!(list.data().as_array().unwrap().len(), count.min(100), "{status}");
+    }
+    server.stop().await;
+}
+
+/// However much there is, what is rare is not looked for among all the rest.
+#[tokio::test]
+async fn postgres_finds_by_an_index_what_a_filter_asks_for() {
+    const LISTS: i64 = 20;
+    const MOST: i64 = 100;
+    let database = Database::fresh(Kind::Postgres).await;
+    let server = TestServer::start(&database).await;
+    let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    server.stop().await;
+    fill(&database, &id).await;
+    for (status, count) in FILLED {
+        let server = TestServer::start(&database).await;
+        database.rows("SELECT pg_stat_reset()").await;
+        for _ in 0..LISTS {
+            let list = server.get(&format!("/v1/webhooks/{id}/deliveries?limit=20&status={status}")).await;
+            assert_eq!((&list.json()["meta"]["total"], list.data().as_array().unwrap().len()), (&json!(count), 20));
+        }
+        server.stop().await;
+        let blocks = soon("all that was read is counted", async {
+            loop {
+                let rows = database
+                    .rows(
+                        "SELECT (idx_scan + seq_scan)::bigint, (heap_blks_hit + heap_blks_read + idx_blks_hit + \
+                         idx_blks_read)::bigint FROM pg_stat_user_tables JOIN pg_statio_user_tables USING (relid) \
+                         WHERE pg_stat_user_tables.relname = 'deliveries'",
+                    )
+                    .await;
+                let (scans, blocks): (i64, i64) = rows[0].try_get_many_by_index().unwrap();
+                if scans >= LISTS {
+                    return blocks;
+                }
+            }
+        });
+        let blocks = blocks.await / LISTS;
+        assert!(blocks < MOST, "{blocks} blocks were read for a list of what is {status}");
+    }
 }

@@ -23,6 +23,7 @@ on_both_databases!(
     publishing_goes_on_meanwhile,
     nodes_count_what_they_remove_once,
     the_service_removes_what_is_old,
+    what_deleted_webhooks_left_goes,
 );
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -361,5 +362,50 @@ async fn the_service_removes_what_is_old(database: Database) {
     };
     soon("the removal", removed).await;
     assert_eq!(stats(&server, &id).await["failedDeliveries"], 1);
+    server.stop().await;
+}
+
+async fn what_deleted_webhooks_left_goes(database: Database) {
+    let (server, receiver) = server(&database, Retention::default()).await;
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(server.webhook(&receiver.url(), &["content.ready"]).await.0);
+    }
+    fill(&database, &ids[0], 300, 1).await;
+    for data in [r#"{"is":"ok"}"#, r#"{"is":"held"}"#] {
+        publish(&server, data).await;
+    }
+    fail(&server, &ids[0]).await;
+    for id in &ids[..2] {
+        server.delete(&format!("/v1/webhooks/{id}")).await.data();
+    }
+    let left = async |id: &str| {
+        let mut left = Vec::new();
+        for of in ["webhooks WHERE id", "deliveries WHERE webhook_id", "delivery_counts WHERE webhook_id"] {
+            left.push(number(&database, &format!("SELECT count(*) FROM {of} = '{id}'")).await);
+        }
+        left
+    };
+    let all = left(&ids[0]).await;
+    remove_old(&database, Retention::default()).await;
+    assert_eq!(left(&ids[0]).await, all, "nodes may still publish to what was deleted just now");
+
+    database.execute("UPDATE webhooks SET deleted_at_ms = deleted_at_ms - 61000").await;
+    let far = "4102444800000";
+    let lease = |node: &str, until: &str, due: &str| {
+        let set = format!("lease_node = {node}, lease_expires_at_ms = {until}, next_attempt_at_ms = {due}");
+        format!("UPDATE deliveries SET {set} WHERE webhook_id = '{}' AND status = 'pending'", ids[1])
+    };
+    database.execute(&lease("'elsewhere'", far, "NULL")).await;
+    remove_old(&database, Retention::default()).await;
+    assert_eq!(left(&ids[0]).await, [0, 0, 0]);
+    assert_eq!(left(&ids[1]).await[..2], [1, 1], "an attempt is on the wire");
+    assert_eq!(left(&ids[2]).await[..2], [1, 2]);
+    assert_eq!(number(&database, "SELECT count(*) FROM attempts").await, 2, "of what is pending");
+
+    database.execute(&lease("NULL", "NULL", far)).await;
+    remove_old(&database, Retention::default()).await;
+    assert_eq!(left(&ids[1]).await, [0, 0, 0]);
+    assert_eq!(listed(&server, &ids[2], "").await, 2);
     server.stop().await;
 }
