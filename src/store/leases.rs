@@ -364,3 +364,47 @@ async fn with_events(
     }
     Ok(leased)
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    /// After a start the books know of nothing that waits; what a claim leaves for want of room is fetched when there is.
+    #[tokio::test]
+    async fn what_a_claim_leaves_is_due_when_there_is_room() {
+        const MANY: usize = 300;
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
+        let store = Store::connect(&url).await.unwrap();
+        store.migrate().await.unwrap();
+        for insert in [
+            "INSERT INTO events (id, event_type, data, created_at_ms) VALUES ('evt_1', 'content.ready', '{}', 1)",
+            "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, \
+             granted, once, lost_leases, next_attempt_at_ms, created_at_ms) \
+             WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) \
+             SELECT 'whk_1', 'del_' || i, 'acme', 'test', 'evt_1', 'content.ready', 'pending', 0, FALSE, FALSE, 0, 1, 1 FROM n",
+        ] {
+            store.0.write.execute_unprepared(insert).await.unwrap();
+        }
+        let mut ready = store.ready().unwrap();
+        let due_at = Timestamp::from_millis(1);
+        let mut waiting = vec![Waiting { webhook_id: "whk_1".to_owned(), organization: "acme".to_owned(), due_at }];
+        let mut claimed = Vec::new();
+        for _ in 0..2 {
+            while store.claim(&mut waiting, clock::now(), Duration::from_secs(60)).await.unwrap() {}
+            let came = claimed.len();
+            claimed.extend(std::iter::from_fn(|| ready.try_recv().ok()));
+            assert!(came < claimed.len() && store.due().now_or_never().is_none());
+            if claimed.len() < MANY {
+                assert_eq!(waiting.len(), 1);
+                claimed.iter().for_each(|leased| store.let_go(&leased.webhook_id, 2));
+                store.due().now_or_never().expect("there is room again");
+            }
+        }
+        let ids: HashSet<&str> = claimed.iter().map(|leased| leased.delivery_id.as_str()).collect();
+        assert_eq!((claimed.len(), ids.len()), (MANY, MANY));
+        assert!(waiting.is_empty());
+    }
+}

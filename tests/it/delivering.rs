@@ -21,7 +21,6 @@ on_both_databases!(
     test_events_go_to_disabled_webhooks_and_are_not_retried,
     disabled_webhooks_hold_their_deliveries,
     what_is_due_sooner_than_was_known_is_found,
-    a_long_queue_is_drained_after_a_start,
     deleted_webhooks_take_their_deliveries_along,
     a_retry_by_hand_is_one_attempt,
     the_answer_is_capped_and_kept,
@@ -207,31 +206,6 @@ async fn what_is_due_sooner_than_was_known_is_found(database: Database) {
         receiver.wait_for(expected).await;
         watch.until(1, |change| change.attempts == 2).await;
     }
-    server.stop().await;
-}
-
-/// Not only as far as there was room at once, and then some a second.
-async fn a_long_queue_is_drained_after_a_start(database: Database) {
-    const MANY: usize = 20_000;
-    let server = TestServer::start(&database).await;
-    let receiver = Receiver::start().await;
-    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
-    server.stop().await;
-    for (table, columns) in [
-        ("events (id, event_type, data, created_at_ms)", "'evt_' || i, 'content.ready', '{}', 1".to_owned()),
-        (
-            "deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, granted, once, \
-             lost_leases, next_attempt_at_ms, created_at_ms)",
-            format!(
-                "'{id}', 'del_' || i, 'acme', 'test', 'evt_' || i, 'content.ready', 'pending', 0, FALSE, FALSE, 0, 1, 1"
-            ),
-        ),
-    ] {
-        let numbers = format!("WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {MANY})");
-        database.execute(&format!("INSERT INTO {table} {numbers} SELECT {columns} FROM n")).await;
-    }
-    let server = TestServer::start(&database).await;
-    receiver.wait_for(MANY).await;
     server.stop().await;
 }
 
