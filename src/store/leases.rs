@@ -6,9 +6,7 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, QueryFilter, Statement, Value,
-};
+use sea_orm::{ColumnTrait, ConnectionTrait, DbBackend, EntityTrait, FromQueryResult, QueryFilter, Value};
 use tokio::sync::oneshot;
 
 use super::{
@@ -41,15 +39,19 @@ const WANTED: &[Column] =
     &[text("webhook_id"), int("due_at_ms"), int("places"), int("now_ms"), text("node"), int("expires_at_ms")];
 /// Materialized, so that a plan that looks twice does not lock, and claim, more than there are places for. Whatever the
 /// statistics say, it looks from webhook to webhook, and updates from row to row since the connection has no other joins.
-/// What other nodes claim at the same time is left to them.
+/// What other nodes claim at the same time is left to them. Data of an event comes with the first of its deliveries only.
 const CLAIM_ON_POSTGRES: &str = "\
     WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
      SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = rows.webhook_id \
      AND next_attempt_at_ms >= rows.due_at_ms AND next_attempt_at_ms <= rows.now_ms \
-     ORDER BY next_attempt_at_ms LIMIT rows.places FOR UPDATE SKIP LOCKED) AS d) \
-    UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
-    next_attempt_at_ms = NULL, lease_node = due.node, lease_expires_at_ms = due.expires_at_ms FROM due \
-    WHERE deliveries.webhook_id = due.webhook_id AND deliveries.id = due.id RETURNING deliveries.*";
+     ORDER BY next_attempt_at_ms LIMIT rows.places FOR UPDATE SKIP LOCKED) AS d), \
+    claimed AS (\
+     UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
+     next_attempt_at_ms = NULL, lease_node = due.node, lease_expires_at_ms = due.expires_at_ms FROM due \
+     WHERE deliveries.webhook_id = due.webhook_id AND deliveries.id = due.id RETURNING deliveries.*) \
+    SELECT claimed.*, e.created_at_ms AS published_at_ms, \
+    CASE WHEN row_number() OVER (PARTITION BY claimed.event_id) = 1 THEN e.data END AS data \
+    FROM claimed LEFT JOIN events e ON e.id = claimed.event_id";
 
 /// What leases are taken for.
 #[derive(Debug, Clone)]
@@ -209,48 +211,58 @@ impl Store {
         length: Duration,
     ) -> Result<Vec<Leased>, Error> {
         let expires_at = now.after(length);
-        let claim = if self.sqlite() {
-            self.claim_on_sqlite(wanted, now, expires_at)
+        if self.sqlite() {
+            self.claim_on_sqlite(wanted, now, expires_at).await
         } else {
-            let mut rows = Rows::new(DbBackend::Postgres, WANTED);
-            for (webhook_id, Wanted { places, due_at }) in wanted {
-                let places = i64::try_from(*places).unwrap_or(i64::MAX);
-                let (due_at_ms, now_ms, node) = (due_at.millis(), now.millis(), self.0.node.as_str());
-                rows.push([
-                    webhook_id.into(),
-                    due_at_ms.into(),
-                    places.into(),
-                    now_ms.into(),
-                    node.into(),
-                    expires_at.millis().into(),
-                ]);
-            }
-            rows.statements(CLAIM_ON_POSTGRES)
-        };
-        // One transaction with reading the events: a claim that nobody hears of would hold its leases for nothing.
-        let transaction = self.write().await?;
-        let mut rows = Vec::new();
-        for statement in claim {
-            rows.extend(delivery::Entity::find().from_raw_sql(statement).all(&transaction).await?);
+            self.claim_on_postgres(wanted, now, expires_at).await
         }
-        let leased = with_events(&transaction, rows, expires_at).await?;
-        if !leased.is_empty() {
-            failpoint::reached("claim", "before commit");
-        }
-        transaction.commit().await?;
-        if !leased.is_empty() {
-            failpoint::reached("claim", "after commit");
-        }
-        Ok(leased)
     }
 
-    /// As [`CLAIM_ON_POSTGRES`], which SQLite has no word for: a range of the index for each webhook.
-    fn claim_on_sqlite(
+    /// One statement, and so one transaction and one trip.
+    async fn claim_on_postgres(
         &self,
         wanted: &HashMap<String, Wanted>,
         now: Timestamp,
         expires_at: Timestamp,
-    ) -> Vec<Statement> {
+    ) -> Result<Vec<Leased>, Error> {
+        let mut rows = Rows::new(DbBackend::Postgres, WANTED);
+        for (webhook_id, Wanted { places, due_at }) in wanted {
+            rows.push([
+                webhook_id.into(),
+                due_at.millis().into(),
+                i64::try_from(*places).unwrap_or(i64::MAX).into(),
+                now.millis().into(),
+                self.0.node.as_str().into(),
+                expires_at.millis().into(),
+            ]);
+        }
+        failpoint::reached("claim", "before commit");
+        let (mut claimed, mut events) = (Vec::new(), HashMap::new());
+        for statement in rows.statements(CLAIM_ON_POSTGRES) {
+            for row in self.0.write.query_all_raw(statement).await? {
+                let delivery = delivery::Model::from_query_result(&row, "")?;
+                if let Some(data) = row.try_get("", "data")? {
+                    let created_at = Timestamp::from_millis(row.try_get("", "published_at_ms")?);
+                    let (id, event_type) = (delivery.event_id.clone(), delivery.event_type.clone());
+                    let event = Event { id, event_type, data: EventData::trusted(data), created_at };
+                    events.insert(delivery.event_id.clone(), Arc::new(event));
+                }
+                claimed.push(delivery);
+            }
+        }
+        if !claimed.is_empty() {
+            failpoint::reached("claim", "after commit");
+        }
+        leased(claimed, &events, expires_at)
+    }
+
+    /// As [`CLAIM_ON_POSTGRES`], which SQLite has no word for: a range of the index for each webhook.
+    async fn claim_on_sqlite(
+        &self,
+        wanted: &HashMap<String, Wanted>,
+        now: Timestamp,
+        expires_at: Timestamp,
+    ) -> Result<Vec<Leased>, Error> {
         let mut sql = Sql::new("WITH due AS MATERIALIZED (");
         for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
@@ -266,7 +278,25 @@ impl Store {
         );
         sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
         sql.text(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due) RETURNING *");
-        vec![sql.build(DbBackend::Sqlite)]
+        // One transaction with reading the events: a claim that nobody hears of would hold its leases for nothing.
+        let transaction = self.write().await?;
+        let claim = sql.build(DbBackend::Sqlite);
+        let claimed = delivery::Entity::find().from_raw_sql(claim).all(&transaction).await?;
+        let ids = claimed.iter().map(|row| Value::from(row.event_id.clone()));
+        let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(&transaction).await?;
+        let any = !claimed.is_empty();
+        if any {
+            failpoint::reached("claim", "before commit");
+        }
+        transaction.commit().await?;
+        if any {
+            failpoint::reached("claim", "after commit");
+        }
+        let events = events.into_iter().map(|row| {
+            let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
+            (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
+        });
+        leased(claimed, &events.collect(), expires_at)
     }
 
     /// Says that a delivery of so many bytes of data is no longer held in memory, because its result is recorded or its
@@ -329,22 +359,13 @@ fn in_turns(webhooks: Vec<&Waiting>, now: Timestamp) -> Vec<&Waiting> {
     turns
 }
 
-/// Reads the events of claimed deliveries in one query. A delivery whose event is gone cannot be sent; its lease
-/// runs out, and after some of those it ends as failed.
-async fn with_events(
-    transaction: &DatabaseTransaction,
+/// Claimed deliveries with their events. One whose event is gone cannot be sent; its lease runs out, and after some of
+/// those it ends as failed.
+fn leased(
     rows: Vec<delivery::Model>,
+    events: &HashMap<String, Arc<Event>>,
     expires_at: Timestamp,
 ) -> Result<Vec<Leased>, Error> {
-    let ids = rows.iter().map(|row| Value::from(row.event_id.clone()));
-    let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(transaction).await?;
-    let events: HashMap<String, Arc<Event>> = events
-        .into_iter()
-        .map(|row| {
-            let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
-            (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
-        })
-        .collect();
     let mut leased = Vec::with_capacity(rows.len());
     for row in rows {
         let Some(event) = events.get(&row.event_id) else {
