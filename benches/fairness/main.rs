@@ -43,9 +43,12 @@ const QUIET_PACE: u32 = 20;
 const WARM_UP: Duration = Duration::from_secs(2);
 /// What has not arrived this long after its run counts as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Webhooks that never answer; each has more waiting than it may have under way.
+/// Webhooks that never answer, in as many groups; each has more waiting than it may have under way.
 const DEAD: usize = 64;
+const DEAD_GROUPS: usize = 16;
 const DEAD_EVENTS: usize = 48;
+/// Events a second for their groups, each for four of them as those of the others are: a fifth of all.
+const DEAD_PACE: u32 = PACE / 4;
 /// Webhooks of the slow scenario, in as many groups as there are event types for them.
 const SLOW: usize = 1_000;
 const GROUPS: usize = 50;
@@ -259,14 +262,13 @@ async fn dead(size: &Size) -> Report {
     let (deaf, _listener) = never_accepts();
     for number in 0..DEAD {
         let url = if number % 2 == 0 { format!("{}/hang", receiver.said) } else { deaf.clone() };
-        caller.webhook(url, &group(number % GROUPS)).await;
+        caller.webhook(url, &group(number % DEAD_GROUPS)).await;
     }
     // All places that they can get are taken from the first moment.
-    for number in 0..DEAD_EVENTS * GROUPS {
-        caller.publish_surely(number, &group(number % GROUPS), "{}".to_owned()).await;
+    for number in 0..DEAD_EVENTS * DEAD_GROUPS {
+        caller.publish_surely(number, &group(number % DEAD_GROUPS), "{}".to_owned()).await;
     }
-    // The others make four deliveries an event.
-    let stop = keep_publishing(caller, PACE, |number| group(number % GROUPS));
+    let stop = keep_publishing(caller, DEAD_PACE, |number| group(number % DEAD_GROUPS));
     let with = stage.median(size.measure, PACE).await;
     stop.store(true, Ordering::Relaxed);
     stage.report.latencies("dead", without, with, 1.2);

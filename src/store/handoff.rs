@@ -11,10 +11,12 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::Notify;
+
+use super::leases::Waiting;
 
 /// The node holds deliveries of at most this many places; more wait in the database …
 pub(super) const MAX_HELD: usize = 8_192;
@@ -37,8 +39,18 @@ const PLACE_BYTES: usize = 8 * 1024;
 #[derive(Default)]
 pub(crate) struct Handoff {
     held: Mutex<Held>,
-    /// Rung when something in the database may be due and there is room for it.
+    news: Mutex<News>,
+    /// Rung when there is news, or room for something in the database that is known to be due.
     pub(crate) due: Notify,
+}
+
+/// What has come to wait in the database since somebody asked.
+#[derive(Debug, Default)]
+pub struct News {
+    /// What this node left there, by webhook, with the time of the earliest.
+    pub waiting: HashMap<Arc<str>, Waiting>,
+    /// Whether there may be more, that only a look finds.
+    pub look: bool,
 }
 
 #[derive(Default)]
@@ -125,6 +137,28 @@ impl Handoff {
         }
     }
 
+    /// These wait in the database.
+    pub(crate) fn tell(&self, all: impl IntoIterator<Item = Waiting>) {
+        let mut all = all.into_iter().peekable();
+        if all.peek().is_some() {
+            let mut news = self.lock_news();
+            all.for_each(|waiting| waiting.add_to(&mut news.waiting));
+            drop(news);
+            self.due.notify_one();
+        }
+    }
+
+    /// More may wait in the database than was told.
+    pub(crate) fn look(&self) {
+        self.lock_news().look = true;
+        self.due.notify_one();
+    }
+
+    /// What was told since the last time.
+    pub(crate) fn news(&self) -> News {
+        std::mem::take(&mut self.lock_news())
+    }
+
     /// There is more of the webhook in the database than there are places.
     pub(crate) fn waits(&self, webhook_id: &str) {
         self.lock().of(webhook_id).waiting = true;
@@ -140,8 +174,12 @@ impl Handoff {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
+    fn lock(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_news(&self) -> MutexGuard<'_, News> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Leases: who makes an attempt, and until when. One that has expired comes back in [`super::rescue`].
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -110,11 +110,28 @@ impl Release {
 #[derive(Debug, Clone)]
 pub struct Waiting {
     /// Id of the webhook.
-    pub webhook_id: String,
+    pub webhook_id: Arc<str>,
     /// Whose it is.
-    pub organization: String,
+    pub organization: Arc<str>,
     /// When the first of them is due.
     pub due_at: Timestamp,
+}
+
+/// What a claim came to.
+#[derive(Debug, Clone, Copy)]
+pub struct Claimed {
+    /// How many deliveries this node has leased by it.
+    pub count: usize,
+    /// Whether there may be more to claim at once.
+    pub more: bool,
+}
+
+impl Waiting {
+    /// Adds it to those that are known; of each webhook only the earliest counts.
+    pub fn add_to(self, known: &mut HashMap<Arc<str>, Waiting>) {
+        let same = known.entry(Arc::clone(&self.webhook_id)).or_insert_with(|| self.clone());
+        same.due_at = same.due_at.min(self.due_at);
+    }
 }
 
 /// What is to be claimed of a webhook.
@@ -131,7 +148,7 @@ impl Store {
     ///
     /// It leaps from webhook to webhook through the index of what is due, so it costs a look-up per webhook, however
     /// many deliveries wait.
-    pub async fn waiting(&self) -> Result<Vec<Waiting>, Error> {
+    pub async fn waiting(&self) -> Result<HashMap<Arc<str>, Waiting>, Error> {
         // Not by min(), for which PostgreSQL reads the whole queue as long as its statistics say that there is none, and not
         // by a join, for which it compares each with each as long as they say that there are few webhooks.
         const LEAP: &str = "\
@@ -148,35 +165,44 @@ impl Store {
              ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms \
             FROM queue WHERE webhook_id IS NOT NULL";
         let rows = self.0.read.query_all_raw(Sql::new(LEAP).build(self.0.read.get_database_backend())).await?;
-        let mut waiting = Vec::with_capacity(rows.len());
+        let mut waiting = HashMap::with_capacity(rows.len());
         for row in rows {
             let (webhook_id, organization, due_at): (String, Option<String>, Option<i64>) =
                 row.try_get_many_by_index()?;
             if let (Some(organization), Some(due_at)) = (organization, due_at) {
-                waiting.push(Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) });
+                let (webhook_id, organization) = (Arc::from(webhook_id), Arc::from(organization));
+                Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) }.add_to(&mut waiting);
             }
         }
         Ok(waiting)
     }
 
     /// Leases to this node what is due of `webhooks`, as far as it has room, and hands it to the engine; those that turn
-    /// out to have no more are left out from then on. True when there may be more to claim at once.
-    pub async fn claim(&self, webhooks: &mut Vec<Waiting>, now: Timestamp, length: Duration) -> Result<bool, Error> {
-        let due = in_turns(webhooks.iter().filter(|webhook| webhook.due_at <= now).collect(), now);
+    /// out to have no more are left out from then on.
+    pub async fn claim(
+        &self,
+        webhooks: &mut HashMap<Arc<str>, Waiting>,
+        now: Timestamp,
+        length: Duration,
+    ) -> Result<Claimed, Error> {
+        let due = in_turns(webhooks.values().filter(|webhook| webhook.due_at <= now).collect(), now);
         let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
         let share = (most / due.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
-        let mut wanted: HashMap<String, Wanted> = HashMap::new();
+        let mut wanted: HashMap<Arc<str>, Wanted> = HashMap::new();
         for webhook in &due {
             if wanted.len() == MAX_CLAIM_WEBHOOKS {
                 break;
             }
             match self.0.handoff.take_for_waiting(&webhook.webhook_id, share) {
                 0 => {}
-                places => drop(wanted.insert(webhook.webhook_id.clone(), Wanted { places, due_at: webhook.due_at })),
+                places => {
+                    let at = Wanted { places, due_at: webhook.due_at };
+                    wanted.insert(Arc::clone(&webhook.webhook_id), at);
+                }
             }
         }
         if wanted.is_empty() {
-            return Ok(false);
+            return Ok(Claimed { count: 0, more: false });
         }
         let claimed = self.claim_up_to(&wanted, now, length).await.inspect_err(|_| {
             wanted.iter().for_each(|(webhook_id, wanted)| self.0.handoff.give_back(webhook_id, wanted.places));
@@ -186,27 +212,26 @@ impl Store {
             *found.entry(&leased.webhook_id).or_default() += 1;
         }
         let mut more = wanted.len() == MAX_CLAIM_WEBHOOKS;
-        let mut caught_up = HashSet::new();
         for (webhook_id, Wanted { places, .. }) in &wanted {
-            let unused = places.saturating_sub(found.get(webhook_id.as_str()).copied().unwrap_or(0));
+            let unused = places.saturating_sub(found.get(&**webhook_id).copied().unwrap_or(0));
             if unused > 0 {
                 self.0.handoff.caught_up(webhook_id);
                 self.0.handoff.give_back(webhook_id, unused);
-                caught_up.insert(webhook_id.as_str());
+                webhooks.remove(webhook_id);
             } else {
                 self.0.handoff.waits(webhook_id);
                 more = true;
             }
         }
-        webhooks.retain(|webhook| !caught_up.contains(webhook.webhook_id.as_str()));
+        let count = claimed.len();
         claimed.iter().for_each(|leased| self.0.handoff.fetched(&leased.webhook_id, leased.event.data.as_str().len()));
         claimed.into_iter().for_each(|leased| drop(self.0.ready.send(leased)));
-        Ok(more)
+        Ok(Claimed { count, more })
     }
 
     async fn claim_up_to(
         &self,
-        wanted: &HashMap<String, Wanted>,
+        wanted: &HashMap<Arc<str>, Wanted>,
         now: Timestamp,
         length: Duration,
     ) -> Result<Vec<Leased>, Error> {
@@ -221,7 +246,7 @@ impl Store {
     /// One statement, and so one transaction and one trip.
     async fn claim_on_postgres(
         &self,
-        wanted: &HashMap<String, Wanted>,
+        wanted: &HashMap<Arc<str>, Wanted>,
         now: Timestamp,
         expires_at: Timestamp,
     ) -> Result<Vec<Leased>, Error> {
@@ -259,7 +284,7 @@ impl Store {
     /// As [`CLAIM_ON_POSTGRES`], which SQLite has no word for: a range of the index for each webhook.
     async fn claim_on_sqlite(
         &self,
-        wanted: &HashMap<String, Wanted>,
+        wanted: &HashMap<Arc<str>, Wanted>,
         now: Timestamp,
         expires_at: Timestamp,
     ) -> Result<Vec<Leased>, Error> {
@@ -267,7 +292,7 @@ impl Store {
         for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
             sql.text("SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = ");
-            sql.value(webhook_id.as_str()).text(" AND next_attempt_at_ms >= ").value(due_at.millis());
+            sql.value(&**webhook_id).text(" AND next_attempt_at_ms >= ").value(due_at.millis());
             sql.text(" AND next_attempt_at_ms <= ").value(now.millis());
             sql.text(" ORDER BY next_attempt_at_ms LIMIT ").value(i64::try_from(*places).unwrap_or(i64::MAX));
             sql.text(&format!(") AS r{index}"));
@@ -388,6 +413,8 @@ fn leased(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use futures_util::FutureExt;
 
     use super::*;
@@ -411,10 +438,11 @@ mod tests {
         }
         let mut ready = store.ready().unwrap();
         let due_at = Timestamp::from_millis(1);
-        let mut waiting = vec![Waiting { webhook_id: "whk_1".to_owned(), organization: "acme".to_owned(), due_at }];
+        let mut waiting = HashMap::new();
+        Waiting { webhook_id: "whk_1".into(), organization: "acme".into(), due_at }.add_to(&mut waiting);
         let mut claimed = Vec::new();
         for _ in 0..2 {
-            while store.claim(&mut waiting, clock::now(), Duration::from_secs(60)).await.unwrap() {}
+            while store.claim(&mut waiting, clock::now(), Duration::from_secs(60)).await.unwrap().more {}
             let came = claimed.len();
             claimed.extend(std::iter::from_fn(|| ready.try_recv().ok()));
             assert!(came < claimed.len() && store.due().now_or_never().is_none());

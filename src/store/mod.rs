@@ -51,9 +51,10 @@ pub use self::{
     changes::{ChangeFilter, Watch, WatchError},
     counts::Stats,
     deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
+    handoff::News,
     idempotency::{Claim, Keep, NamedRequest, Remembered},
     keys::{ApiKey, CreatedKey, KeyHash, KeyInfo, KeyKind, NewKey},
-    leases::{Lease, Leased, Waiting},
+    leases::{Claimed, Lease, Leased, Waiting},
     publish::{NewEvent, Published},
     record::Finished,
     secrets::Resealed,
@@ -271,9 +272,14 @@ impl Store {
         bytes.and_then(|bytes| bytes.try_into().ok()).ok_or(Error::Corrupt("token key"))
     }
 
-    /// Rung when something may be due.
+    /// Rung when there is news, or room for something that is due.
     pub async fn due(&self) {
         self.0.handoff.due.notified().await;
+    }
+
+    /// What has come to wait in the database since the last time.
+    pub fn news(&self) -> News {
+        self.0.handoff.news()
     }
 
     /// The deliveries leased to this node, for the one engine that works on them; none the second time.

@@ -10,7 +10,7 @@ use super::{
     counts::Deltas,
     handoff::Handoff,
     idempotency::{Keep, Kept},
-    leases::Lease,
+    leases::{Lease, Waiting},
     log::{Entry, Log},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
     targets::{Subscribers, Subscription},
@@ -263,13 +263,11 @@ impl Draft {
         }
     }
 
-    /// Hands what is leased to the engine; true when something waits in the database.
-    pub(super) fn hand_over(self, ready: &mpsc::UnboundedSender<Leased>) -> bool {
-        let Self { tenant, events, leased_until, plan, mut done, .. } = self;
-        let mut waiting = false;
+    /// Hands what is leased to the engine, and adds what is not to `waiting`.
+    pub(super) fn hand_over(self, ready: &mpsc::UnboundedSender<Leased>, waiting: &mut Vec<Waiting>) {
+        let Self { tenant, events, first_attempt_at, leased_until, plan, mut done, .. } = self;
         for DraftEvent { event, deliveries } in events {
             for NewDelivery { id, webhook_id, leased } in deliveries {
-                waiting |= !leased;
                 if leased {
                     let _ = ready.send(Leased {
                         tenant: tenant.clone(),
@@ -281,10 +279,12 @@ impl Draft {
                         expires_at: leased_until,
                         done: done.take(),
                     });
+                } else {
+                    let organization = Arc::clone(tenant.shared_organization());
+                    waiting.push(Waiting { webhook_id, organization, due_at: first_attempt_at });
                 }
             }
         }
-        waiting
     }
 
     /// Gives the places of what could not be stored back.

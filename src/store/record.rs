@@ -7,6 +7,7 @@ use sea_orm::{ConnectionTrait, DbBackend};
 use super::{
     Error, Store,
     counts::Deltas,
+    leases::Waiting,
     log::{Entry, Log},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
     writer::Write,
@@ -117,6 +118,15 @@ impl Finished {
     /// What came back; nothing is as good as an empty text.
     fn response(&self) -> Option<&str> {
         self.attempt.answer.as_ref().map(|answer| answer.body.as_str()).filter(|body| !body.is_empty())
+    }
+
+    /// That there will be another attempt.
+    pub(super) fn waiting(&self) -> Option<Waiting> {
+        self.transition.next_attempt_at.map(|due_at| Waiting {
+            webhook_id: Arc::clone(&self.webhook_id),
+            organization: Arc::clone(self.tenant.shared_organization()),
+            due_at,
+        })
     }
 
     /// Counts the attempt, and says that it was made.

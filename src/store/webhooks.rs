@@ -132,7 +132,7 @@ impl Store {
         Record { changed_fields: &changed_fields, ..record }.write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
         // Held deliveries of a webhook that is active again are due.
-        self.0.handoff.due.notify_one();
+        self.0.handoff.look();
         Ok(Some(webhook(changed)?))
     }
 

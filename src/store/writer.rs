@@ -254,21 +254,25 @@ impl Store {
 
     fn answer(&self, batch: Batch, lost: &[usize]) {
         self.0.feed.announce();
-        let mut waiting = false;
+        let mut waiting = Vec::new();
         for (draft, answer) in batch.drafts {
             let (organization, deliveries) = draft.backlog();
             self.0.backlog.settle(organization, deliveries, true);
             let published = draft.published();
-            waiting |= draft.hand_over(&self.0.ready);
+            draft.hand_over(&self.0.ready, &mut waiting);
             let _ = answer.send(Ok(published));
         }
-        for (index, (_, answer)) in batch.finished.into_iter().enumerate() {
-            let _ = answer.send(Ok(!lost.contains(&index)));
+        for (index, (finished, answer)) in batch.finished.into_iter().enumerate() {
+            let holds = !lost.contains(&index);
+            waiting.extend(finished.waiting().filter(|_| holds));
+            let _ = answer.send(Ok(holds));
+        }
+        self.0.handoff.tell(waiting);
+        if !batch.releases.is_empty() {
+            // They are due, or held since their webhook is not active any more.
+            self.0.handoff.look();
         }
         batch.releases.into_iter().for_each(|(_, answer)| drop(answer.send(Ok(()))));
-        if waiting {
-            self.0.handoff.due.notify_one();
-        }
     }
 
     fn fail(&self, batch: Batch, error: &Error) {
