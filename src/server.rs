@@ -104,6 +104,7 @@ pub async fn run(
     background.spawn(learn(store.clone()));
     background.spawn(tidy(store.clone()));
     background.spawn(remove_old(store.clone()));
+    background.spawn(remove_deleted(store.clone()));
     if let Some(tls) = config.tls.clone() {
         background.spawn(tls.follow());
     }
@@ -281,6 +282,16 @@ async fn remove_old(store: Store) {
             TIDY
         });
         tokio::time::sleep(wait).await;
+    }
+}
+
+/// Removes what deleted webhooks left.
+async fn remove_deleted(store: Store) {
+    loop {
+        if let Err(error) = store.remove_deleted().await {
+            tracing::warn!(%error, "what deleted webhooks left could not be removed; trying again");
+        }
+        tokio::time::sleep(TIDY).await;
     }
 }
 

@@ -184,7 +184,7 @@ impl Store {
         Script::default().tell(transaction.get_database_backend(), deltas, log)?.run(&transaction).await?;
         transaction.commit().await.map_err(Error::from)?;
         self.0.feed.announce();
-        self.0.handoff.look();
+        self.0.handoff.look_again();
         Ok(delivery(row)?)
     }
 

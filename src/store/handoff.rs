@@ -8,6 +8,8 @@
 //! that come new (the rule of dynamic thresholds, see `dispatch/shares.rs`), and fewer than the engine finds worth
 //! holding: what cannot be attempted soon would only let its lease run out. One that holds few may take a place over the
 //! limit, up to a hard one.
+//!
+//! Whoever leaves something in the database says so here, so that the engine need not look for it.
 
 use std::{
     collections::HashMap,
@@ -16,7 +18,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::leases::Waiting;
+use super::waiting::Waiting;
 
 /// The node holds deliveries of at most this many places; more wait in the database …
 pub(super) const MAX_HELD: usize = 8_192;
@@ -47,7 +49,7 @@ pub(crate) struct Handoff {
 /// What has come to wait in the database since somebody asked.
 #[derive(Debug, Default)]
 pub struct News {
-    /// What this node left there, by webhook, with the time of the earliest.
+    /// What this node left there, with the time of the earliest: no more than there are webhooks.
     pub waiting: HashMap<Arc<str>, Waiting>,
     /// Whether there may be more, that only a look finds.
     pub look: bool,
@@ -149,7 +151,7 @@ impl Handoff {
     }
 
     /// More may wait in the database than was told.
-    pub(crate) fn look(&self) {
+    pub(crate) fn look_again(&self) {
         self.lock_news().look = true;
         self.due.notify_one();
     }

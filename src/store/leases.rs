@@ -1,10 +1,6 @@
 //! Leases: who makes an attempt, and until when. One that has expired comes back in [`super::rescue`].
 
-use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use sea_orm::{ColumnTrait, ConnectionTrait, DbBackend, EntityTrait, FromQueryResult, QueryFilter, Value};
 use tokio::sync::oneshot;
@@ -16,6 +12,7 @@ use super::{
     rows::{Column, Rows, int, text},
     script::Script,
     sql::Sql,
+    waiting::{self, Waiting},
     writer::Write,
 };
 use crate::{
@@ -106,17 +103,6 @@ impl Release {
     }
 }
 
-/// A webhook with deliveries in the database that nobody has leased.
-#[derive(Debug, Clone)]
-pub struct Waiting {
-    /// Id of the webhook.
-    pub webhook_id: Arc<str>,
-    /// Whose it is.
-    pub organization: Arc<str>,
-    /// When the first of them is due.
-    pub due_at: Timestamp,
-}
-
 /// What a claim came to.
 #[derive(Debug, Clone, Copy)]
 pub struct Claimed {
@@ -124,14 +110,6 @@ pub struct Claimed {
     pub count: usize,
     /// Whether there may be more to claim at once.
     pub more: bool,
-}
-
-impl Waiting {
-    /// Adds it to those that are known; of each webhook only the earliest counts.
-    pub fn add_to(self, known: &mut HashMap<Arc<str>, Waiting>) {
-        let same = known.entry(Arc::clone(&self.webhook_id)).or_insert_with(|| self.clone());
-        same.due_at = same.due_at.min(self.due_at);
-    }
 }
 
 /// What is to be claimed of a webhook.
@@ -144,39 +122,6 @@ struct Wanted {
 }
 
 impl Store {
-    /// The active webhooks that have deliveries waiting, with the time of the earliest.
-    ///
-    /// It leaps from webhook to webhook through the index of what is due, so it costs a look-up per webhook, however
-    /// many deliveries wait.
-    pub async fn waiting(&self) -> Result<HashMap<Arc<str>, Waiting>, Error> {
-        // Not by min(), for which PostgreSQL reads the whole queue as long as its statistics say that there is none, and not
-        // by a join, for which it compares each with each as long as they say that there are few webhooks.
-        const LEAP: &str = "\
-            WITH RECURSIVE queue (webhook_id) AS (\
-             SELECT * FROM (SELECT webhook_id FROM deliveries WHERE next_attempt_at_ms IS NOT NULL \
-              ORDER BY webhook_id LIMIT 1) AS first \
-             UNION ALL SELECT (SELECT d.webhook_id FROM deliveries d \
-              WHERE d.next_attempt_at_ms IS NOT NULL AND d.webhook_id > queue.webhook_id ORDER BY d.webhook_id LIMIT 1) \
-             FROM queue WHERE queue.webhook_id IS NOT NULL) \
-            SELECT webhook_id, (SELECT w.organization FROM webhooks w \
-             WHERE w.id = queue.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL) AS organization, \
-             (SELECT d.next_attempt_at_ms FROM deliveries d \
-             WHERE d.webhook_id = queue.webhook_id AND d.next_attempt_at_ms IS NOT NULL \
-             ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms \
-            FROM queue WHERE webhook_id IS NOT NULL";
-        let rows = self.0.read.query_all_raw(Sql::new(LEAP).build(self.0.read.get_database_backend())).await?;
-        let mut waiting = HashMap::with_capacity(rows.len());
-        for row in rows {
-            let (webhook_id, organization, due_at): (String, Option<String>, Option<i64>) =
-                row.try_get_many_by_index()?;
-            if let (Some(organization), Some(due_at)) = (organization, due_at) {
-                let (webhook_id, organization) = (Arc::from(webhook_id), Arc::from(organization));
-                Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) }.add_to(&mut waiting);
-            }
-        }
-        Ok(waiting)
-    }
-
     /// Leases to this node what is due of `webhooks`, as far as it has room, and hands it to the engine; those that turn
     /// out to have no more are left out from then on.
     pub async fn claim(
@@ -185,7 +130,7 @@ impl Store {
         now: Timestamp,
         length: Duration,
     ) -> Result<Claimed, Error> {
-        let due = in_turns(webhooks.values().filter(|webhook| webhook.due_at <= now).collect(), now);
+        let due = waiting::in_turns(webhooks.values().filter(|webhook| webhook.due_at <= now).collect(), now);
         let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
         let share = (most / due.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
         let mut wanted: HashMap<Arc<str>, Wanted> = HashMap::new();
@@ -194,7 +139,8 @@ impl Store {
                 break;
             }
             match self.0.handoff.take_for_waiting(&webhook.webhook_id, share) {
-                0 => {}
+                // Freeing some rings the bell.
+                0 => self.0.handoff.waits(&webhook.webhook_id),
                 places => {
                     let at = Wanted { places, due_at: webhook.due_at };
                     wanted.insert(Arc::clone(&webhook.webhook_id), at);
@@ -261,6 +207,7 @@ impl Store {
                 expires_at.millis().into(),
             ]);
         }
+        // In the middle of a statement nothing can be done.
         failpoint::reached("claim", "before commit");
         let (mut claimed, mut events) = (Vec::new(), HashMap::new());
         for statement in rows.statements(CLAIM_ON_POSTGRES) {
@@ -278,7 +225,7 @@ impl Store {
         if !claimed.is_empty() {
             failpoint::reached("claim", "after commit");
         }
-        leased(claimed, &events, expires_at)
+        Ok(leased(claimed, &events, expires_at))
     }
 
     /// As [`CLAIM_ON_POSTGRES`], which SQLite has no word for: a range of the index for each webhook.
@@ -321,7 +268,7 @@ impl Store {
             let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
             (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
         });
-        leased(claimed, &events.collect(), expires_at)
+        Ok(leased(claimed, &events.collect(), expires_at))
     }
 
     /// Says that a delivery of so many bytes of data is no longer held in memory, because its result is recorded or its
@@ -359,46 +306,21 @@ impl Store {
     }
 }
 
-/// Webhooks in the order in which they get places: organisations take turns, and which one begins changes with time, so
-/// that none is always the first.
-fn in_turns(webhooks: Vec<&Waiting>, now: Timestamp) -> Vec<&Waiting> {
-    let mut organizations: BTreeMap<&str, VecDeque<&Waiting>> = BTreeMap::new();
-    for webhook in webhooks {
-        organizations.entry(&webhook.organization).or_default().push_back(webhook);
-    }
-    let mut queues: VecDeque<VecDeque<&Waiting>> = organizations.into_values().collect();
-    let turn = usize::try_from(now.millis()).unwrap_or(0);
-    for queue in &mut queues {
-        queue.rotate_left(turn % queue.len());
-    }
-    if !queues.is_empty() {
-        queues.rotate_left(turn % queues.len());
-    }
-    let mut turns = Vec::new();
-    while let Some(mut queue) = queues.pop_front() {
-        turns.extend(queue.pop_front());
-        if !queue.is_empty() {
-            queues.push_back(queue);
-        }
-    }
-    turns
-}
-
 /// Claimed deliveries with their events. One whose event is gone cannot be sent; its lease runs out, and after some of
 /// those it ends as failed.
-fn leased(
-    rows: Vec<delivery::Model>,
-    events: &HashMap<String, Arc<Event>>,
-    expires_at: Timestamp,
-) -> Result<Vec<Leased>, Error> {
+fn leased(rows: Vec<delivery::Model>, events: &HashMap<String, Arc<Event>>, expires_at: Timestamp) -> Vec<Leased> {
     let mut leased = Vec::with_capacity(rows.len());
     for row in rows {
         let Some(event) = events.get(&row.event_id) else {
             tracing::error!(delivery = row.id, event = row.event_id, "a delivery has lost its event");
             continue;
         };
+        let Ok(tenant) = tenant(&row.organization, &row.environment) else {
+            tracing::error!(delivery = row.id, row.organization, row.environment, "a delivery is of no tenant");
+            continue;
+        };
         leased.push(Leased {
-            tenant: tenant(&row.organization, &row.environment)?,
+            tenant,
             webhook_id: row.webhook_id.into(),
             delivery_id: row.id,
             event: Arc::clone(event),
@@ -408,7 +330,7 @@ fn leased(
             done: None,
         });
     }
-    Ok(leased)
+    leased
 }
 
 #[cfg(test)]
@@ -455,5 +377,59 @@ mod tests {
         let ids: HashSet<&str> = claimed.iter().map(|leased| leased.delivery_id.as_str()).collect();
         assert_eq!((claimed.len(), ids.len()), (MANY, MANY));
         assert!(waiting.is_empty());
+    }
+
+    /// Whoever leaves something in the database says so: the engine does not come to look for it soon.
+    #[tokio::test]
+    async fn the_engine_is_told_of_what_waits() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
+        let store = Store::connect(&url).await.unwrap();
+        store.migrate().await.unwrap();
+        let subscribe = "INSERT INTO webhooks (id, organization, environment, url, description, events, status, secret, \
+            created_at_ms) VALUES ('whk_1', 'acme', 'live', 'https://example.com/', '', '[]', 'active', '', 1); \
+            INSERT INTO subscriptions (organization, environment, event_type, webhook_id) \
+            VALUES ('acme', 'live', 'content.ready', 'whk_1')";
+        store.0.write.execute_unprepared(subscribe).await.unwrap();
+        let tenant = Tenant::new("acme", crate::webhook::Environment::Live).unwrap();
+        let publish = async |first_wait| {
+            let data = EventData::trusted("{}".to_owned());
+            let event = crate::store::NewEvent { event_type: "content.ready".to_owned(), data };
+            let lease = Lease { length: Duration::from_secs(60), first_wait };
+            store.publish(tenant.clone(), vec![event], lease, None).await.unwrap();
+        };
+        publish(Duration::ZERO).await;
+        assert!(store.due().now_or_never().is_none() && store.news().waiting.is_empty(), "the engine has it");
+
+        let before = clock::now();
+        publish(Duration::from_secs(10)).await;
+        store.due().now_or_never().expect("there is news");
+        let news = store.news();
+        let due_at = news.waiting["whk_1"].due_at;
+        assert!(
+            !news.look
+                && before.after(Duration::from_secs(10)) <= due_at
+                && due_at <= clock::now().after(Duration::from_secs(10))
+        );
+
+        let leased = store.ready().unwrap().try_recv().unwrap();
+        let next = clock::now().after(Duration::from_secs(5));
+        let attempt =
+            Attempt { number: 1, started_at: before, duration_ms: 1, answer: None, error: Some("no".to_owned()) };
+        let finished = crate::store::Finished {
+            tenant: leased.tenant,
+            webhook_id: leased.webhook_id,
+            delivery_id: leased.delivery_id,
+            event: leased.event,
+            attempt,
+            transition: crate::webhook::Transition {
+                status: crate::webhook::DeliveryStatus::Pending,
+                next_attempt_at: Some(next),
+            },
+            ended_at: before,
+        };
+        assert!(store.record(Arc::new(finished)).await.unwrap());
+        store.due().now_or_never().expect("there is news");
+        assert_eq!(store.news().waiting["whk_1"].due_at, next);
     }
 }

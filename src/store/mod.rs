@@ -33,6 +33,7 @@ mod secrets;
 mod sql;
 mod targets;
 mod turns;
+mod waiting;
 mod webhooks;
 mod writer;
 
@@ -54,11 +55,12 @@ pub use self::{
     handoff::News,
     idempotency::{Claim, Keep, NamedRequest, Remembered},
     keys::{ApiKey, CreatedKey, KeyHash, KeyInfo, KeyKind, NewKey},
-    leases::{Claimed, Lease, Leased, Waiting},
+    leases::{Claimed, Lease, Leased},
     publish::{NewEvent, Published},
     record::Finished,
     secrets::Resealed,
     targets::Target,
+    waiting::Waiting,
     webhooks::Rotated,
 };
 use self::{backlog::Backlog, commits::Commits, handoff::Handoff, targets::Targets, writer::Writer};

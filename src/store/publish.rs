@@ -10,10 +10,11 @@ use super::{
     counts::Deltas,
     handoff::Handoff,
     idempotency::{Keep, Kept},
-    leases::{Lease, Waiting},
+    leases::Lease,
     log::{Entry, Log},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
     targets::{Subscribers, Subscription},
+    waiting::Waiting,
     writer::Write,
 };
 use crate::{

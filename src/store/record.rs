@@ -7,9 +7,9 @@ use sea_orm::{ConnectionTrait, DbBackend};
 use super::{
     Error, Store,
     counts::Deltas,
-    leases::Waiting,
     log::{Entry, Log},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
+    waiting::Waiting,
     writer::Write,
 };
 use crate::webhook::{Attempt, ChangeKind, DeliveryStatus, Event, Tenant, Timestamp, Transition};

@@ -71,7 +71,7 @@ impl Store {
         self.write_rescued(&transaction, rows, schedule, now).await?;
         transaction.commit().await?;
         self.0.feed.announce();
-        self.0.handoff.look();
+        self.0.handoff.look_again();
         Ok(rescued)
     }
 

@@ -1,5 +1,5 @@
-//! Retention: what is finished and old is removed, and what deleted webhooks left, in steps so small that nobody waits for
-//! one.
+//! Retention: what is finished and old is removed, in steps so small that nobody waits for one. In the same steps, with longer
+//! pauses, goes what deleted webhooks left.
 //!
 //! Ids begin with the time at which they were made, so primary keys lead to what is old, and a round reads no further.
 //! Reading goes on beside the writers. What it finds due is removed a few rows at a time, each time in a transaction of
@@ -13,7 +13,10 @@
 mod deleted;
 mod events;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, TransactionTrait};
 
@@ -39,7 +42,7 @@ struct Step {
 const STEP: Step = Step { most: 128, rest: 1 };
 /// There, publishes wait for it: a few milliseconds.
 const STEP_ON_SQLITE: Step = Step { most: 32, rest: 2 };
-/// What deleted webhooks left keeps nothing from anybody, so that it may take its time.
+/// What deleted webhooks left is removed as slowly as that: nobody waits for it to go.
 const REST_FROM_DELETED: u32 = 8;
 
 /// One read looks at no more than this many rows.
@@ -50,8 +53,9 @@ const ROUND: Duration = Duration::from_secs(10);
 const REST: u32 = 10;
 /// A delivery that ends later than this after it was made is one of the few in the index `deliveries_late`.
 const LATE: Duration = Duration::from_secs(60 * 60);
-/// Identifies, among PostgreSQL's advisory locks, the one of whoever removes something.
-const LOCK: i64 = 0x73_6b_77_72;
+/// Identify, among PostgreSQL's advisory locks, those of whoever removes what is old, and what deleted webhooks left.
+const LOCK: i64 = 0x736b_7772;
+const LOCK_DELETED: i64 = 0x736b_7764;
 
 /// PostgreSQL follows the primary keys, whatever it believes of how much is old: sorting all of that for a few rows would
 /// cost more the more there is.
@@ -101,10 +105,19 @@ impl<E: Into<Error>> From<E> for Stop {
     }
 }
 
+/// What a round is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Old,
+    Deleted,
+}
+
 struct Round<'a> {
     store: &'a Store,
     in_vain: Duration,
     step: Step,
+    /// Of several nodes, the one that has it makes a step.
+    lock: i64,
 }
 
 impl Store {
@@ -116,8 +129,7 @@ impl Store {
     /// Removes what is finished and old, and answers how long to wait before the next time.
     pub async fn remove_old(&self) -> Result<Duration, Error> {
         let Some(retention) = self.0.retention.get() else { return Ok(ROUND) };
-        let step = if self.sqlite() { STEP_ON_SQLITE } else { STEP };
-        let mut round = Round { store: self, in_vain: Duration::ZERO, step };
+        let mut round = Round::new(self, Kind::Old);
         match round.run(retention, clock::now()).await {
             Ok(()) | Err(Stop::Elsewhere) => Ok((round.in_vain * REST).max(ROUND)),
             Err(Stop::Failed(error)) => Err(error),
@@ -133,7 +145,19 @@ impl Store {
     }
 }
 
-impl Round<'_> {
+impl<'a> Round<'a> {
+    fn new(store: &'a Store, kind: Kind) -> Self {
+        let mut step = if store.sqlite() { STEP_ON_SQLITE } else { STEP };
+        let lock = match kind {
+            Kind::Old => LOCK,
+            Kind::Deleted => {
+                step.rest = REST_FROM_DELETED;
+                LOCK_DELETED
+            }
+        };
+        Self { store, in_vain: Duration::ZERO, step, lock }
+    }
+
     /// All parts, also when one fails: it is not to keep the others from theirs.
     async fn run(&mut self, retention: &Retention, now: Timestamp) -> Result<(), Stop> {
         let mut ended = Ok(());
@@ -147,7 +171,7 @@ impl Round<'_> {
         if let Some(keep) = retention.payloads() {
             ended = ended.and(self.remove_events(now.before(keep)).await);
         }
-        ended.and(self.remove_deleted(now).await)
+        ended
     }
 
     /// Goes through the deliveries made between two times, and removes what is to go.
@@ -260,9 +284,13 @@ impl Round<'_> {
         }
         Script::default().with(REMOVE_ATTEMPTS, attempts).with(COUNT_REMOVED, counts).run(&transaction).await?;
         transaction.commit().await?;
-        let rest = if what == What::Deleted { REST_FROM_DELETED } else { self.step.rest };
-        tokio::time::sleep(began.elapsed() * rest).await;
+        self.rest(began).await;
         Ok(())
+    }
+
+    /// Leaves the database to the others after a step.
+    async fn rest(&self, began: Instant) {
+        tokio::time::sleep(began.elapsed() * self.step.rest).await;
     }
 
     /// The next webhooks, after one, that have deliveries whose ids are from `from` to before `to`.
@@ -279,7 +307,7 @@ impl Round<'_> {
     async fn begin(&self) -> Result<DatabaseTransaction, Stop> {
         let transaction = self.store.write().await?;
         if !self.store.sqlite() {
-            let lock = Sql::new(&format!("SELECT pg_try_advisory_xact_lock({LOCK})"));
+            let lock = Sql::new(&format!("SELECT pg_try_advisory_xact_lock({})", self.lock));
             let row = transaction.query_one_raw(lock.build(transaction.get_database_backend())).await?;
             if !row.map(|row| row.try_get_by_index(0)).transpose()?.unwrap_or(false) {
                 return Err(Stop::Elsewhere);

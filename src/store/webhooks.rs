@@ -132,11 +132,11 @@ impl Store {
         Record { changed_fields: &changed_fields, ..record }.write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
         // Held deliveries of a webhook that is active again are due.
-        self.0.handoff.look();
+        self.0.handoff.look_again();
         Ok(Some(webhook(changed)?))
     }
 
-    /// Removes a webhook from sight at once; its deliveries are removed in small steps by [`Store::remove_old`].
+    /// Removes a webhook from sight at once; its deliveries are removed in small steps by [`Store::remove_deleted`].
     pub async fn delete_webhook(&self, tenant: &Tenant, id: &str, by: &Actor) -> Result<bool, Error> {
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(false) };

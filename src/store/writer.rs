@@ -264,13 +264,15 @@ impl Store {
         }
         for (index, (finished, answer)) in batch.finished.into_iter().enumerate() {
             let holds = !lost.contains(&index);
-            waiting.extend(finished.waiting().filter(|_| holds));
+            if holds {
+                waiting.extend(finished.waiting());
+            }
             let _ = answer.send(Ok(holds));
         }
         self.0.handoff.tell(waiting);
         if !batch.releases.is_empty() {
             // They are due, or held since their webhook is not active any more.
-            self.0.handoff.look();
+            self.0.handoff.look_again();
         }
         batch.releases.into_iter().for_each(|(_, answer)| drop(answer.send(Ok(()))));
     }

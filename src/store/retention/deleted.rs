@@ -4,31 +4,38 @@ use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, QueryResult};
 
-use super::{MAX_READ, Round, Run, Stop, What, steps};
-use crate::{clock, store::sql::Sql, webhook::Timestamp};
+use super::{Kind, MAX_READ, Round, Run, Stop, What, steps, weight};
+use crate::{
+    clock,
+    store::{Error, Store, sql::Sql},
+    webhook::Timestamp,
+};
 
 /// A deleted webhook is left alone for so long: other nodes may still publish to it by what they knew a moment ago.
 const SETTLED: Duration = Duration::from_secs(60);
-/// After so long in one round, the rest is left to the next: what is old is not to wait for it.
-const TURN: Duration = Duration::from_secs(60);
+
+impl Store {
+    /// Removes webhooks that were deleted, with all that they left.
+    pub async fn remove_deleted(&self) -> Result<(), Error> {
+        match Round::new(self, Kind::Deleted).remove_deleted(clock::now().before(SETTLED)).await {
+            Ok(()) | Err(Stop::Elsewhere) => Ok(()),
+            Err(Stop::Failed(error)) => Err(error),
+        }
+    }
+}
 
 impl Round<'_> {
-    /// Removes webhooks that were deleted, with all that they left.
-    pub(super) async fn remove_deleted(&self, now: Timestamp) -> Result<(), Stop> {
-        let began = clock::stopwatch();
-        for webhook_id in self.deleted(now.before(SETTLED)).await? {
+    async fn remove_deleted(&self, settled: Timestamp) -> Result<(), Stop> {
+        for webhook_id in self.deleted(settled).await? {
+            let mut after = String::new();
             loop {
-                let left = self.left_of(&webhook_id).await?;
-                if left.is_empty() {
-                    break;
-                }
+                let left = self.left_of(&webhook_id, &after).await?;
+                let Some((last, _)) = left.last() else { break };
                 for step in steps(&left, self.step.most) {
                     let run = Run { webhook_id: &webhook_id, first: &step[0].0, last: &step[step.len() - 1].0 };
                     self.remove(What::Deleted, &[run]).await?;
                 }
-                if began.elapsed() >= TURN {
-                    return Ok(());
-                }
+                after.clone_from(last);
             }
             self.forget(&webhook_id).await?;
         }
@@ -42,30 +49,33 @@ impl Round<'_> {
         Ok(self.read(sql).await?.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
     }
 
-    /// The first deliveries of a webhook that nobody has leased, each with how many rows it is.
-    async fn left_of(&self, webhook_id: &str) -> Result<Vec<(String, usize)>, Stop> {
+    /// The next deliveries of a webhook, after one, that nobody has leased, each with how many rows it is.
+    async fn left_of(&self, webhook_id: &str, after: &str) -> Result<Vec<(String, usize)>, Stop> {
         let mut sql = Sql::new("SELECT id, attempts FROM deliveries WHERE webhook_id = ");
-        sql.value(webhook_id).text(" AND lease_node IS NULL ORDER BY id LIMIT ").value(MAX_READ);
+        sql.value(webhook_id).text(" AND id > ").value(after);
+        sql.text(" AND lease_node IS NULL ORDER BY id LIMIT ").value(MAX_READ);
         let found = self.read(sql).await?;
         let rows = found.iter().map(QueryResult::try_get_many_by_index);
         let rows = rows.collect::<Result<Vec<(String, i32)>, _>>()?;
-        Ok(rows.into_iter().map(|(id, attempts)| (id, super::weight(attempts))).collect())
+        Ok(rows.into_iter().map(|(id, attempts)| (id, weight(attempts))).collect())
     }
 
     /// Removes a webhook itself, unless an attempt is on the wire, or its node is gone and the lease will be rescued.
     async fn forget(&self, webhook_id: &str) -> Result<(), Stop> {
-        let transaction = self.begin().await?;
-        let backend = transaction.get_database_backend();
         let mut left = Sql::new("SELECT 1 FROM deliveries WHERE webhook_id = ");
         left.value(webhook_id).text(" LIMIT 1");
-        if transaction.query_one_raw(left.build(backend)).await?.is_some() {
+        if !self.read(left).await?.is_empty() {
             return Ok(());
         }
+        let began = clock::stopwatch();
+        let transaction = self.begin().await?;
         for statement in ["DELETE FROM delivery_counts WHERE webhook_id = ", "DELETE FROM webhooks WHERE id = "] {
             let mut sql = Sql::new(statement);
             sql.value(webhook_id);
-            transaction.execute_raw(sql.build(backend)).await?;
+            transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
         }
-        Ok(transaction.commit().await?)
+        transaction.commit().await?;
+        self.rest(began).await;
+        Ok(())
     }
 }

@@ -86,7 +86,7 @@ impl Round<'_> {
         sql.text(" AND (retried_at_ms IS NULL OR retried_at_ms < ").value(old.millis()).text(")");
         transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
         transaction.commit().await?;
-        tokio::time::sleep(began.elapsed() * self.step.rest).await;
+        self.rest(began).await;
         Ok(())
     }
 }
