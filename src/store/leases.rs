@@ -36,9 +36,11 @@ const WANTED: &[Column] =
     &[text("webhook_id"), int("due_at_ms"), int("places"), int("now_ms"), text("node"), int("expires_at_ms")];
 /// Materialized, so that a plan that looks twice does not lock, and claim, more than there are places for. Whatever the
 /// statistics say, it looks from webhook to webhook, and updates from row to row since the connection has no other joins.
-/// What other nodes claim at the same time is left to them. Data of an event comes with the first of its deliveries only.
+/// What other nodes claim at the same time is left to them, and what a webhook holds that is not active any more where it is.
+/// Data of an event comes with the first of its deliveries only.
 const CLAIM_ON_POSTGRES: &str = "\
-    WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
+    WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} \
+     JOIN webhooks w ON w.id = rows.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL CROSS JOIN LATERAL (\
      SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = rows.webhook_id \
      AND next_attempt_at_ms >= rows.due_at_ms AND next_attempt_at_ms <= rows.now_ms \
      ORDER BY next_attempt_at_ms LIMIT rows.places FOR UPDATE SKIP LOCKED) AS d), \
@@ -238,8 +240,11 @@ impl Store {
         let mut sql = Sql::new("WITH due AS MATERIALIZED (");
         for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
-            sql.text("SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = ");
-            sql.value(&**webhook_id).text(" AND next_attempt_at_ms >= ").value(due_at.millis());
+            sql.text(
+                "SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = (SELECT id FROM webhooks ",
+            );
+            sql.text("WHERE status = 'active' AND deleted_at_ms IS NULL AND id = ").value(&**webhook_id);
+            sql.text(") AND next_attempt_at_ms >= ").value(due_at.millis());
             sql.text(" AND next_attempt_at_ms <= ").value(now.millis());
             sql.text(" ORDER BY next_attempt_at_ms LIMIT ").value(i64::try_from(*places).unwrap_or(i64::MAX));
             sql.text(&format!(") AS r{index}"));
@@ -340,21 +345,26 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
+    use crate::{
+        store::{Finished, NewEvent},
+        webhook::{DeliveryStatus, Environment, Transition},
+    };
+
+    const WEBHOOK: &str = "INSERT INTO webhooks (id, organization, environment, url, description, events, status, secret, \
+        created_at_ms) VALUES ('whk_1', 'acme', 'live', 'https://example.com/', '', '[]', 'active', '', 1)";
 
     /// After a start the books know of nothing that waits; what a claim leaves for want of room is fetched when there is.
     #[tokio::test]
     async fn what_a_claim_leaves_is_due_when_there_is_room() {
         const MANY: usize = 300;
-        let directory = tempfile::tempdir().unwrap();
-        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
-        let store = Store::connect(&url).await.unwrap();
-        store.migrate().await.unwrap();
+        let (_directory, store) = Store::fresh().await;
         for insert in [
+            WEBHOOK,
             "INSERT INTO events (id, event_type, data, created_at_ms) VALUES ('evt_1', 'content.ready', '{}', 1)",
             "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, \
              granted, once, lost_leases, next_attempt_at_ms, created_at_ms) \
              WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) \
-             SELECT 'whk_1', 'del_' || i, 'acme', 'test', 'evt_1', 'content.ready', 'pending', 0, FALSE, FALSE, 0, 1, 1 FROM n",
+             SELECT 'whk_1', 'del_' || i, 'acme', 'live', 'evt_1', 'content.ready', 'pending', 0, FALSE, FALSE, 0, 1, 1 FROM n",
         ] {
             store.0.write.execute_unprepared(insert).await.unwrap();
         }
@@ -382,50 +392,40 @@ mod tests {
     /// Whoever leaves something in the database says so: the engine does not come to look for it soon.
     #[tokio::test]
     async fn the_engine_is_told_of_what_waits() {
-        let directory = tempfile::tempdir().unwrap();
-        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
-        let store = Store::connect(&url).await.unwrap();
-        store.migrate().await.unwrap();
-        let subscribe = "INSERT INTO webhooks (id, organization, environment, url, description, events, status, secret, \
-            created_at_ms) VALUES ('whk_1', 'acme', 'live', 'https://example.com/', '', '[]', 'active', '', 1); \
-            INSERT INTO subscriptions (organization, environment, event_type, webhook_id) \
+        let (_directory, store) = Store::fresh().await;
+        let subscribe = "INSERT INTO subscriptions (organization, environment, event_type, webhook_id) \
             VALUES ('acme', 'live', 'content.ready', 'whk_1')";
+        store.0.write.execute_unprepared(WEBHOOK).await.unwrap();
         store.0.write.execute_unprepared(subscribe).await.unwrap();
-        let tenant = Tenant::new("acme", crate::webhook::Environment::Live).unwrap();
+        let tenant = Tenant::new("acme", Environment::Live).unwrap();
         let publish = async |first_wait| {
             let data = EventData::trusted("{}".to_owned());
-            let event = crate::store::NewEvent { event_type: "content.ready".to_owned(), data };
+            let event = NewEvent { event_type: "content.ready".to_owned(), data };
             let lease = Lease { length: Duration::from_secs(60), first_wait };
             store.publish(tenant.clone(), vec![event], lease, None).await.unwrap();
         };
         publish(Duration::ZERO).await;
         assert!(store.due().now_or_never().is_none() && store.news().waiting.is_empty(), "the engine has it");
 
+        let wait = Duration::from_secs(10);
         let before = clock::now();
-        publish(Duration::from_secs(10)).await;
+        publish(wait).await;
         store.due().now_or_never().expect("there is news");
         let news = store.news();
         let due_at = news.waiting["whk_1"].due_at;
-        assert!(
-            !news.look
-                && before.after(Duration::from_secs(10)) <= due_at
-                && due_at <= clock::now().after(Duration::from_secs(10))
-        );
+        assert!(!news.look && (before.after(wait)..=clock::now().after(wait)).contains(&due_at));
 
         let leased = store.ready().unwrap().try_recv().unwrap();
         let next = clock::now().after(Duration::from_secs(5));
         let attempt =
             Attempt { number: 1, started_at: before, duration_ms: 1, answer: None, error: Some("no".to_owned()) };
-        let finished = crate::store::Finished {
+        let finished = Finished {
             tenant: leased.tenant,
             webhook_id: leased.webhook_id,
             delivery_id: leased.delivery_id,
             event: leased.event,
             attempt,
-            transition: crate::webhook::Transition {
-                status: crate::webhook::DeliveryStatus::Pending,
-                next_attempt_at: Some(next),
-            },
+            transition: Transition { status: DeliveryStatus::Pending, next_attempt_at: Some(next) },
             ended_at: before,
         };
         assert!(store.record(Arc::new(finished)).await.unwrap());
