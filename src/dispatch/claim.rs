@@ -47,13 +47,12 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let wait = match claims.round(&schedule, lease_length(request_timeout)).await {
-            Ok((Claimed { count, more: true }, _)) => {
+            Ok((Claimed { count, more }, wait)) => {
                 claimed += count;
-                continue;
-            }
-            Ok((Claimed { count, .. }, wait)) => {
-                claimed += count;
-                wait.min(POLL)
+                if more {
+                    continue;
+                }
+                wait
             }
             Err(error) => {
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");

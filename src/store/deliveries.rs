@@ -299,10 +299,7 @@ mod tests {
     /// However rare a state is, it has a range of an index.
     #[tokio::test]
     async fn sqlite_finds_by_an_index_what_a_filter_asks_for() {
-        let directory = tempfile::tempdir().unwrap();
-        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
-        let store = Store::connect(&url).await.unwrap();
-        store.migrate().await.unwrap();
+        let (_directory, store) = Store::fresh().await;
         for (status, index) in [
             (DeliveryStatus::Pending, "deliveries_pending (webhook_id=? AND event_type=? AND id<?)"),
             (DeliveryStatus::Success, "deliveries_ended (webhook_id=? AND event_type=? AND status=? AND id<?)"),

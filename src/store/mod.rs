@@ -227,6 +227,16 @@ impl Store {
         Ok(())
     }
 
+    /// An empty SQLite, brought up to date, and where it is.
+    #[cfg(test)]
+    async fn fresh() -> (tempfile::TempDir, Self) {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}?mode=rwc", directory.path().join("test.db").display());
+        let store = Self::connect(&url).await.unwrap();
+        store.migrate().await.unwrap();
+        (directory, store)
+    }
+
     /// Makes [`clock::now`] go by the clock of a database that several nodes share. To be called once in a while, since
     /// no two clocks run equally fast; an answer that took long is of no use and left alone.
     pub async fn follow_clock(&self) -> Result<(), Error> {

@@ -42,8 +42,6 @@ struct Step {
 const STEP: Step = Step { most: 128, rest: 1 };
 /// There, publishes wait for it: a few milliseconds.
 const STEP_ON_SQLITE: Step = Step { most: 32, rest: 2 };
-/// What deleted webhooks left is removed as slowly as that: nobody waits for it to go.
-const REST_FROM_DELETED: u32 = 8;
 
 /// One read looks at no more than this many rows.
 const MAX_READ: i64 = 5_000;
@@ -53,9 +51,8 @@ const ROUND: Duration = Duration::from_secs(10);
 const REST: u32 = 10;
 /// A delivery that ends later than this after it was made is one of the few in the index `deliveries_late`.
 const LATE: Duration = Duration::from_secs(60 * 60);
-/// Identify, among PostgreSQL's advisory locks, those of whoever removes what is old, and what deleted webhooks left.
+/// Identifies, among PostgreSQL's advisory locks, the one of whoever removes what is old.
 const LOCK: i64 = 0x736b_7772;
-const LOCK_DELETED: i64 = 0x736b_7764;
 
 /// PostgreSQL follows the primary keys, whatever it believes of how much is old: sorting all of that for a few rows would
 /// cost more the more there is.
@@ -105,13 +102,6 @@ impl<E: Into<Error>> From<E> for Stop {
     }
 }
 
-/// What a round is for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Old,
-    Deleted,
-}
-
 struct Round<'a> {
     store: &'a Store,
     in_vain: Duration,
@@ -129,7 +119,7 @@ impl Store {
     /// Removes what is finished and old, and answers how long to wait before the next time.
     pub async fn remove_old(&self) -> Result<Duration, Error> {
         let Some(retention) = self.0.retention.get() else { return Ok(ROUND) };
-        let mut round = Round::new(self, Kind::Old);
+        let mut round = Round::new(self);
         match round.run(retention, clock::now()).await {
             Ok(()) | Err(Stop::Elsewhere) => Ok((round.in_vain * REST).max(ROUND)),
             Err(Stop::Failed(error)) => Err(error),
@@ -146,16 +136,9 @@ impl Store {
 }
 
 impl<'a> Round<'a> {
-    fn new(store: &'a Store, kind: Kind) -> Self {
-        let mut step = if store.sqlite() { STEP_ON_SQLITE } else { STEP };
-        let lock = match kind {
-            Kind::Old => LOCK,
-            Kind::Deleted => {
-                step.rest = REST_FROM_DELETED;
-                LOCK_DELETED
-            }
-        };
-        Self { store, in_vain: Duration::ZERO, step, lock }
+    fn new(store: &'a Store) -> Self {
+        let step = if store.sqlite() { STEP_ON_SQLITE } else { STEP };
+        Self { store, in_vain: Duration::ZERO, step, lock: LOCK }
     }
 
     /// All parts, also when one fails: it is not to keep the others from theirs.

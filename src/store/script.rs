@@ -246,10 +246,7 @@ mod tests {
     /// Whatever the sizes, all is done when each row was found, and nothing otherwise.
     #[tokio::test]
     async fn all_or_nothing() {
-        let directory = tempfile::tempdir().unwrap();
-        let url = format!("sqlite://{}", directory.path().join("test.db").display());
-        let store = crate::store::Store::connect(&(url + "?mode=rwc")).await.unwrap();
-        store.migrate().await.unwrap();
+        let (_directory, store) = crate::store::Store::fresh().await;
         let (database, commits) = (&store.0.write, &store.0.commits);
         database.execute_unprepared("CREATE TABLE t (id TEXT PRIMARY KEY, at INTEGER)").await.unwrap();
         for (inserted, updated) in

@@ -24,8 +24,8 @@ pub struct Waiting {
 impl Waiting {
     /// Adds it to those that are known; of each webhook only the earliest counts.
     pub fn add_to(self, known: &mut HashMap<Arc<str>, Waiting>) {
-        let same = known.entry(Arc::clone(&self.webhook_id)).or_insert_with(|| self.clone());
-        same.due_at = same.due_at.min(self.due_at);
+        let same = known.entry(Arc::clone(&self.webhook_id));
+        same.and_modify(|same| same.due_at = same.due_at.min(self.due_at)).or_insert(self);
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, QueryResult};
 
-use super::{Kind, MAX_READ, Round, Run, Stop, What, steps, weight};
+use super::{MAX_READ, Round, Run, Step, Stop, What, steps, weight};
 use crate::{
     clock,
     store::{Error, Store, sql::Sql},
@@ -13,11 +13,17 @@ use crate::{
 
 /// A deleted webhook is left alone for so long: other nodes may still publish to it by what they knew a moment ago.
 const SETTLED: Duration = Duration::from_secs(60);
+/// Nothing is removed for so many times as long as a step took: nobody waits for it to go.
+const REST: u32 = 8;
+/// Identifies, among PostgreSQL's advisory locks, the one of whoever removes this.
+const LOCK: i64 = 0x736b_7764;
 
 impl Store {
     /// Removes webhooks that were deleted, with all that they left.
     pub async fn remove_deleted(&self) -> Result<(), Error> {
-        match Round::new(self, Kind::Deleted).remove_deleted(clock::now().before(SETTLED)).await {
+        let round = Round::new(self);
+        let round = Round { step: Step { rest: REST, ..round.step }, lock: LOCK, ..round };
+        match round.remove_deleted(clock::now().before(SETTLED)).await {
             Ok(()) | Err(Stop::Elsewhere) => Ok(()),
             Err(Stop::Failed(error)) => Err(error),
         }
