@@ -36,6 +36,8 @@ use crate::{
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between two looks at the database's clock.
 const KEEP_TIME: Duration = Duration::from_secs(2);
+/// How many files a process may usually have open when nobody has set it.
+const USUAL_OPEN_FILES: u64 = 1_024;
 /// Between rounds of tidying up.
 const TIDY: Duration = Duration::from_secs(10);
 /// Between two steps of a round, so many times as long as the step took: whoever publishes has the rest of the database.
@@ -84,6 +86,7 @@ pub async fn run(
         schedule: Arc::new(config.retry_schedule.clone()),
         request_timeout: config.request_timeout,
         max_in_flight_per_webhook: config.max_in_flight_per_webhook,
+        open_files: open_files(),
     };
     let api = Api(Arc::new(Parts {
         tokens: Tokens::new(&store.token_key().await?),
@@ -192,6 +195,14 @@ async fn not_ready(reporter: HealthReporter, shutdown: CancellationToken) {
     reporter.set_not_serving::<WebhookServiceServer<Api>>().await;
     reporter.set_not_serving::<DeliveryServiceServer<Api>>().await;
     reporter.set_not_serving::<AuditServiceServer<Api>>().await;
+}
+
+/// How many files this process may have open. The limit that a shell sets is a fraction of what is allowed.
+fn open_files() -> u64 {
+    rlimit::increase_nofile_limit(u64::MAX).unwrap_or_else(|error| {
+        tracing::warn!(%error, files = USUAL_OPEN_FILES, "the limit of open files cannot be raised; taken to be the usual one");
+        USUAL_OPEN_FILES
+    })
 }
 
 fn client(config: &Config) -> Result<egress::Client, egress::StartError> {

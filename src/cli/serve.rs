@@ -34,10 +34,6 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     let dev = args.dev();
     let mut config = args.load()?;
     telemetry::start(&config.log);
-    // Each attempt under way and each caller is a file: the limit that a shell sets is a fraction of what is allowed.
-    if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
-        tracing::warn!(%error, "the limit of open files could not be raised");
-    }
     let store = connect(&config.database_url).await?;
     // Before anything is changed or promised.
     store.take_exclusively(&config.database_url)?;

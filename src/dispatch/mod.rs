@@ -44,6 +44,8 @@ pub struct Engine {
     pub request_timeout: Duration,
     /// Attempts under way to one webhook at a time.
     pub max_in_flight_per_webhook: usize,
+    /// How many files this process may have open, of which each attempt under way is one.
+    pub open_files: u64,
 }
 
 /// How long a lease is for requests that may take `request_timeout`.
@@ -57,7 +59,7 @@ impl Engine {
     pub async fn run(self, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
         let Some(mut ready) = self.store.ready() else { return };
         let claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
-        let mut queue = Queue::new(Shares::new(self.max_in_flight_per_webhook));
+        let mut queue = Queue::new(Shares::new(self.max_in_flight_per_webhook, self.open_files));
         let (freed, mut free) = mpsc::unbounded_channel();
         let (mut running, mut more) = (JoinSet::new(), false);
         while !stopping.is_cancelled() {

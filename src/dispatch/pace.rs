@@ -9,6 +9,8 @@ use std::{
 const QUICK: Duration = Duration::from_secs(1);
 /// What is done within this time is worth holding in memory; the rest can as well wait in the database.
 const AHEAD: Duration = Duration::from_secs(2);
+/// How many attempts a receiver that has not been heard of gets at a time: should it hang, it hangs with no more than that.
+const FIRST_WINDOW: usize = 8;
 
 /// Which part of the wire a webhook uses. One that has not been heard of counts as quick.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +38,8 @@ pub(super) struct Ended {
 pub(super) struct Pace {
     /// How long attempts take: the average of the last one and of the average before it.
     took: Duration,
-    /// How many may be under way. Halved by one that was waited for in vain, and one more with each that was not: what
-    /// TCP does to a network that loses packets (additive increase, multiplicative decrease).
+    /// How many may be under way. Halved by one that was waited for in vain, and one more with each that was not: so it
+    /// doubles with each round of answers, as TCP begins, and shrinks as TCP does for a network that loses packets.
     window: usize,
 }
 
@@ -72,7 +74,7 @@ impl<T> IndexMut<Speed> for BySpeed<T> {
 
 impl Pace {
     pub(super) fn unknown(max_in_flight: usize) -> Self {
-        Self { took: Duration::ZERO, window: max_in_flight }
+        Self { took: Duration::ZERO, window: FIRST_WINDOW.min(max_in_flight) }
     }
 
     pub(super) fn learn(&mut self, ended: Ended, max_in_flight: usize) {
@@ -91,7 +93,12 @@ impl Pace {
 
     /// Whether forgetting it would change what its webhook may do.
     pub(super) fn is_remarkable(&self, max_in_flight: usize) -> bool {
-        self.speed() == Speed::Slow || self.window < max_in_flight
+        self.is_wary(max_in_flight) || self.window > FIRST_WINDOW.min(max_in_flight)
+    }
+
+    /// Whether forgetting it would let its webhook do more.
+    pub(super) fn is_wary(&self, max_in_flight: usize) -> bool {
+        self.speed() == Speed::Slow || self.window < FIRST_WINDOW.min(max_in_flight)
     }
 
     /// How many deliveries are worth holding when `in_flight` attempts may be under way: those, and what they will have
@@ -117,17 +124,29 @@ mod tests {
         (0..32).for_each(|_| pace.learn(hung, 32));
         assert_eq!((pace.window(), pace.speed(), pace.worth_holding(1)), (1, Speed::Slow, 1));
         (0..31).for_each(|_| pace.learn(answered(5), 32));
-        assert_eq!((pace.window(), pace.speed(), pace.is_remarkable(32)), (32, Speed::Quick, false));
+        assert_eq!((pace.window(), pace.speed(), pace.is_wary(32)), (32, Speed::Quick, false));
+    }
+
+    #[test]
+    fn one_that_is_new_proves_itself_in_two_rounds() {
+        let mut pace = Pace::unknown(32);
+        assert_eq!((pace.window(), pace.is_remarkable(32)), (8, false));
+        for expected in [16, 32, 32] {
+            (0..pace.window()).for_each(|_| pace.learn(answered(5), 32));
+            assert_eq!((pace.window(), pace.is_remarkable(32), pace.is_wary(32)), (expected, true, false));
+        }
+        let few = Pace::unknown(3);
+        assert_eq!((few.window(), few.is_remarkable(3)), (3, false));
     }
 
     #[test]
     fn slow_answers_are_answers_and_refusals_are_no_silence() {
         let mut pace = Pace::unknown(32);
         (0..4).for_each(|_| pace.learn(answered(14_900), 32));
-        assert_eq!((pace.window(), pace.speed()), (32, Speed::Slow));
+        assert_eq!((pace.window(), pace.speed()), (FIRST_WINDOW + 4, Speed::Slow));
         let refused = Ended { took: Duration::from_millis(1), answered: false };
         (0..8).for_each(|_| pace.learn(refused, 32));
-        assert_eq!((pace.window(), pace.speed()), (32, Speed::Quick));
+        assert_eq!((pace.window(), pace.speed()), (FIRST_WINDOW + 4 + 8, Speed::Quick));
     }
 
     #[test]

@@ -21,7 +21,8 @@ use super::{
     shares::{InFlight, Level, Shares},
 };
 
-/// Receivers that are slow are remembered while nothing is sent to them, up to this many; beyond, all are forgotten.
+/// Receivers that are known are remembered while nothing is sent to them, up to this many. Beyond, those that may do more
+/// for it are forgotten, who soon prove themselves again, and when most are others, all.
 const MAX_REMEMBERED: usize = 16_384;
 
 /// What waits for its turn. Bounded by what the store lets this node hold.
@@ -227,7 +228,7 @@ impl<T> Queue<T> {
         index
     }
 
-    /// Forgets a webhook with nothing waiting and nothing under way, except that it was slow.
+    /// Forgets a webhook with nothing waiting and nothing under way, except its pace.
     fn close(&mut self, index: usize) {
         let line = self.lines.remove(index);
         self.webhooks.remove(&line.webhook_id);
@@ -238,11 +239,18 @@ impl<T> Queue<T> {
             self.organizations.remove(line.organization);
         }
         if line.pace.is_remarkable(self.shares.max_per_webhook) {
-            if self.remembered.len() >= MAX_REMEMBERED {
+            self.remember(line.webhook_id, line.pace);
+        }
+    }
+
+    fn remember(&mut self, webhook_id: Arc<str>, pace: Pace) {
+        if self.remembered.len() >= MAX_REMEMBERED {
+            self.remembered.retain(|_, pace| pace.is_wary(self.shares.max_per_webhook));
+            if self.remembered.len() > MAX_REMEMBERED / 2 {
                 self.remembered.clear();
             }
-            self.remembered.insert(line.webhook_id, line.pace);
         }
+        self.remembered.insert(webhook_id, pace);
     }
 }
 
@@ -291,7 +299,7 @@ mod tests {
 
     #[test]
     fn organisations_take_turns_whatever_they_have_waiting() {
-        let mut queue = Queue::new(Shares::new(32));
+        let mut queue = Queue::new(Shares::new(32, u64::MAX));
         for _ in 0..50 {
             queue.push("loud", &"a".into(), "a");
             queue.push("loud", &"b".into(), "b");
@@ -304,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_quick_receiver_has_room_beside_thousands_that_hang() {
-        let mut queue = Queue::new(Shares::new(32));
+        let mut queue = Queue::new(Shares::new(32, u64::MAX));
         for webhook in 0..5_000 {
             (0..40).for_each(|_| queue.push(&format!("org {}", webhook % 100), &format!("dead {webhook}").into(), ()));
         }
@@ -317,21 +325,34 @@ mod tests {
             }
         }
         under_way.extend(std::iter::from_fn(|| queue.pop()).map(|(line, ())| line));
-        (0..40).for_each(|_| queue.push("org 7", &"alive".into(), ()));
+        (0..60).for_each(|_| queue.push("org 7", &"alive".into(), ()));
         let alive = queue.webhooks["alive"];
-        assert_eq!(std::iter::from_fn(|| queue.pop()).filter(|(line, ())| *line == alive).count(), 32);
+        // The first answers prove that it takes more.
+        for expected in [8, 16, 32] {
+            let lines: Vec<usize> = std::iter::from_fn(|| queue.pop()).map(|(line, ())| line).collect();
+            let (its, others): (Vec<usize>, Vec<usize>) = lines.into_iter().partition(|line| *line == alive);
+            under_way.extend(others);
+            assert_eq!(its.len(), expected);
+            its.into_iter().for_each(|line| drop(queue.finished(line, Some(QUICK))));
+        }
     }
 
     #[test]
-    fn who_is_slow_is_remembered_and_nothing_else() {
-        let mut queue = Queue::new(Shares::new(32));
-        for (webhook_id, ended) in [("quick", QUICK), ("slow", SLOW)] {
+    fn who_is_known_is_remembered_and_who_is_slow_for_longer() {
+        let mut queue = Queue::new(Shares::new(32, u64::MAX));
+        let mut attempt = |webhook_id: &str, ended| {
             queue.push("acme", &webhook_id.into(), ());
             let (line, ()) = queue.pop().unwrap();
-            queue.finished(line, Some(ended));
+            queue.finished(line, ended);
+            assert!(is_empty(&queue));
+            queue.remembered.len()
+        };
+        assert_eq!(attempt("new", None), 0);
+        assert_eq!(attempt("slow", Some(SLOW)), 1);
+        for number in 1..MAX_REMEMBERED {
+            assert_eq!(attempt(&format!("quick {number}"), Some(QUICK)), 1 + number);
         }
-        assert!(is_empty(&queue));
-        assert_eq!(queue.remembered.keys().map(|id| &**id).collect::<Vec<_>>(), ["slow"]);
+        assert_eq!(attempt("one more", Some(QUICK)), 2);
         queue.push("acme", &"slow".into(), ());
         assert!(queue.orders.quick.is_empty() && queue.orders.slow.len() == 1);
     }

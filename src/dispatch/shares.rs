@@ -23,12 +23,16 @@
 
 use super::pace::{BySpeed, Speed};
 
-/// Attempts under way on this node which the webhooks share …
-const PLACES: usize = 2_048;
-/// … of which slow ones may have this many …
-const SLOW_PLACES: usize = PLACES / 2;
-/// … and which the first attempts of webhooks may exceed, up to this many in all.
-const HARD_CAP: usize = 2 * PLACES;
+/// Attempts under way on this node which the webhooks share: as many as it holds deliveries. At 15 s each, the half that
+/// slow receivers may have is 270 deliveries a second, and that of it which one organisation may have is 135 …
+pub(super) const PLACES: usize = 8_192;
+/// … and, where a process may have few files open, this part of them: callers, the database and connections that are kept
+/// are files, too.
+const FILES_PER_PLACE: usize = 2;
+/// Slow receivers may have one in so many of the places.
+const PLACES_PER_SLOW: usize = 2;
+/// The first attempts of webhooks may exceed the places by one for so many of them.
+const PLACES_PER_EXTRA: usize = 4;
 /// An organisation with fewer under way is not limited.
 const MIN_PER_ORGANIZATION: usize = 64;
 
@@ -67,12 +71,14 @@ impl Level {
 }
 
 impl Shares {
-    pub(super) fn new(max_per_webhook: usize) -> Self {
+    /// For a process that may have so many files open.
+    pub(super) fn new(max_per_webhook: usize, files: u64) -> Self {
+        let places = usize::try_from(files).map_or(PLACES, |files| PLACES.min(files / FILES_PER_PLACE));
         Self {
             max_per_webhook,
-            places: PLACES,
-            slow_places: SLOW_PLACES,
-            hard_cap: HARD_CAP,
+            places,
+            slow_places: places / PLACES_PER_SLOW,
+            hard_cap: places + places / PLACES_PER_EXTRA,
             min_per_organization: MIN_PER_ORGANIZATION,
         }
     }
@@ -136,7 +142,7 @@ mod tests {
 
     #[test]
     fn few_get_a_lot_and_many_leave_room() {
-        let shares = Shares::new(32);
+        let shares = Shares::new(32, u64::MAX);
         for speed in [Speed::Quick, Speed::Slow] {
             assert_eq!(saturate(&shares, 8, speed).0, [32; 8]);
         }
@@ -153,7 +159,7 @@ mod tests {
 
     #[test]
     fn an_organisation_leaves_half_and_its_webhooks_leave_room_for_each_other() {
-        let shares = Shares::new(32);
+        let shares = Shares::new(32, u64::MAX);
         let (mut webhooks, mut all) = ([0; 200], InFlight::default());
         while let Some(least) = webhooks.iter_mut().filter(|count| **count < 32).min()
             && shares.allow_within(Level::of(*least), Speed::Quick, &all, &all)
@@ -168,8 +174,18 @@ mod tests {
     }
 
     #[test]
+    fn attempts_leave_files_for_everything_else() {
+        for files in [64, 1_024, 4_096, u64::MAX] {
+            let shares = Shares::new(32, files);
+            let (_, all) = saturate(&shares, 2 * PLACES, Speed::Quick);
+            assert!((all.total() as u64) <= files / 4 * 3 && all.total() <= PLACES / 4 * 5, "{files}: {all:?}");
+            assert_eq!(saturate(&shares, 1, Speed::Slow).0, [(files / 8).min(32) as usize], "{files}");
+        }
+    }
+
+    #[test]
     fn a_large_maximum_can_be_reached() {
-        let shares = Shares::new(1_024);
+        let shares = Shares::new(1_024, u64::MAX);
         assert!(saturate(&shares, 1, Speed::Quick).0[0] >= 1_024);
     }
 }
