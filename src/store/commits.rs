@@ -54,6 +54,15 @@ impl Commits {
         };
         outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
     }
+
+    /// Brings what is in SQLite's log into the database, as far as nobody reads what it replaces.
+    pub(super) async fn checkpoint(&self) {
+        if let Self::Sqlite(pool) = self
+            && let Err(error) = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(pool).await
+        {
+            tracing::debug!(%error, "a commit will have to bring SQLite's log into the database");
+        }
+    }
 }
 
 async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {

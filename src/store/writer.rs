@@ -34,6 +34,12 @@ const MAX_SHARED_BATCH: usize = 128;
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
 
+/// After so many deliveries and results, what is in SQLite's log is brought into the database as soon as there is time.
+/// Left to SQLite, every few commits one does it before it is answered …
+const CHECKPOINT: usize = 128;
+/// … and there is time when nobody waits, and nobody came for so long before the last commit.
+const RESTED: Duration = Duration::from_millis(1);
+
 /// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
 pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -85,12 +91,14 @@ impl Writer {
         let shared = Arc::new(AtomicBool::new(false));
         let is_shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let (mut waiting, mut size) = (Turns::new(), None);
+            let (mut waiting, mut size, mut written) = (Turns::new(), None, 0);
             loop {
+                let began = clock::stopwatch();
                 if waiting.is_empty() {
                     let Some(first) = coming.recv().await else { return };
                     waiting.push(first.organization(), first);
                 }
+                let rested = began.elapsed() >= RESTED;
                 while let Ok(next) = coming.try_recv() {
                     waiting.push(next.organization(), next);
                 }
@@ -123,6 +131,11 @@ impl Writer {
                     }
                     // Those who wait behind this batch are not to wait for the database a second time.
                     (batch, Some(error)) => store.fail(batch, &error),
+                }
+                written += weight;
+                if written >= CHECKPOINT && rested && waiting.is_empty() && coming.is_empty() {
+                    store.0.commits.checkpoint().await;
+                    written = 0;
                 }
             }
         });
