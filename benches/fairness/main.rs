@@ -236,12 +236,13 @@ fn group(number: usize) -> String {
     format!("slow.g{number}")
 }
 
-/// Publishes at a pace until told to stop.
+/// Publishes at a pace until told to stop; a little slower, so that it meets the events that are measured at every moment
+/// of theirs, and not at the same one during the whole run.
 fn keep_publishing(caller: Caller, pace: u32, event: impl Fn(usize) -> String + Send + 'static) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(Duration::from_secs(1) / pace);
+        let mut ticks = tokio::time::interval(Duration::from_secs(37) / (36 * pace));
         let mut number = 0;
         while !stopped.load(Ordering::Relaxed) {
             ticks.tick().await;
