@@ -36,8 +36,6 @@ use crate::{
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between two looks at the database's clock.
 const KEEP_TIME: Duration = Duration::from_secs(2);
-/// How many files a process may usually have open when nobody has set it.
-const USUAL_OPEN_FILES: u64 = 1_024;
 /// Between rounds of tidying up.
 const TIDY: Duration = Duration::from_secs(10);
 /// Between two steps of a round, so many times as long as the step took: whoever publishes has the rest of the database.
@@ -86,7 +84,7 @@ pub async fn run(
         schedule: Arc::new(config.retry_schedule.clone()),
         request_timeout: config.request_timeout,
         max_in_flight_per_webhook: config.max_in_flight_per_webhook,
-        open_files: open_files(),
+        open_files: raise_open_files(),
     };
     let api = Api(Arc::new(Parts {
         tokens: Tokens::new(&store.token_key().await?),
@@ -197,11 +195,12 @@ async fn not_ready(reporter: HealthReporter, shutdown: CancellationToken) {
     reporter.set_not_serving::<AuditServiceServer<Api>>().await;
 }
 
-/// How many files this process may have open. The limit that a shell sets is a fraction of what is allowed.
-fn open_files() -> u64 {
+/// Lets this process have as many files open as it may, and says how many. What a shell sets is a fraction of what is
+/// allowed.
+fn raise_open_files() -> u64 {
     rlimit::increase_nofile_limit(u64::MAX).unwrap_or_else(|error| {
-        tracing::warn!(%error, files = USUAL_OPEN_FILES, "the limit of open files cannot be raised; taken to be the usual one");
-        USUAL_OPEN_FILES
+        tracing::warn!(%error, "the limit of open files could not be raised");
+        rlimit::Resource::NOFILE.get_soft().unwrap_or(0)
     })
 }
 

@@ -43,6 +43,9 @@ const QUIET_PACE: u32 = 20;
 const WARM_UP: Duration = Duration::from_secs(2);
 /// What has not arrived this long after its run counts as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Who disturbs takes this many times as long as its pace says. In step with those who are measured, it would meet all of
+/// them at the same moment of theirs, which is another one in each run.
+const OUT_OF_STEP: f64 = 37.0 / 36.0;
 /// Webhooks that never answer, in as many groups; each has more waiting than it may have under way.
 const DEAD: usize = 64;
 const DEAD_GROUPS: usize = 16;
@@ -236,13 +239,12 @@ fn group(number: usize) -> String {
     format!("slow.g{number}")
 }
 
-/// Publishes at a pace until told to stop; a little slower, so that it meets the events that are measured at every moment
-/// of theirs, and not at the same one during the whole run.
+/// Publishes at a pace until told to stop, or nearly: see [`OUT_OF_STEP`].
 fn keep_publishing(caller: Caller, pace: u32, event: impl Fn(usize) -> String + Send + 'static) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(Duration::from_secs(37) / (36 * pace));
+        let mut ticks = tokio::time::interval(Duration::from_secs(1).mul_f64(OUT_OF_STEP) / pace);
         let mut number = 0;
         while !stopped.load(Ordering::Relaxed) {
             ticks.tick().await;

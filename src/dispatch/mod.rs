@@ -59,7 +59,16 @@ impl Engine {
     pub async fn run(self, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
         let Some(mut ready) = self.store.ready() else { return };
         let claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
-        let mut queue = Queue::new(Shares::new(self.max_in_flight_per_webhook, self.open_files));
+        let shares = Shares::new(self.max_in_flight_per_webhook, self.open_files);
+        if shares.are_few() {
+            let (open_files, attempts) = (self.open_files, shares.places);
+            tracing::warn!(
+                open_files,
+                attempts,
+                "few attempts may be under way; raise the limit of open files (ulimit -n)"
+            );
+        }
+        let mut queue = Queue::new(shares);
         let (freed, mut free) = mpsc::unbounded_channel();
         let (mut running, mut more) = (JoinSet::new(), false);
         while !stopping.is_cancelled() {

@@ -38,9 +38,11 @@ pub(super) struct Ended {
 pub(super) struct Pace {
     /// How long attempts take: the average of the last one and of the average before it.
     took: Duration,
-    /// How many may be under way. Halved by one that was waited for in vain, and one more with each that was not: so it
-    /// doubles with each round of answers, as TCP begins, and shrinks as TCP does for a network that loses packets.
+    /// How many may be under way. Halved by one that was waited for in vain, and one more with each that was not, up to
+    /// double of what was tried: so it doubles with each round of answers, as TCP's does at first.
     window: usize,
+    /// The most that were under way since it was halved.
+    tried: usize,
 }
 
 impl Speed {
@@ -74,13 +76,20 @@ impl<T> IndexMut<Speed> for BySpeed<T> {
 
 impl Pace {
     pub(super) fn unknown(max_in_flight: usize) -> Self {
-        Self { took: Duration::ZERO, window: FIRST_WINDOW.min(max_in_flight) }
+        Self { took: Duration::ZERO, window: FIRST_WINDOW.min(max_in_flight), tried: 0 }
     }
 
-    pub(super) fn learn(&mut self, ended: Ended, max_in_flight: usize) {
+    /// An attempt ended when so many were under way, it included.
+    pub(super) fn learn(&mut self, ended: Ended, in_flight: usize, max_in_flight: usize) {
         self.took = (self.took + ended.took) / 2;
         let in_vain = !ended.answered && ended.took > QUICK;
-        self.window = if in_vain { (self.window / 2).max(1) } else { (self.window + 1).min(max_in_flight) };
+        self.tried = self.tried.max(in_flight);
+        if in_vain {
+            self.window = (self.window / 2).max(1);
+            self.tried = self.tried.min(self.window);
+        } else if self.window < 2 * self.tried {
+            self.window = (self.window + 1).min(max_in_flight);
+        }
     }
 
     pub(super) fn window(&self) -> usize {
@@ -121,9 +130,9 @@ mod tests {
     fn one_that_hangs_gets_little_until_it_answers() {
         let mut pace = Pace::unknown(32);
         let hung = Ended { took: Duration::from_secs(30), answered: false };
-        (0..32).for_each(|_| pace.learn(hung, 32));
+        (0..32).for_each(|_| pace.learn(hung, 1, 32));
         assert_eq!((pace.window(), pace.speed(), pace.worth_holding(1)), (1, Speed::Slow, 1));
-        (0..31).for_each(|_| pace.learn(answered(5), 32));
+        (0..31).for_each(|_| pace.learn(answered(5), 32, 32));
         assert_eq!((pace.window(), pace.speed(), pace.is_wary(32)), (32, Speed::Quick, false));
     }
 
@@ -132,9 +141,12 @@ mod tests {
         let mut pace = Pace::unknown(32);
         assert_eq!((pace.window(), pace.is_remarkable(32)), (8, false));
         for expected in [16, 32, 32] {
-            (0..pace.window()).for_each(|_| pace.learn(answered(5), 32));
+            (0..pace.window()).for_each(|_| pace.learn(answered(5), 16, 32));
             assert_eq!((pace.window(), pace.is_remarkable(32), pace.is_wary(32)), (expected, true, false));
         }
+        let mut one_at_a_time = Pace::unknown(32);
+        (0..100).for_each(|_| one_at_a_time.learn(answered(5), 1, 32));
+        assert_eq!(one_at_a_time.window(), 8, "nobody knows what it would do with more");
         let few = Pace::unknown(3);
         assert_eq!((few.window(), few.is_remarkable(3)), (3, false));
     }
@@ -142,20 +154,20 @@ mod tests {
     #[test]
     fn slow_answers_are_answers_and_refusals_are_no_silence() {
         let mut pace = Pace::unknown(32);
-        (0..4).for_each(|_| pace.learn(answered(14_900), 32));
+        (0..4).for_each(|_| pace.learn(answered(14_900), 32, 32));
         assert_eq!((pace.window(), pace.speed()), (FIRST_WINDOW + 4, Speed::Slow));
         let refused = Ended { took: Duration::from_millis(1), answered: false };
-        (0..8).for_each(|_| pace.learn(refused, 32));
+        (0..8).for_each(|_| pace.learn(refused, 32, 32));
         assert_eq!((pace.window(), pace.speed()), (FIRST_WINDOW + 4 + 8, Speed::Quick));
     }
 
     #[test]
     fn what_is_done_soon_is_worth_holding() {
         let mut pace = Pace::unknown(32);
-        (0..20).for_each(|_| pace.learn(answered(500), 32));
+        (0..20).for_each(|_| pace.learn(answered(500), 32, 32));
         // Nearly: the average comes closer and closer.
         assert_eq!(pace.worth_holding(32), 32 + 4 * 32);
-        (0..20).for_each(|_| pace.learn(answered(14_900), 32));
+        (0..20).for_each(|_| pace.learn(answered(14_900), 32, 32));
         assert_eq!(pace.worth_holding(32), 32);
     }
 }

@@ -21,8 +21,8 @@ use super::{
     shares::{InFlight, Level, Shares},
 };
 
-/// Receivers that are known are remembered while nothing is sent to them, up to this many. Beyond, those that may do more
-/// for it are forgotten, who soon prove themselves again, and when most are others, all.
+/// Receivers that get less than new ones are remembered while nothing is sent to them, up to this many; beyond, all of them
+/// are forgotten. As many of those that get more are, apart from them, and proved it anew in no time.
 const MAX_REMEMBERED: usize = 16_384;
 
 /// What waits for its turn. Bounded by what the store lets this node hold.
@@ -38,7 +38,8 @@ pub(super) struct Queue<T> {
     next: Speed,
     in_flight: InFlight,
     last_ticket: u64,
-    remembered: HashMap<Arc<str>, Pace>,
+    wary_of: HashMap<Arc<str>, Pace>,
+    proven: HashMap<Arc<str>, Pace>,
 }
 
 /// A place in an order of turns.
@@ -91,7 +92,8 @@ impl<T> Queue<T> {
             next: Speed::Quick,
             in_flight: InFlight::default(),
             last_ticket: 0,
-            remembered: HashMap::new(),
+            wary_of: HashMap::new(),
+            proven: HashMap::new(),
         }
     }
 
@@ -127,7 +129,7 @@ impl<T> Queue<T> {
     pub(super) fn finished(&mut self, index: usize, ended: Option<Ended>) -> (Arc<str>, usize) {
         let line = &mut self.lines[index];
         if let Some(ended) = ended {
-            line.pace.learn(ended, self.shares.max_per_webhook);
+            line.pace.learn(ended, line.in_flight, self.shares.max_per_webhook);
         }
         let (before, speed) = (line.speed, line.pace.speed());
         line.speed = speed;
@@ -212,7 +214,7 @@ impl<T> Queue<T> {
             }
         };
         self.organizations[organization].lines += 1;
-        let remembered = self.remembered.remove(webhook_id);
+        let remembered = self.wary_of.remove(webhook_id).or_else(|| self.proven.remove(webhook_id));
         let pace = remembered.unwrap_or_else(|| Pace::unknown(self.shares.max_per_webhook));
         let index = self.lines.insert(Line {
             webhook_id: Arc::clone(webhook_id),
@@ -244,13 +246,12 @@ impl<T> Queue<T> {
     }
 
     fn remember(&mut self, webhook_id: Arc<str>, pace: Pace) {
-        if self.remembered.len() >= MAX_REMEMBERED {
-            self.remembered.retain(|_, pace| pace.is_wary(self.shares.max_per_webhook));
-            if self.remembered.len() > MAX_REMEMBERED / 2 {
-                self.remembered.clear();
-            }
+        let wary = pace.is_wary(self.shares.max_per_webhook);
+        let remembered = if wary { &mut self.wary_of } else { &mut self.proven };
+        if remembered.len() >= MAX_REMEMBERED {
+            remembered.clear();
         }
-        self.remembered.insert(webhook_id, pace);
+        remembered.insert(webhook_id, pace);
     }
 }
 
@@ -313,8 +314,8 @@ mod tests {
     #[test]
     fn a_quick_receiver_has_room_beside_thousands_that_hang() {
         let mut queue = Queue::new(Shares::new(32, u64::MAX));
-        for webhook in 0..5_000 {
-            (0..40).for_each(|_| queue.push(&format!("org {}", webhook % 100), &format!("dead {webhook}").into(), ()));
+        for webhook in 0..12_000 {
+            (0..10).for_each(|_| queue.push(&format!("org {}", webhook % 100), &format!("dead {webhook}").into(), ()));
         }
         let mut under_way: VecDeque<usize> = VecDeque::new();
         // Half a minute later those that had their turn are known.
@@ -338,22 +339,26 @@ mod tests {
     }
 
     #[test]
-    fn who_is_known_is_remembered_and_who_is_slow_for_longer() {
+    fn who_is_known_is_remembered_and_nobody_is_forgotten_for_those_who_are_quick() {
         let mut queue = Queue::new(Shares::new(32, u64::MAX));
+        // As many under way at a time as the webhook gets.
         let mut attempt = |webhook_id: &str, ended| {
-            queue.push("acme", &webhook_id.into(), ());
-            let (line, ()) = queue.pop().unwrap();
-            queue.finished(line, ended);
+            (0..8).for_each(|_| queue.push("acme", &webhook_id.into(), ()));
+            let lines: Vec<usize> = std::iter::from_fn(|| queue.pop()).map(|(line, ())| line).collect();
+            lines.into_iter().for_each(|line| drop(queue.finished(line, ended)));
             assert!(is_empty(&queue));
-            queue.remembered.len()
+            [queue.wary_of.len(), queue.proven.len()]
         };
-        assert_eq!(attempt("new", None), 0);
-        assert_eq!(attempt("slow", Some(SLOW)), 1);
-        for number in 1..MAX_REMEMBERED {
-            assert_eq!(attempt(&format!("quick {number}"), Some(QUICK)), 1 + number);
+        assert_eq!(attempt("new", None), [0, 0]);
+        for number in 0..MAX_REMEMBERED {
+            assert_eq!(attempt(&format!("slow {number}"), Some(SLOW)), [number + 1, 0]);
         }
-        assert_eq!(attempt("one more", Some(QUICK)), 2);
-        queue.push("acme", &"slow".into(), ());
+        for number in 0..MAX_REMEMBERED {
+            assert_eq!(attempt(&format!("quick {number}"), Some(QUICK)), [MAX_REMEMBERED, number + 1]);
+        }
+        assert_eq!(attempt("one more", Some(QUICK)), [MAX_REMEMBERED, 1]);
+        assert_eq!(attempt("slow 7", Some(QUICK)), [MAX_REMEMBERED - 1, 2], "it has changed");
+        queue.push("acme", &"slow 8".into(), ());
         assert!(queue.orders.quick.is_empty() && queue.orders.slow.len() == 1);
     }
 

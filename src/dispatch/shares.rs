@@ -1,6 +1,6 @@
 //! How many attempts may be under way, so that nobody's receivers take the wire from the others.
 //!
-//! Fixed caps cannot do it: 64 receivers that never answer, with 32 attempts each, fill 2,048 places for half a minute.
+//! Fixed caps cannot do it: 256 receivers that never answer, with 32 attempts each, fill 8,192 places for half a minute.
 //! The rule is that of dynamic thresholds, by which switches share their memory (A. K. Choudhury and E. L. Hahne,
 //! "Dynamic queue length thresholds for shared-memory packet switches", IEEE/ACM Transactions on Networking 6(2), 1998):
 //! whoever has something on the wire may add to it only while that is less than a multiple α of what is *free*. A few get
@@ -10,31 +10,35 @@
 //!
 //! ```text
 //! free  = places − all under way              for slow ones at most  slow places − slow ones under way
-//! first attempt (n = 0):  while all under way < hard cap;  for slow ones while free > 0
+//! first attempt (n = 0):  while all under way < hard cap;  for slow ones while those are fewer than the slow places
 //! another (n ≥ 1):        while n < α × free   and   n < its window  ≤  the configured maximum
 //! and, when m ≥ 64:       while n < α × (free − m)
 //! ```
 //!
-//! where n counts as the next lower power of two, which keeps the queue's orders few. α for webhooks is such that one may reach
-//! the maximum while a quarter of the places is free. α for organisations is 1, so that one alone leaves half; what it
+//! where n counts as the next lower power of two, which keeps the queue's orders few. α for webhooks is such that one may
+//! reach the maximum, or a quarter of the places if that is less, while a quarter of them is free. α for organisations is 1, so that one alone leaves half; what it
 //! may still take, m < free, its webhooks share by the same rule, so that those of one organisation leave room for each
 //! other, too. Slow webhooks, see [`super::pace`], have half of the places: they need many at a time for little traffic,
 //! quick ones few for a lot.
 
 use super::pace::{BySpeed, Speed};
 
-/// Attempts under way on this node which the webhooks share: as many as it holds deliveries. At 15 s each, the half that
-/// slow receivers may have is 270 deliveries a second, and that of it which one organisation may have is 135 …
-pub(super) const PLACES: usize = 8_192;
-/// … and, where a process may have few files open, this part of them: callers, the database and connections that are kept
-/// are files, too.
-const FILES_PER_PLACE: usize = 2;
-/// Slow receivers may have one in so many of the places.
+/// Attempts under way on this node which the webhooks share, where as many files may be open. At 15 s each, the half that
+/// slow receivers may have is 270 deliveries a second, and that of it which one organisation may have is 135.
+const PLACES: usize = 8_192;
+/// One for every so many places is for slow receivers …
 const PLACES_PER_SLOW: usize = 2;
-/// The first attempts of webhooks may exceed the places by one for so many of them.
+/// … and first attempts of webhooks may exceed them by one for every so many.
 const PLACES_PER_EXTRA: usize = 4;
-/// An organisation with fewer under way is not limited.
+/// Each attempt is a file, and so are callers, the database, and connections that are kept: attempts may have one of every so
+/// many.
+const FILES_PER_ATTEMPT: u64 = 2;
+/// So many places there are, however few files.
+const MIN_PLACES: usize = 64;
+/// An organisation with fewer under way is not limited …
 const MIN_PER_ORGANIZATION: usize = 64;
+/// … or than one for every so many places, where there are few of those.
+const PLACES_PER_ORGANIZATION: usize = 16;
 
 /// The limits of one node.
 #[derive(Debug, Clone)]
@@ -73,14 +77,20 @@ impl Level {
 impl Shares {
     /// For a process that may have so many files open.
     pub(super) fn new(max_per_webhook: usize, files: u64) -> Self {
-        let places = usize::try_from(files).map_or(PLACES, |files| PLACES.min(files / FILES_PER_PLACE));
+        let attempts = usize::try_from(files / FILES_PER_ATTEMPT).unwrap_or(usize::MAX);
+        let places = (attempts / (PLACES_PER_EXTRA + 1)).saturating_mul(PLACES_PER_EXTRA).clamp(MIN_PLACES, PLACES);
         Self {
             max_per_webhook,
             places,
             slow_places: places / PLACES_PER_SLOW,
             hard_cap: places + places / PLACES_PER_EXTRA,
-            min_per_organization: MIN_PER_ORGANIZATION,
+            min_per_organization: MIN_PER_ORGANIZATION.min(places / PLACES_PER_ORGANIZATION),
         }
+    }
+
+    /// Whether there are by far fewer places than there could be.
+    pub(super) fn are_few(&self) -> bool {
+        self.places < PLACES / 2
     }
 
     /// Whether webhooks of this speed and level may start another attempt.
@@ -147,7 +157,9 @@ mod tests {
             assert_eq!(saturate(&shares, 8, speed).0, [32; 8]);
         }
         // What a quick webhook may have beside so many that hang, before and after they are known to be slow.
-        for (count, beside_quick, beside_slow) in [(64, 16, 32), (256, 4, 32), (1_000, 1, 32), (3_000, 1, 32)] {
+        for (count, beside_quick, beside_slow) in
+            [(256, 16, 32), (1_024, 4, 32), (4_000, 1, 32), (PLACES + 1_000, 1, 32)]
+        {
             for (speed, expected) in [(Speed::Quick, beside_quick), (Speed::Slow, beside_slow)] {
                 let (_, all) = saturate(&shares, count, speed);
                 assert!(shares.allow(Level::of(0), Speed::Quick, &all), "{count} {speed:?}");
@@ -174,13 +186,24 @@ mod tests {
     }
 
     #[test]
-    fn attempts_leave_files_for_everything_else() {
-        for files in [64, 1_024, 4_096, u64::MAX] {
+    fn attempts_take_half_of_the_files_and_organisations_half_of_those() {
+        for files in [256, 1_024, 4_096, 16_384, u64::MAX] {
             let shares = Shares::new(32, files);
-            let (_, all) = saturate(&shares, 2 * PLACES, Speed::Quick);
-            assert!((all.total() as u64) <= files / 4 * 3 && all.total() <= PLACES / 4 * 5, "{files}: {all:?}");
-            assert_eq!(saturate(&shares, 1, Speed::Slow).0, [(files / 8).min(32) as usize], "{files}");
+            let (_, all) = saturate(&shares, PLACES / 4 * 5 + 1, Speed::Quick);
+            assert_eq!(all.total(), shares.hard_cap);
+            assert!(all.total() as u64 <= files / 2 && all.total() <= PLACES / 4 * 5, "{files}: {all:?}");
+            assert_eq!(shares.are_few(), files < 10_240);
+            // One organisation that takes all it can.
+            for speed in [Speed::Quick, Speed::Slow] {
+                let mut its = InFlight::default();
+                while shares.allow(Level::of(1), speed, &its) && shares.allow_within(Level::of(1), speed, &its, &its) {
+                    its[speed] += 1;
+                }
+                let most = if speed == Speed::Slow { shares.slow_places } else { shares.places };
+                assert!((most / 4..=most / 2).contains(&its.total()), "{files} {speed:?}: {its:?}");
+            }
         }
+        assert_eq!(Shares::new(32, 0).places, MIN_PLACES, "too few for anything to work, but not none");
     }
 
     #[test]

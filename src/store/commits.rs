@@ -20,6 +20,9 @@ use crate::clock;
 /// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time.
 const MAX_KEPT: Duration = Duration::from_secs(10 * 60);
 
+/// A checkpoint that is not due waits this long for the connection, which the pool has back a moment after a commit.
+const MAX_WAIT_FOR_CHECKPOINT: Duration = Duration::from_millis(10);
+
 /// Where transactions are committed that are a script each, one after the other.
 pub(super) enum Commits {
     /// The connection that all write by.
@@ -55,12 +58,14 @@ impl Commits {
         outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
     }
 
-    /// Brings what is in SQLite's log into the database, as far as nobody reads what it replaces.
+    /// Brings what is in SQLite's log into the database, as far as nobody reads what it replaces, unless somebody else is
+    /// writing: whoever comes in the meantime is not to wait for both.
     pub(super) async fn checkpoint(&self) {
         if let Self::Sqlite(pool) = self
-            && let Err(error) = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(pool).await
+            && let Ok(Ok(mut connection)) = tokio::time::timeout(MAX_WAIT_FOR_CHECKPOINT, pool.acquire()).await
+            && let Err(error) = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(&mut *connection).await
         {
-            tracing::debug!(%error, "a commit will have to bring SQLite's log into the database");
+            tracing::warn!(%error, "SQLite's log could not be brought into the database; a commit will have to do it");
         }
     }
 }

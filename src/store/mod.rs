@@ -7,6 +7,7 @@
 mod audit;
 mod backlog;
 mod changes;
+mod checkpoints;
 mod commit_size;
 mod commits;
 mod counts;

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Error, Inner, Store,
+    checkpoints::Checkpoints,
     commit_size::CommitSize,
     counts::Deltas,
     leases::{self, Release},
@@ -33,12 +34,6 @@ const MIN_SHARED_BATCH: usize = 8;
 const MAX_SHARED_BATCH: usize = 128;
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
-
-/// After so many deliveries and results, what is in SQLite's log is brought into the database as soon as there is time.
-/// Left to SQLite, every few commits one does it before it is answered …
-const CHECKPOINT: usize = 128;
-/// … and there is time when nobody waits, and nobody came for so long before the last commit.
-const RESTED: Duration = Duration::from_millis(1);
 
 /// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
 pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
@@ -91,14 +86,14 @@ impl Writer {
         let shared = Arc::new(AtomicBool::new(false));
         let is_shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let (mut waiting, mut size, mut written) = (Turns::new(), None, 0);
+            let (mut waiting, mut size, mut checkpoints) = (Turns::new(), None, Checkpoints::default());
             loop {
                 let began = clock::stopwatch();
                 if waiting.is_empty() {
                     let Some(first) = coming.recv().await else { return };
                     waiting.push(first.organization(), first);
                 }
-                let rested = began.elapsed() >= RESTED;
+                let waited = began.elapsed();
                 while let Ok(next) = coming.try_recv() {
                     waiting.push(next.organization(), next);
                 }
@@ -132,10 +127,8 @@ impl Writer {
                     // Those who wait behind this batch are not to wait for the database a second time.
                     (batch, Some(error)) => store.fail(batch, &error),
                 }
-                written += weight;
-                if written >= CHECKPOINT && rested && waiting.is_empty() && coming.is_empty() {
+                if checkpoints.after_commit(weight, waited, !waiting.is_empty() || !coming.is_empty()) {
                     store.0.commits.checkpoint().await;
-                    written = 0;
                 }
             }
         });
