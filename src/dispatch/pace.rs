@@ -141,7 +141,8 @@ mod tests {
         let mut pace = Pace::unknown(32);
         assert_eq!((pace.window(), pace.is_remarkable(32)), (8, false));
         for expected in [16, 32, 32] {
-            (0..pace.window()).for_each(|_| pace.learn(answered(5), 16, 32));
+            let round = pace.window();
+            (0..round).for_each(|_| pace.learn(answered(5), round, 32));
             assert_eq!((pace.window(), pace.is_remarkable(32), pace.is_wary(32)), (expected, true, false));
         }
         let mut one_at_a_time = Pace::unknown(32);

@@ -22,7 +22,7 @@ use super::{
 };
 
 /// Receivers that get less than new ones are remembered while nothing is sent to them, up to this many; beyond, all of them
-/// are forgotten. As many of those that get more are, apart from them, and proved it anew in no time.
+/// are forgotten. So are as many of those that get more, apart from them; who is forgotten proves itself anew in no time.
 const MAX_REMEMBERED: usize = 16_384;
 
 /// What waits for its turn. Bounded by what the store lets this node hold.

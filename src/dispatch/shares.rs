@@ -23,7 +23,7 @@
 
 use super::pace::{BySpeed, Speed};
 
-/// Attempts under way on this node which the webhooks share, where as many files may be open. At 15 s each, the half that
+/// Attempts under way on this node which the webhooks share, where enough files may be open. At 15 s each, the half that
 /// slow receivers may have is 270 deliveries a second, and that of it which one organisation may have is 135.
 const PLACES: usize = 8_192;
 /// One for every so many places is for slow receivers …

@@ -20,7 +20,7 @@ use crate::clock;
 /// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time.
 const MAX_KEPT: Duration = Duration::from_secs(10 * 60);
 
-/// A checkpoint that is not due waits this long for the connection, which the pool has back a moment after a commit.
+/// A checkpoint waits no longer than this for the connection, which the pool has back a moment after a commit.
 const MAX_WAIT_FOR_CHECKPOINT: Duration = Duration::from_millis(10);
 
 /// Where transactions are committed that are a script each, one after the other.

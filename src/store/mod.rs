@@ -10,6 +10,7 @@ mod changes;
 mod checkpoints;
 mod commit_size;
 mod commits;
+mod connections;
 mod counts;
 mod deliveries;
 mod entity;
@@ -41,8 +42,8 @@ mod writer;
 use std::{sync::Arc, time::Duration};
 
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait, Set,
-    SqliteTransactionMode, TransactionOptions, TransactionTrait,
+    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait, Set, SqliteTransactionMode,
+    TransactionOptions, TransactionTrait,
 };
 use sea_orm_migration::MigratorTrait;
 use tokio::sync::mpsc;
@@ -51,6 +52,7 @@ pub use self::{
     audit::{Actor, AuditAction, AuditEntry, AuditFilter},
     backlog::BacklogLimits,
     changes::{ChangeFilter, Watch, WatchError},
+    connections::sqlite_path,
     counts::Stats,
     deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
     handoff::News,
@@ -64,7 +66,9 @@ pub use self::{
     waiting::Waiting,
     webhooks::Rotated,
 };
-use self::{backlog::Backlog, commits::Commits, handoff::Handoff, targets::Targets, writer::Writer};
+use self::{
+    backlog::Backlog, commits::Commits, connections::Connections, handoff::Handoff, targets::Targets, writer::Writer,
+};
 use crate::{
     clock,
     feed::Feed,
@@ -72,11 +76,6 @@ use crate::{
     webhook::{Retention, Timestamp},
 };
 
-/// Connections for reading, and on PostgreSQL, less one for commits, for everything.
-const MAX_CONNECTIONS: u32 = 16;
-/// A call waits this long for a connection, then ends with [`Error::Unavailable`]. A publish may wait behind another that
-/// waits, and is to be refused within five seconds.
-const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
 /// What the database's clock says is taken over when it was asked and answered within this time.
 const MAX_CLOCK_ROUND_TRIP: Duration = Duration::from_millis(250);
 
@@ -115,7 +114,7 @@ struct Inner {
 /// What can go wrong with the database.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// It cannot be reached, or not within [`MAX_WAIT_FOR_CONNECTION`].
+    /// It cannot be reached, or not within two seconds.
     #[error("the database cannot be reached: {0}")]
     Unavailable(Arc<sea_orm::DbErr>),
     /// It refused a statement, or holds what it must not.
@@ -179,14 +178,7 @@ impl From<sea_orm::DbErr> for Error {
 impl Store {
     /// Opens `sqlite://…` or `postgres://…`; the schema is brought up to date by [`Store::migrate`].
     pub async fn connect(url: &str) -> Result<Self, Error> {
-        let (read, write, commits) = if url.starts_with("sqlite:") {
-            // The writer first: it makes the file.
-            let write = Database::connect(options(url, 1, Plans::New)).await?;
-            (Database::connect(options(url, MAX_CONNECTIONS, Plans::New)).await?, write.clone(), write)
-        } else {
-            let pool = Database::connect(options(url, MAX_CONNECTIONS - 1, Plans::New)).await?;
-            (pool.clone(), pool, Database::connect(options(url, 1, Plans::Kept)).await?)
-        };
+        let Connections { read, write, commits } = Connections::open(url).await?;
         let (ready, ready_out) = mpsc::unbounded_channel();
         let store = Self(Arc::new(Inner {
             read,
@@ -337,68 +329,4 @@ fn passes(error: &sea_orm::DbErr) -> bool {
     // Not what took too long by itself, whose batch is tried again piece by piece.
     (code.len() == 5 && code != "57014" && classes.iter().any(|class| code.starts_with(class)))
         || matches!(plain, Ok(5 | 6 | 13))
-}
-
-/// Which plans PostgreSQL follows.
-#[derive(Clone, Copy)]
-enum Plans {
-    /// One that is made for each statement. Kept from when a table was small, some would lead row by row through all of it
-    /// until its statistics are renewed.
-    New,
-    /// One that is kept for each text of a statement that says no more than the whole of a primary key: then no index can
-    /// lead astray. It saves a tenth of a millisecond a commit.
-    Kept,
-}
-
-fn options(url: &str, connections: u32, plans: Plans) -> ConnectOptions {
-    let mut options = ConnectOptions::new(url);
-    options
-        .max_connections(connections)
-        .acquire_timeout(MAX_WAIT_FOR_CONNECTION)
-        .test_before_acquire(false)
-        .sqlx_logging(false)
-        // A node that freezes with a transaction open must not hold up the others for longer than this.
-        .map_sqlx_postgres_opts(move |postgres| {
-            postgres.options([
-                ("idle_in_transaction_session_timeout", "5s"),
-                ("lock_timeout", "5s"),
-                ("statement_timeout", "30s"),
-                // Every statement is made for an index. PostgreSQL would plan some otherwise while tables are small or
-                // their statistics old, and keep such a plan while they grow.
-                ("enable_seqscan", "off"),
-                ("enable_hashjoin", "off"),
-                ("enable_mergejoin", "off"),
-                ("jit", "off"),
-                (
-                    "plan_cache_mode",
-                    match plans {
-                        Plans::New => "force_custom_plan",
-                        Plans::Kept => "force_generic_plan",
-                    },
-                ),
-            ])
-        })
-        .map_sqlx_sqlite_opts(|sqlite| {
-            sqlite
-                .pragma("journal_mode", "WAL")
-                // What is acknowledged is on disk, also when the machine loses power.
-                .pragma("synchronous", "FULL")
-                .pragma("busy_timeout", "5000")
-                // What a statement would have to undo is otherwise a file of its own in each commit.
-                .pragma("temp_store", "MEMORY")
-        })
-        // When a disk is full, SQLite may end a transaction by itself. The pool does not notice, its next "transaction"
-        // would be a savepoint in one that never ends, and what is acknowledged would not be on disk.
-        .map_sqlx_sqlite_before_acquire(|connection, _| {
-            let clean = !sea_orm::sqlx::Connection::is_in_transaction(connection);
-            Box::pin(std::future::ready(Ok(clean)))
-        });
-    options
-}
-
-/// The file of a SQLite URL; none for PostgreSQL and for a database in memory.
-pub fn sqlite_path(url: &str) -> Option<&str> {
-    let path = url.strip_prefix("sqlite:")?;
-    let path = path.strip_prefix("//").unwrap_or(path).split('?').next()?;
-    (!path.is_empty() && path != ":memory:").then_some(path)
 }
