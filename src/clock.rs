@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        LazyLock, Mutex,
+        LazyLock, Mutex, PoisonError,
         atomic::{AtomicI64, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -58,6 +58,29 @@ fn of_this_machine() -> Timestamp {
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub fn stopwatch() -> Instant {
     Instant::now()
+}
+
+/// Something that is to be done once in a while, however often there is reason to.
+pub struct Seldom {
+    every: Duration,
+    last: Mutex<Option<Instant>>,
+}
+
+impl Seldom {
+    /// Once in this time.
+    pub fn new(every: Duration) -> Self {
+        Self { every, last: Mutex::new(None) }
+    }
+
+    /// Whether to do it now: it was not done for so long.
+    pub fn is_time(&self) -> bool {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_time = last.is_none_or(|last| last.elapsed() >= self.every);
+        if is_time {
+            *last = Some(stopwatch());
+        }
+        is_time
+    }
 }
 
 /// Bytes that nobody can guess.

@@ -77,14 +77,15 @@ pub async fn run(
     store.limit_backlog(BacklogLimits { total: config.max_backlog, organization: config.max_backlog_per_organization });
     store.look_at_backlog().await?;
     store.retain(config.retention);
-    let client = client(&config)?;
+    let open_files = raise_open_files();
+    let client = client(&config, open_files)?;
     let engine = Engine {
         store: store.clone(),
         client: client.clone(),
         schedule: Arc::new(config.retry_schedule.clone()),
         request_timeout: config.request_timeout,
         max_in_flight_per_webhook: config.max_in_flight_per_webhook,
-        open_files: raise_open_files(),
+        open_files,
     };
     let api = Api(Arc::new(Parts {
         tokens: Tokens::new(&store.token_key().await?),
@@ -204,7 +205,7 @@ fn raise_open_files() -> u64 {
     })
 }
 
-fn client(config: &Config) -> Result<egress::Client, egress::StartError> {
+fn client(config: &Config, open_files: u64) -> Result<egress::Client, egress::StartError> {
     let policy = egress::Policy {
         allow: config.egress_allow.clone(),
         allow_loopback: config.allow_loopback,
@@ -214,6 +215,7 @@ fn client(config: &Config) -> Result<egress::Client, egress::StartError> {
         request_timeout: config.request_timeout,
         user_agent: concat!("Shortkit-Webhooks/", env!("CARGO_PKG_VERSION")).to_owned(),
         extra_roots: config.egress_ca.clone(),
+        open_files,
     };
     egress::Client::new(policy, &settings)
 }

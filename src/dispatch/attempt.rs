@@ -25,6 +25,8 @@ const STANDARD_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signatur
 const TO_RECORD: Duration = Duration::from_secs(5);
 /// Between tries to record a result while the database cannot be reached.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
+/// Before a delivery for which no connection could be opened is given back.
+const NO_SOCKET_PAUSE: Duration = Duration::from_secs(1);
 
 /// A place on the wire, given back as soon as the request has ended, and not only when its result is recorded: the next
 /// attempt for the webhook need not wait for a commit.
@@ -98,7 +100,11 @@ impl Engine {
             return self.give_back(leased).await;
         };
         failpoint::reached("post", "before");
-        let (attempt, outcome) = self.post(&leased, &target).await;
+        let Some((attempt, outcome)) = self.post(&leased, &target).await else {
+            // It keeps its place meanwhile: not all that wait are to try in vain.
+            tokio::time::sleep(NO_SOCKET_PAUSE).await;
+            return self.give_back(leased).await;
+        };
         if let Some(mut slot) = slot.take() {
             slot.ended(&attempt);
         }
@@ -130,7 +136,8 @@ impl Engine {
         }
     }
 
-    async fn post(&self, leased: &Leased, target: &Target) -> (Attempt, Outcome) {
+    /// None when this node had no file left for a connection, which is no attempt, unless somebody waits for it.
+    async fn post(&self, leased: &Leased, target: &Target) -> Option<(Attempt, Outcome)> {
         let started_at = clock::now();
         let stopwatch = clock::stopwatch();
         let body = webhook::body(&leased.event, &leased.webhook_id);
@@ -152,12 +159,13 @@ impl Engine {
                     }
                 }
             }
+            egress::Outcome::Failed(egress::Failure::NoSocket) if leased.done.is_none() => return None,
             egress::Outcome::Failed(failure) => {
                 attempt.error = Some(failure.to_string());
                 Outcome::Refused { retry_after: None }
             }
         };
-        (attempt, outcome)
+        Some((attempt, outcome))
     }
 
     /// Records the result, again and again while the database fails and the lease lasts.

@@ -30,8 +30,8 @@ const PLACES: usize = 8_192;
 const PLACES_PER_SLOW: usize = 2;
 /// … and first attempts of webhooks may exceed them by one for every so many.
 const PLACES_PER_EXTRA: usize = 4;
-/// Each attempt is a file, and so are callers, the database, and connections that are kept: attempts may have one of every so
-/// many.
+/// Each attempt is a file, and so are callers, the database, and idle connections (see `egress/kept.rs`): attempts may have
+/// one of every so many.
 const FILES_PER_ATTEMPT: u64 = 2;
 /// So many places there are, however few files.
 const MIN_PLACES: usize = 64;

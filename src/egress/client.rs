@@ -4,14 +4,17 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderMap, Method, StatusCode, header::RETRY_AFTER};
 use reqwest::{Request, redirect, retry};
+use rustls::ClientConfig;
 use tower::util::MapFutureLayer;
 use url::Url;
 
 use super::{
     Failure, Policy, RetryAfter, UrlError,
     connector::{self, Permitted},
+    kept::{Kept, MAX_IDLE, MAX_KEPT_PER_HOST},
     names::Names,
 };
+use crate::clock::Seldom;
 
 /// This much of an answer is read; then the connection is dropped.
 pub const MAX_ANSWER_BYTES: usize = 16 * 1024;
@@ -26,21 +29,25 @@ const MAX_CONNECT: Duration = Duration::from_secs(5);
 const TO_NAME: Duration = Duration::from_millis(100);
 /// Registering a webhook waits this long for its name to be looked up, and then leaves the judgement to each attempt.
 const MAX_LOOKUP: Duration = Duration::from_secs(2);
-/// Idle connections kept for each host: as many as a webhook uses at a time, lest they be made anew all the time.
-const MAX_IDLE_PER_HOST: usize = 32;
-/// Idle connections are closed after this time.
-const MAX_IDLE: Duration = Duration::from_secs(30);
 /// An HTTP/2 connection under use that is silent for so long is asked whether it lives …
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// … and given up when it does not answer within this, lest every later request end on it.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// That files are short is said once in this time, however many requests it stops.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Sends requests through the policy. Cheap to clone.
 #[derive(Clone)]
 pub struct Client {
     policy: Arc<Policy>,
     names: Arc<Names>,
-    http: reqwest::Client,
+    kept: Arc<Kept>,
+    short_of_files: Arc<Seldom>,
+    /// Keeps connections open for the next request …
+    keeping: reqwest::Client,
+    /// … and closes them.
+    closing: reqwest::Client,
 }
 
 /// What an operator can set.
@@ -52,6 +59,8 @@ pub struct Settings {
     pub user_agent: String,
     /// PEM files of certificate authorities to trust beside the system's.
     pub extra_roots: Vec<Vec<u8>>,
+    /// How many files this process may have open, of which each connection is one.
+    pub open_files: u64,
 }
 
 /// Why there is no client.
@@ -97,8 +106,11 @@ impl Client {
         let policy = Arc::new(policy);
         let names = Arc::new(Names::system().map_err(|error| StartError::Names(error.to_string()))?);
         let permitted = Permitted { names: Arc::clone(&names), policy: Arc::clone(&policy) };
-        let http = http(permitted, Arc::clone(&policy), settings)?;
-        Ok(Self { policy, names, http })
+        let tls = connector::tls(&settings.extra_roots)?;
+        let [keeping, closing] = [MAX_KEPT_PER_HOST, 0].map(|keep| http(&permitted, &policy, &tls, settings, keep));
+        let (keeping, closing, kept) = (keeping?, closing?, Arc::new(Kept::new(settings.open_files)));
+        let short_of_files = Arc::new(Seldom::new(SAY_AGAIN));
+        Ok(Self { policy, names, kept, short_of_files, keeping, closing })
     }
 
     /// Judges a URL as it will be used: its text, and every address that its name has now. A name that cannot be looked
@@ -123,17 +135,26 @@ impl Client {
             Err(UrlError::Blocked) => return Outcome::Failed(Failure::BlockedAddress),
             Err(_) => return Outcome::Failed(Failure::InvalidUrl),
         }
-        match self.exchange(url.clone(), headers, body).await {
+        match self.exchange(url, headers, body).await {
             Ok(answer) => Outcome::Answered(answer),
-            Err(error) => Outcome::Failed(Failure::exchanging(&error)),
+            Err(error) => {
+                let failure = Failure::exchanging(&error);
+                if failure == Failure::NoSocket && self.short_of_files.is_time() {
+                    tracing::warn!("requests cannot go out: too many open files; raise their limit (ulimit -n)");
+                }
+                Outcome::Failed(failure)
+            }
         }
     }
 
-    async fn exchange(&self, url: Url, headers: HeaderMap, body: Vec<u8>) -> reqwest::Result<Answer> {
-        let mut request = Request::new(Method::POST, url);
+    async fn exchange(&self, url: &Url, headers: HeaderMap, body: Vec<u8>) -> reqwest::Result<Answer> {
+        let mut request = Request::new(Method::POST, url.clone());
         *request.headers_mut() = headers;
         *request.body_mut() = Some(body.into());
-        let mut response = self.http.execute(request).await?;
+        // Until all of the answer is read.
+        let place = self.kept.take(url);
+        let http = if place.is_some() { &self.keeping } else { &self.closing };
+        let mut response = http.execute(request).await?;
         let status = response.status();
         let asks = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
         let retry_after = response.headers().get(RETRY_AFTER).filter(|_| asks);
@@ -149,12 +170,20 @@ impl Client {
     }
 }
 
-/// The client that all requests share. It asks `permitted` whom to dial, and `policy` whom it has reached.
-fn http(permitted: Permitted, policy: Arc<Policy>, settings: &Settings) -> Result<reqwest::Client, StartError> {
+/// A client that requests share, which keeps so many connections to each host. It asks `permitted` whom to dial, and
+/// `policy` whom it has reached.
+fn http(
+    permitted: &Permitted,
+    policy: &Arc<Policy>,
+    tls: &ClientConfig,
+    settings: &Settings,
+    keep: usize,
+) -> reqwest::Result<reqwest::Client> {
     let connect = MAX_CONNECT.min(settings.request_timeout.saturating_sub(TO_NAME));
-    let client = reqwest::Client::builder()
-        .dns_resolver(permitted)
-        .tls_backend_preconfigured(connector::tls(&settings.extra_roots)?)
+    let policy = Arc::clone(policy);
+    reqwest::Client::builder()
+        .dns_resolver(permitted.clone())
+        .tls_backend_preconfigured(tls.clone())
         .connector_layer(MapFutureLayer::new(move |connecting| {
             connector::watch(connecting, Arc::clone(&policy), connect)
         }))
@@ -169,7 +198,7 @@ fn http(permitted: Permitted, policy: Arc<Policy>, settings: &Settings) -> Resul
         .retry(retry::never().max_retries_per_request(0))
         .user_agent(&settings.user_agent)
         .pool_idle_timeout(MAX_IDLE)
-        .pool_max_idle_per_host(MAX_IDLE_PER_HOST)
+        .pool_max_idle_per_host(keep)
         // The limits above end what hangs; the system's own would end it with another reason.
         .tcp_keepalive(None)
         .tcp_user_timeout(None)
@@ -177,24 +206,30 @@ fn http(permitted: Permitted, policy: Arc<Policy>, settings: &Settings) -> Resul
         .http2_initial_stream_window_size(MAX_UNREAD_BYTES)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-        .build()?;
-    Ok(client)
+        .build()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
     use rustls::{ServerConfig, pki_types::PrivateKeyDer};
     use tokio::{
-        io::{AsyncRead, AsyncReadExt},
+        io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
         net::TcpListener,
     };
     use tokio_rustls::TlsAcceptor;
 
-    use super::*;
+    use super::{super::kept, *};
 
     fn settings() -> Settings {
-        Settings { request_timeout: Duration::from_secs(30), user_agent: "test/1".to_owned(), extra_roots: Vec::new() }
+        Settings {
+            request_timeout: Duration::from_secs(30),
+            user_agent: "test/1".to_owned(),
+            extra_roots: Vec::new(),
+            open_files: u64::MAX,
+        }
     }
 
     fn policy(allow_loopback: bool) -> Policy {
@@ -233,7 +268,8 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let mut client = Client::new(policy(true), &settings).unwrap();
         let leaky = Permitted { names: Arc::clone(&client.names), policy: Arc::clone(&client.policy) };
-        client.http = http(leaky, Arc::new(policy(false)), &settings).unwrap();
+        let tls = connector::tls(&settings.extra_roots).unwrap();
+        client.keeping = http(&leaky, &Arc::new(policy(false)), &tls, &settings, 1).unwrap();
         for scheme in ["http", "https"] {
             let (outcome, heard) = tokio::join!(post(&client, format!("{scheme}://localhost:{port}/")), async {
                 let (mut stream, _) = listener.accept().await.unwrap();
@@ -243,6 +279,52 @@ mod tests {
                 }
             });
             assert_eq!((outcome, heard), (Outcome::Failed(Failure::BlockedAddress), 0), "{scheme}");
+        }
+    }
+
+    /// Each of many hosts is reached, and no more connections stay open than may.
+    #[tokio::test]
+    async fn many_hosts_do_not_keep_as_many_connections() {
+        const HOSTS: usize = 12;
+        let settings = Settings { open_files: 4 * kept::FILES_PER_KEPT, ..settings() };
+        let client = Client::new(policy(true), &settings).unwrap();
+        let open = Arc::new(AtomicUsize::new(0));
+        let mut urls = Vec::new();
+        for _ in 0..HOSTS {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            urls.push(format!("http://{}/", listener.local_addr().unwrap()));
+            tokio::spawn(answer(listener, Arc::clone(&open)));
+        }
+        for _ in 0..2 {
+            for url in &urls {
+                let outcome = post(&client, url.clone()).await;
+                assert!(matches!(outcome, Outcome::Answered(Answer { status: 200, .. })), "{outcome:?}");
+            }
+        }
+        // Those that are closed are heard of a moment later.
+        while open.load(Ordering::Relaxed) > 4 {
+            tokio::task::yield_now().await;
+        }
+        let kept = open.load(Ordering::Relaxed);
+        for url in &urls[..4] {
+            post(&client, url.clone()).await;
+        }
+        assert_eq!((kept, open.load(Ordering::Relaxed)), (4, 4), "those of the first hosts, used again");
+    }
+
+    /// Answers all requests, and counts connections that are open.
+    async fn answer(listener: TcpListener, open: Arc<AtomicUsize>) {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            open.fetch_add(1, Ordering::Relaxed);
+            let open = Arc::clone(&open);
+            tokio::spawn(async move {
+                while heard(&mut stream).await > 0 {
+                    let mut rest = [0; 1024];
+                    while let Ok(1..) = stream.try_read(&mut rest) {}
+                    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                }
+                open.fetch_sub(1, Ordering::Relaxed);
+            });
         }
     }
 

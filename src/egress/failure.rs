@@ -4,6 +4,9 @@ use std::{error, fmt, io};
 
 use rustls::{CertificateError, Error as TlsError, pki_types::InvalidDnsNameError};
 
+/// What the system calls it when this process (EMFILE), or all together (ENFILE), may open no more files.
+const NO_FILE: [i32; 2] = [24, 23];
+
 /// What kept a request from being answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
@@ -15,6 +18,8 @@ pub enum Failure {
     ConnectionRefused,
     /// The connection broke.
     ConnectionReset,
+    /// This process, or the system, has no file left for a connection: nothing was tried, and nobody else is to blame.
+    NoSocket,
     /// There is no way to the address.
     Unreachable,
     /// The name has no address.
@@ -52,6 +57,7 @@ impl fmt::Display for Failure {
             Self::RequestTimeout => "Request timeout",
             Self::ConnectionRefused => "Connection refused",
             Self::ConnectionReset => "Connection reset",
+            Self::NoSocket => "No connection available",
             Self::Unreachable => "Network unreachable",
             Self::DnsLookup => "DNS lookup failed",
             Self::BlockedAddress => "Blocked address",
@@ -76,6 +82,11 @@ impl Failure {
     /// Why there is no connection.
     pub(super) fn dialling(error: &(dyn error::Error + 'static)) -> Self {
         known(error).unwrap_or(Self::Connection)
+    }
+
+    /// Why a name could not be looked up.
+    pub(super) fn looking_up(error: &(dyn error::Error + 'static)) -> Self {
+        known(error).filter(|failure| *failure == Self::NoSocket).unwrap_or(Self::DnsLookup)
     }
 
     /// Why a connection could not be encrypted.
@@ -121,7 +132,11 @@ fn named(error: &(dyn error::Error + 'static)) -> Option<Failure> {
     if error.is::<InvalidDnsNameError>() {
         return Some(Failure::InvalidUrl);
     }
-    match error.downcast_ref::<io::Error>()?.kind() {
+    let error = error.downcast_ref::<io::Error>()?;
+    if error.raw_os_error().is_some_and(|code| NO_FILE.contains(&code)) {
+        return Some(Failure::NoSocket);
+    }
+    match error.kind() {
         io::ErrorKind::ConnectionRefused => Some(Failure::ConnectionRefused),
         io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe => {
             Some(Failure::ConnectionReset)

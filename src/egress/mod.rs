@@ -2,7 +2,7 @@
 //!
 //! `policy` judges URLs and addresses. `connector` is what reqwest is given to make connections with: it judges what
 //! `names` found, at that moment, and once more whom the connection has reached. `client` sends over its connections, and
-//! judges the addresses that stand in a URL, since nobody looks those up.
+//! judges the addresses that stand in a URL, since nobody looks those up. `kept` says which of them stay open.
 //!
 //! A client is bound to one policy, and neither can be changed, so a connection that is kept open never outlives the
 //! rules under which it was made: other rules are another client. One client serves all organisations, because the
@@ -15,6 +15,7 @@ mod address;
 mod client;
 mod connector;
 mod failure;
+mod kept;
 mod names;
 mod policy;
 mod retry_after;

@@ -55,7 +55,7 @@ impl Names {
     /// Every address of a name, not judged.
     pub(super) async fn addresses(&self, name: &str) -> Result<Vec<IpAddr>, Failure> {
         let _permit = self.permits.acquire().await.map_err(|_| Failure::DnsLookup)?;
-        let found = self.resolver.lookup_ip(name).await.map_err(|_| Failure::DnsLookup)?;
+        let found = self.resolver.lookup_ip(name).await.map_err(|error| Failure::looking_up(&error))?;
         Ok(found.iter().collect())
     }
 }

@@ -13,6 +13,7 @@ mod documented_examples;
 mod egress_namespace;
 mod errors;
 mod fairness;
+mod few_files;
 mod fuzz_corpus;
 mod hostile_clients;
 mod hostile_receivers;
