@@ -12,7 +12,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("cors", &[]),
     ("deadline", &[]),
     ("listen", &["clock"]),
-    ("egress", &[]),
+    ("egress", &["clock"]),
     ("vault", &["clock"]),
     ("config", &["listen", "vault", "webhook"]),
     ("feed", &["webhook"]),
