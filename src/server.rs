@@ -32,6 +32,11 @@ use crate::{
     vault::Vault,
 };
 
+/// Callers may be connected for one of so many files that may be open …
+const FILES_PER_CALLER: u64 = 4;
+/// … and so many, however few files.
+const MIN_CALLERS: usize = 16;
+
 /// Between looks at the file of the master keys.
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between two looks at the database's clock.
@@ -62,7 +67,7 @@ pub enum Error {
 /// is on the wire finishes, the rest is given back.
 pub async fn run(
     listener: TcpListener,
-    config: Config,
+    mut config: Config,
     store: Store,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
@@ -78,6 +83,7 @@ pub async fn run(
     store.look_at_backlog().await?;
     store.retain(config.retention);
     let open_files = raise_open_files();
+    config.limits.connections = callers(config.limits.connections, open_files);
     let client = client(&config, open_files)?;
     let engine = Engine {
         store: store.clone(),
@@ -203,6 +209,20 @@ fn raise_open_files() -> u64 {
         tracing::warn!(%error, "the limit of open files could not be raised");
         rlimit::Resource::NOFILE.get_soft().unwrap_or(0)
     })
+}
+
+/// How many callers may be connected: no more than a part of the files that may be open, or deliveries would wait for
+/// theirs.
+fn callers(configured: usize, open_files: u64) -> usize {
+    let most = usize::try_from(open_files / FILES_PER_CALLER).unwrap_or(usize::MAX).max(MIN_CALLERS);
+    if most < configured {
+        tracing::warn!(
+            open_files,
+            connections = most,
+            "fewer callers may be connected than configured; raise the limit of open files (ulimit -n)"
+        );
+    }
+    configured.min(most)
 }
 
 fn client(config: &Config, open_files: u64) -> Result<egress::Client, egress::StartError> {

@@ -25,8 +25,9 @@ const STANDARD_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signatur
 const TO_RECORD: Duration = Duration::from_secs(5);
 /// Between tries to record a result while the database cannot be reached.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
-/// Before a delivery for which no connection could be opened is given back.
-const NO_SOCKET_PAUSE: Duration = Duration::from_secs(1);
+/// Before a delivery that could not be attempted here is given back. It keeps its place meanwhile: not all that wait are
+/// to try in vain.
+const NO_ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// A place on the wire, given back as soon as the request has ended, and not only when its result is recorded: the next
 /// attempt for the webhook need not wait for a commit.
@@ -89,6 +90,7 @@ impl Engine {
             Ok(target) => target,
             Err(error) => {
                 tracing::warn!(%error, "the webhook could not be read; the lease is given back");
+                tokio::time::sleep(NO_ATTEMPT_PAUSE).await;
                 return self.give_back(leased).await;
             }
         };
@@ -101,8 +103,7 @@ impl Engine {
         };
         failpoint::reached("post", "before");
         let Some((attempt, outcome)) = self.post(&leased, &target).await else {
-            // It keeps its place meanwhile: not all that wait are to try in vain.
-            tokio::time::sleep(NO_SOCKET_PAUSE).await;
+            tokio::time::sleep(NO_ATTEMPT_PAUSE).await;
             return self.give_back(leased).await;
         };
         if let Some(mut slot) = slot.take() {
@@ -130,9 +131,14 @@ impl Engine {
         }
     }
 
+    /// Gives the lease back unused, again and again while the database fails and the lease lasts.
     async fn give_back(&self, leased: Leased) {
-        if let Err(error) = self.store.release_one(&leased).await {
-            tracing::warn!(%error, "the lease could not be given back; it will run out");
+        while let Err(error) = self.store.release_one(&leased).await {
+            if clock::now().after(RECORD_AGAIN) >= leased.expires_at {
+                tracing::warn!(%error, "the lease could not be given back; it will run out");
+                return;
+            }
+            tokio::time::sleep(RECORD_AGAIN).await;
         }
     }
 

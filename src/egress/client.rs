@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderMap, Method, StatusCode, header::RETRY_AFTER};
+use http::{
+    HeaderMap, Method, StatusCode, Version,
+    header::{CONNECTION, RETRY_AFTER},
+};
 use reqwest::{Request, redirect, retry};
 use rustls::ClientConfig;
 use tower::util::MapFutureLayer;
@@ -11,7 +14,7 @@ use url::Url;
 use super::{
     Failure, Policy, RetryAfter, UrlError,
     connector::{self, Permitted},
-    kept::{Kept, MAX_IDLE, MAX_KEPT_PER_HOST},
+    kept::{Kept, MAX_IDLE, POOLS},
     names::Names,
 };
 use crate::clock::Seldom;
@@ -44,10 +47,7 @@ pub struct Client {
     names: Arc<Names>,
     kept: Arc<Kept>,
     short_of_files: Arc<Seldom>,
-    /// Keeps connections open for the next request …
-    keeping: reqwest::Client,
-    /// … and closes them.
-    closing: reqwest::Client,
+    pools: [reqwest::Client; POOLS.len()],
 }
 
 /// What an operator can set.
@@ -104,13 +104,11 @@ impl Client {
     /// A client that goes only where `policy` says.
     pub fn new(policy: Policy, settings: &Settings) -> Result<Self, StartError> {
         let policy = Arc::new(policy);
-        let names = Arc::new(Names::system().map_err(|error| StartError::Names(error.to_string()))?);
+        let names = Arc::new(Names::system(settings.open_files).map_err(|error| StartError::Names(error.to_string()))?);
         let permitted = Permitted { names: Arc::clone(&names), policy: Arc::clone(&policy) };
-        let tls = connector::tls(&settings.extra_roots)?;
-        let [keeping, closing] = [MAX_KEPT_PER_HOST, 0].map(|keep| http(&permitted, &policy, &tls, settings, keep));
-        let (keeping, closing, kept) = (keeping?, closing?, Arc::new(Kept::new(settings.open_files)));
-        let short_of_files = Arc::new(Seldom::new(SAY_AGAIN));
-        Ok(Self { policy, names, kept, short_of_files, keeping, closing })
+        let pools = pools(&permitted, &policy, settings)?;
+        let kept = Arc::new(Kept::new(settings.open_files));
+        Ok(Self { policy, names, kept, short_of_files: Arc::new(Seldom::new(SAY_AGAIN)), pools })
     }
 
     /// Judges a URL as it will be used: its text, and every address that its name has now. A name that cannot be looked
@@ -140,7 +138,9 @@ impl Client {
             Err(error) => {
                 let failure = Failure::exchanging(&error);
                 if failure == Failure::NoSocket && self.short_of_files.is_time() {
-                    tracing::warn!("requests cannot go out: too many open files; raise their limit (ulimit -n)");
+                    tracing::warn!(
+                        "requests cannot go out: this process, or the system, has too many open files; raise their limit (ulimit -n)"
+                    );
                 }
                 Outcome::Failed(failure)
             }
@@ -151,18 +151,23 @@ impl Client {
         let mut request = Request::new(Method::POST, url.clone());
         *request.headers_mut() = headers;
         *request.body_mut() = Some(body.into());
-        // Until all of the answer is read.
-        let place = self.kept.take(url);
-        let http = if place.is_some() { &self.keeping } else { &self.closing };
-        let mut response = http.execute(request).await?;
+        let mut place = self.kept.place(url);
+        let mut response = self.pools[place.pool()].execute(request).await?;
         let status = response.status();
+        let closes =
+            response.headers().get(CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"));
+        let shares = response.version() == Version::HTTP_2;
         let asks = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
         let retry_after = response.headers().get(RETRY_AFTER).filter(|_| asks);
         let retry_after = retry_after.and_then(|value| RetryAfter::parse(value.to_str().ok()?));
         let mut kept = Vec::new();
-        while kept.len() < MAX_ANSWER_BYTES
-            && let Some(chunk) = response.chunk().await?
-        {
+        while kept.len() < MAX_ANSWER_BYTES {
+            let Some(chunk) = response.chunk().await? else {
+                if !closes {
+                    place.is_kept(shares);
+                }
+                break;
+            };
             let room = MAX_ANSWER_BYTES - kept.len();
             kept.extend_from_slice(&chunk[..chunk.len().min(room)]);
         }
@@ -170,8 +175,19 @@ impl Client {
     }
 }
 
-/// A client that requests share, which keeps so many connections to each host. It asks `permitted` whom to dial, and
-/// `policy` whom it has reached.
+/// The clients that all requests share, one for each of [`POOLS`].
+fn pools(
+    permitted: &Permitted,
+    policy: &Arc<Policy>,
+    settings: &Settings,
+) -> Result<[reqwest::Client; POOLS.len()], StartError> {
+    let tls = connector::tls(&settings.extra_roots)?;
+    let [none, one, few, many] = POOLS.map(|keep| http(permitted, policy, &tls, settings, keep));
+    Ok([none?, one?, few?, many?])
+}
+
+/// A client that keeps so many connections to each host. It asks `permitted` whom to dial, and `policy` whom it has
+/// reached.
 fn http(
     permitted: &Permitted,
     policy: &Arc<Policy>,
@@ -211,13 +227,12 @@ fn http(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
     use rustls::{ServerConfig, pki_types::PrivateKeyDer};
     use tokio::{
         io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
         net::TcpListener,
+        sync::watch,
     };
     use tokio_rustls::TlsAcceptor;
 
@@ -268,8 +283,7 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let mut client = Client::new(policy(true), &settings).unwrap();
         let leaky = Permitted { names: Arc::clone(&client.names), policy: Arc::clone(&client.policy) };
-        let tls = connector::tls(&settings.extra_roots).unwrap();
-        client.keeping = http(&leaky, &Arc::new(policy(false)), &tls, &settings, 1).unwrap();
+        client.pools = pools(&leaky, &Arc::new(policy(false)), &settings).unwrap();
         for scheme in ["http", "https"] {
             let (outcome, heard) = tokio::join!(post(&client, format!("{scheme}://localhost:{port}/")), async {
                 let (mut stream, _) = listener.accept().await.unwrap();
@@ -282,48 +296,49 @@ mod tests {
         }
     }
 
-    /// Each of many hosts is reached, and no more connections stay open than may.
+    /// Each of many hosts is reached, also several at a time, and no more connections stay open than may.
     #[tokio::test]
     async fn many_hosts_do_not_keep_as_many_connections() {
-        const HOSTS: usize = 12;
-        let settings = Settings { open_files: 4 * kept::FILES_PER_KEPT, ..settings() };
+        const MOST: u64 = 8;
+        let settings = Settings { open_files: MOST * kept::FILES_PER_KEPT, ..settings() };
         let client = Client::new(policy(true), &settings).unwrap();
-        let open = Arc::new(AtomicUsize::new(0));
+        let open = Arc::new(watch::Sender::new(0));
         let mut urls = Vec::new();
-        for _ in 0..HOSTS {
+        for _ in 0..3 * MOST {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             urls.push(format!("http://{}/", listener.local_addr().unwrap()));
             tokio::spawn(answer(listener, Arc::clone(&open)));
         }
-        for _ in 0..2 {
+        for together in [1, 1, 10] {
             for url in &urls {
-                let outcome = post(&client, url.clone()).await;
-                assert!(matches!(outcome, Outcome::Answered(Answer { status: 200, .. })), "{outcome:?}");
+                for outcome in futures_util::future::join_all((0..together).map(|_| post(&client, url.clone()))).await {
+                    assert!(matches!(outcome, Outcome::Answered(Answer { status: 200, .. })), "{outcome:?}");
+                }
             }
         }
         // Those that are closed are heard of a moment later.
-        while open.load(Ordering::Relaxed) > 4 {
-            tokio::task::yield_now().await;
-        }
-        let kept = open.load(Ordering::Relaxed);
-        for url in &urls[..4] {
-            post(&client, url.clone()).await;
-        }
-        assert_eq!((kept, open.load(Ordering::Relaxed)), (4, 4), "those of the first hosts, used again");
+        let mut seen = open.subscribe();
+        let closed = seen.wait_for(|open| *open <= MOST);
+        let left =
+            *tokio::time::timeout(Duration::from_secs(60), closed).await.expect("the others are closed").unwrap();
+        assert!(left >= MOST / 2, "{left} are used again");
     }
 
     /// Answers all requests, and counts connections that are open.
-    async fn answer(listener: TcpListener, open: Arc<AtomicUsize>) {
+    async fn answer(listener: TcpListener, open: Arc<watch::Sender<u64>>) {
         while let Ok((mut stream, _)) = listener.accept().await {
-            open.fetch_add(1, Ordering::Relaxed);
+            open.send_modify(|open| *open += 1);
             let open = Arc::clone(&open);
             tokio::spawn(async move {
-                while heard(&mut stream).await > 0 {
-                    let mut rest = [0; 1024];
-                    while let Ok(1..) = stream.try_read(&mut rest) {}
-                    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                // Both the head and the body of a request are there at once, or in two parts.
+                let mut request = Vec::new();
+                while let Ok(1..) = stream.read_buf(&mut request).await {
+                    if request.ends_with(b"{}") {
+                        request.clear();
+                        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                    }
                 }
-                open.fetch_sub(1, Ordering::Relaxed);
+                open.send_modify(|open| *open -= 1);
             });
         }
     }

@@ -13,7 +13,7 @@ use hyper_util::client::legacy::connect::{Connection, HttpInfo};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use rustls::{
     ClientConfig, SignatureScheme,
-    client::ResolvesClientCert,
+    client::{ResolvesClientCert, Resumption},
     pki_types::{CertificateDer, pem::PemObject},
     sign::CertifiedKey,
 };
@@ -21,6 +21,9 @@ use rustls_platform_verifier::Verifier;
 use tower::BoxError;
 
 use super::{Failure, Policy, StartError, names::Names};
+
+/// Sessions that are remembered, of as many hosts.
+const MAX_SESSIONS: usize = 4_096;
 
 tokio::task_local! {
     /// Whether the connection that is being made is past dialling.
@@ -103,6 +106,8 @@ pub(super) fn tls(extra_roots: &[Vec<u8>]) -> Result<ClientConfig, StartError> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(Arc::new(NoCertificate));
+    // A handshake that resumes is cheap, and who connects anew for each request has many.
+    config.resumption = Resumption::in_memory_sessions(MAX_SESSIONS);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }
@@ -129,7 +134,7 @@ mod tests {
 
     #[tokio::test]
     async fn of_good_and_bad_addresses_the_good_ones_are_dialled() {
-        let names = Arc::new(Names::system().unwrap());
+        let names = Arc::new(Names::system(u64::MAX).unwrap());
         let localhost = async |policy: Policy| {
             let permitted = Permitted { names: Arc::clone(&names), policy: Arc::new(policy) };
             let resolved = permitted.resolve("localhost".parse().unwrap()).await;

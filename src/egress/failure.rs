@@ -1,11 +1,16 @@
 //! Why a request got no answer, in words that stay the same.
 
-use std::{error, fmt, io};
+use std::{
+    error, fmt, io,
+    net::{Ipv4Addr, UdpSocket},
+};
 
 use rustls::{CertificateError, Error as TlsError, pki_types::InvalidDnsNameError};
 
-/// What the system calls it when this process (EMFILE), or all together (ENFILE), may open no more files.
-const NO_FILE: [i32; 2] = [24, 23];
+/// What Unix calls it when this process may open no more files, …
+const EMFILE: i32 = 24;
+/// … or all together may not.
+const ENFILE: i32 = 23;
 
 /// What kept a request from being answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,9 +89,11 @@ impl Failure {
         known(error).unwrap_or(Self::Connection)
     }
 
-    /// Why a name could not be looked up.
-    pub(super) fn looking_up(error: &(dyn error::Error + 'static)) -> Self {
-        known(error).filter(|failure| *failure == Self::NoSocket).unwrap_or(Self::DnsLookup)
+    /// Why a name could not be looked up: the resolver does not say that it had no socket to ask with, so whether there is
+    /// one is tried now.
+    pub(super) fn looking_up() -> Self {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0));
+        socket.err().and_then(|error| named(&error)).filter(|found| *found == Self::NoSocket).unwrap_or(Self::DnsLookup)
     }
 
     /// Why a connection could not be encrypted.
@@ -133,7 +140,7 @@ fn named(error: &(dyn error::Error + 'static)) -> Option<Failure> {
         return Some(Failure::InvalidUrl);
     }
     let error = error.downcast_ref::<io::Error>()?;
-    if error.raw_os_error().is_some_and(|code| NO_FILE.contains(&code)) {
+    if matches!(error.raw_os_error(), Some(EMFILE | ENFILE)) {
         return Some(Failure::NoSocket);
     }
     match error.kind() {

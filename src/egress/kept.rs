@@ -2,11 +2,11 @@
 //! are: ten thousand that hear something twice a minute would be as many open files, and as many times the memory of a
 //! connection.
 //!
-//! A host has a place for each request that was under way to it at a time, since that is how many of its connections can
-//! be left open: of those that are idle, the one that was used last is used next. Without a place, a request goes over a
-//! connection that is closed behind it. The places are shared by what is free, as attempts are (see `dispatch/shares.rs`),
-//! with a quarter of them for the first of each host: a few hosts get as many as they can use, many get one each, and who
-//! comes when there is none left waits for one whose connection was idle for so long that it is closed.
+//! So there are several clients, which differ in how many idle connections they keep of each host: none, one, a few, or as
+//! many as a webhook uses. A host goes over one of them, and what all may keep together is bounded, by what each may,
+//! whether it does or not. Who has more requests under way than it may keep connections moves up while there is room, of
+//! which a quarter is for the first of each host. Once in a while, all are looked at: who was not asked for is forgotten,
+//! who needed less moves down, and while somebody gets nothing, those who used theirs least make room.
 
 use std::{
     collections::HashMap,
@@ -18,77 +18,82 @@ use url::{Position, Url};
 
 use crate::clock;
 
-/// Connections that are kept for all hosts together, where enough files may be open …
+/// How many idle connections of a host each of the clients keeps; the most is what a webhook uses at a time, lest they be
+/// made anew all the time.
+pub(super) const POOLS: [usize; 4] = [0, 1, 4, 32];
+/// The client that closes every connection behind its request.
+const CLOSING: usize = 0;
+/// The one for hosts that need one connection, among them those that speak HTTP/2, by which all requests share one.
+const FIRST: usize = 1;
+/// Connections that all hosts may keep together, where enough files may be open …
 const MAX_KEPT: usize = 4_096;
 /// … which is when one of so many files is not more.
 pub(super) const FILES_PER_KEPT: u64 = 8;
-/// Idle connections kept for each host: as many as a webhook uses at a time, lest they be made anew all the time.
-pub(super) const MAX_KEPT_PER_HOST: usize = 32;
-/// One of so many places is only for hosts that have none.
-const PLACES_PER_FIRST: usize = 4;
+/// One of so many is only for hosts that have none; and as many make room at a time while somebody gets nothing.
+const KEPT_PER_FIRST: usize = 4;
 /// Idle connections are closed after this time …
 pub(super) const MAX_IDLE: Duration = Duration::from_secs(30);
 /// … for which reqwest looks once in as long, so that after this time one that was not used is closed.
 const CLOSED: Duration = MAX_IDLE.saturating_mul(2);
 
-/// The places of all hosts.
+/// Who may keep how many.
 pub(super) struct Kept {
     most: usize,
     hosts: Mutex<Hosts>,
 }
 
 struct Hosts {
-    /// Places of all of them.
-    places: usize,
-    /// None is without a place.
     by_origin: HashMap<Box<str>, Host>,
-    counted: Instant,
+    /// What all of them may keep.
+    kept: usize,
+    looked: Instant,
+    /// Requests since then whose host may keep nothing.
+    left_out: usize,
 }
 
 #[derive(Default)]
 struct Host {
-    places: usize,
+    pool: usize,
+    /// What it may have left open in other pools, where it was since the last look, and the one before.
+    left: [usize; 2],
     under_way: usize,
-    /// The most requests that were under way at a time since it was counted.
+    /// The most requests that were under way at a time since the last look, and how many left a connection open.
     most: usize,
+    kept: usize,
+    /// Whether any ever did.
+    is_alive: bool,
+    /// Whether requests share a connection.
+    shares: bool,
 }
 
-/// A request that may leave its connection open.
+/// A request, from before it is sent until its answer is read.
 pub(super) struct Place<'a> {
-    kept: &'a Kept,
+    of: &'a Kept,
     origin: &'a str,
+    pool: usize,
+    /// Whether it is counted for its host.
+    counts: bool,
+    /// Whether its connection is left open, and shared.
+    kept: Option<bool>,
 }
 
 impl Kept {
     /// With so many files that may be open.
     pub(super) fn new(open_files: u64) -> Self {
         let files = usize::try_from(open_files / FILES_PER_KEPT).unwrap_or(usize::MAX);
-        let hosts = Hosts { places: 0, by_origin: HashMap::new(), counted: clock::stopwatch() };
+        let hosts = Hosts { by_origin: HashMap::new(), kept: 0, looked: clock::stopwatch(), left_out: 0 };
         Self { most: MAX_KEPT.min(files), hosts: Mutex::new(hosts) }
     }
 
-    /// A place for a request to this URL, until it is dropped; none when its connection is to be closed.
-    pub(super) fn take<'a>(&'a self, url: &'a Url) -> Option<Place<'a>> {
+    /// Where a request to this URL goes.
+    pub(super) fn place<'a>(&'a self, url: &'a Url) -> Place<'a> {
         let origin = &url[..Position::BeforePath];
         let mut hosts = self.lock();
-        hosts.count_again();
-        let free = self.most.saturating_sub(hosts.places);
-        let spare = free.saturating_sub(self.most / PLACES_PER_FIRST);
-        let may = (spare * PLACES_PER_FIRST * MAX_KEPT_PER_HOST).div_ceil(self.most.max(1)).min(MAX_KEPT_PER_HOST);
-        let known = hosts.by_origin.get_mut(origin);
-        let (places, under_way) = known.as_ref().map_or((0, 0), |host| (host.places, host.under_way));
-        let all_used = under_way >= places;
-        let new = all_used && if places == 0 { free > 0 } else { places < may };
-        // Of those that are more than it keeps of a host, reqwest closes the rest.
-        if all_used && !new && places < MAX_KEPT_PER_HOST {
-            return None;
+        if hosts.looked.elapsed() >= CLOSED {
+            hosts.look(self.most);
         }
-        match known {
-            Some(host) => host.begin(new),
-            None => hosts.by_origin.entry(origin.into()).or_default().begin(new),
-        }
-        hosts.places += usize::from(new);
-        Some(Place { kept: self, origin })
+        let (pool, counts) = hosts.begin(origin, self.most);
+        Place { of: self, origin, pool, counts, kept: None }
     }
 
     fn lock(&self) -> MutexGuard<'_, Hosts> {
@@ -97,35 +102,112 @@ impl Kept {
 }
 
 impl Hosts {
-    /// Takes back, once in a while, what belongs to connections that are closed by now.
-    fn count_again(&mut self) {
-        if self.counted.elapsed() >= CLOSED {
-            self.counted = clock::stopwatch();
-            self.by_origin.retain(|_, host| host.count_again() > 0);
-            self.places = self.by_origin.values().map(|host| host.places).sum();
+    /// The pool of a request, and whether it is counted.
+    fn begin(&mut self, origin: &str, most: usize) -> (usize, bool) {
+        let free = most.saturating_sub(self.kept);
+        let spare = free.saturating_sub(most / KEPT_PER_FIRST);
+        if free == 0 && !self.by_origin.contains_key(origin) {
+            self.left_out += 1;
+            return (CLOSING, false);
+        }
+        let host = match self.by_origin.get_mut(origin) {
+            Some(host) => host,
+            None => self.by_origin.entry(origin.into()).or_default(),
+        };
+        host.under_way += 1;
+        host.most = host.most.max(host.under_way);
+        // Who had to make room does not come back before it has.
+        let is_out = host.pool == CLOSING && host.left != [0; 2];
+        let room = |pool: &usize| POOLS[*pool] <= if *pool == FIRST { free } else { spare };
+        if !is_out && let Some(pool) = (host.pool + 1..=host.wanted()).rev().find(room) {
+            host.move_to(pool);
+            self.kept += POOLS[pool];
+        }
+        self.left_out += usize::from(host.pool == CLOSING);
+        (host.pool, true)
+    }
+
+    /// Looks who needs what.
+    fn look(&mut self, most: usize) {
+        self.looked = clock::stopwatch();
+        // What nobody asked for was idle all the time.
+        self.by_origin.retain(|_, host| host.most > 0);
+        self.by_origin.values_mut().for_each(|host| host.left = [0, host.left[0]]);
+        self.kept = self.by_origin.values().map(Host::may_keep).sum();
+        let mut least_used = Vec::with_capacity(self.by_origin.len());
+        for host in self.by_origin.values_mut() {
+            let needs = host.wanted();
+            // Until what it has is closed, it may keep both.
+            if needs < host.pool && self.kept + POOLS[needs] <= most {
+                self.kept += POOLS[needs];
+                host.move_to(needs);
+            }
+            let used = std::mem::take(&mut host.kept);
+            host.most = host.under_way;
+            least_used.push((used, host));
+        }
+        if std::mem::take(&mut self.left_out) > 0 {
+            least_used.sort_unstable_by_key(|(used, _)| *used);
+            let mut room = 0;
+            for (_, host) in least_used.into_iter().filter(|(_, host)| host.pool > CLOSING) {
+                if room >= most / KEPT_PER_FIRST {
+                    break;
+                }
+                room += POOLS[host.pool];
+                host.move_to(CLOSING);
+            }
+        }
+    }
+
+    /// A request has ended.
+    fn end(&mut self, origin: &str, kept: Option<bool>) {
+        let Some(host) = self.by_origin.get_mut(origin) else { return };
+        host.under_way = host.under_way.saturating_sub(1);
+        if let Some(shares) = kept {
+            host.kept += 1;
+            host.is_alive = true;
+            host.shares = shares;
+        } else if !host.is_alive && host.under_way == 0 {
+            // However many there are that never answer, they leave nothing open.
+            self.kept -= host.may_keep();
+            self.by_origin.remove(origin);
         }
     }
 }
 
 impl Host {
-    fn begin(&mut self, new_place: bool) {
-        self.places += usize::from(new_place);
-        self.under_way += 1;
-        self.most = self.most.max(self.under_way);
+    /// The pool that keeps as many as it needs.
+    fn wanted(&self) -> usize {
+        let enough = || POOLS.iter().position(|keeps| *keeps >= self.most).unwrap_or(POOLS.len() - 1);
+        if self.shares { FIRST } else { enough() }
     }
 
-    /// How many places it still has: connections that so many requests did not need were idle all the time.
-    fn count_again(&mut self) -> usize {
-        self.places = self.places.min(self.most);
-        self.most = self.under_way;
-        self.places
+    fn move_to(&mut self, pool: usize) {
+        self.left[0] += POOLS[self.pool];
+        self.pool = pool;
+    }
+
+    fn may_keep(&self) -> usize {
+        POOLS[self.pool] + self.left[0] + self.left[1]
+    }
+}
+
+impl Place<'_> {
+    /// Which of [`POOLS`] it goes over.
+    pub(super) fn pool(&self) -> usize {
+        self.pool
+    }
+
+    /// All of the answer is read, and the connection left open; whether requests `share` it.
+    pub(super) fn is_kept(&mut self, share: bool) {
+        self.kept = Some(share);
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        if let Some(host) = self.kept.lock().by_origin.get_mut(self.origin) {
-            host.under_way = host.under_way.saturating_sub(1);
+        if self.counts {
+            self.of.lock().end(self.origin, self.kept);
         }
     }
 }
@@ -136,88 +218,125 @@ mod tests {
 
     use super::*;
 
+    const LAST: usize = POOLS.len() - 1;
+
     fn host(number: usize) -> Url {
         format!("https://{number}.example/path/{number}?query").parse().unwrap()
     }
 
     /// As if the time had passed.
     fn later(kept: &Kept) {
-        let mut hosts = kept.lock();
-        hosts.counted = hosts.counted.checked_sub(CLOSED).unwrap();
+        kept.lock().look(kept.most);
     }
 
-    fn places(kept: &Kept, url: &Url) -> usize {
-        kept.lock().by_origin.get(&url[..Position::BeforePath]).map_or(0, |host| host.places)
+    /// The pool of a request that was answered.
+    fn request(kept: &Kept, url: &Url) -> usize {
+        let mut place = kept.place(url);
+        place.is_kept(false);
+        place.pool()
+    }
+
+    fn is_empty(kept: &Kept) -> bool {
+        let hosts = kept.lock();
+        hosts.by_origin.is_empty() && hosts.kept == 0
     }
 
     #[test]
-    fn a_few_hosts_keep_as_many_as_they_use_and_many_one_each() {
+    fn who_has_many_under_way_moves_up_and_down_again() {
         let kept = Kept::new(u64::MAX);
         assert_eq!((kept.most, Kept::new(1_024).most), (MAX_KEPT, 128));
-        let quick = host(0);
-        let all: Option<Vec<_>> = (0..40).map(|_| kept.take(&quick)).collect();
-        assert!(all.is_some(), "what is more is closed by reqwest");
-        assert_eq!(places(&kept, &quick), MAX_KEPT_PER_HOST);
-        let urls: Vec<Url> = (1..=2 * MAX_KEPT).map(host).collect();
-        let taken = urls.iter().filter(|url| kept.take(url).is_some()).count();
-        assert_eq!(taken, MAX_KEPT - MAX_KEPT_PER_HOST);
-        assert_eq!(kept.lock().places, MAX_KEPT);
-        assert!(kept.take(&urls[0]).is_some(), "it has one");
-        assert!(kept.take(&urls[2 * MAX_KEPT - 1]).is_none());
-    }
-
-    #[test]
-    fn a_host_that_needs_many_leaves_places_for_the_others() {
-        let kept = Kept::new(64 * FILES_PER_KEPT);
-        let urls: Vec<Url> = (0..20).map(host).collect();
-        let all: Vec<_> =
-            urls.iter().flat_map(|url| (0..40).map_while(|_| kept.take(url)).collect::<Vec<_>>()).collect();
-        assert!(all.len() >= 60, "{}", all.len());
-        for url in &urls {
-            assert!(places(&kept, url) >= 1, "{url}");
+        let url = host(1);
+        let mut places: Vec<Place<'_>> = (0..40).map(|_| kept.place(&url)).collect();
+        let pools: Vec<usize> = places.iter().map(Place::pool).collect();
+        assert_eq!((&pools[..6], pools[39]), (&[1, 2, 2, 2, 3, 3][..], 3));
+        places.iter_mut().for_each(|place| place.is_kept(false));
+        drop(places);
+        assert_eq!(kept.lock().kept, 1 + 4 + 32);
+        assert_eq!(request(&kept, &url), LAST, "as it needed a moment ago");
+        for (pool, may_keep) in [(LAST, 1 + 4 + 32), (FIRST, 1 + 32), (FIRST, 1 + 32), (FIRST, 1)] {
+            later(&kept);
+            assert_eq!((request(&kept, &url), kept.lock().kept), (pool, may_keep));
         }
+        later(&kept);
+        later(&kept);
+        assert!(is_empty(&kept));
     }
 
     #[test]
-    fn places_come_back_when_their_connections_are_closed() {
+    fn a_few_keep_what_they_need_and_many_one_each() {
+        let kept = Kept::new(u64::MAX);
+        let urls: Vec<Url> = (0..MAX_KEPT).map(host).collect();
+        let busy: Vec<_> =
+            urls[..200].iter().flat_map(|url| (0..40).map(|_| kept.place(url)).collect::<Vec<_>>()).collect();
+        let many = busy.iter().filter(|place| place.pool() == LAST).count() / 36;
+        assert!((70..=96).contains(&many), "{many} have all that they need");
+        let one = urls[200..].iter().filter(|url| request(&kept, url) == FIRST).count();
+        assert!(one >= MAX_KEPT / KEPT_PER_FIRST - 200, "{one}");
+        assert!(kept.lock().kept <= MAX_KEPT);
+    }
+
+    #[test]
+    fn who_uses_theirs_least_make_room_for_those_who_have_none() {
+        let kept = Kept::new(8 * FILES_PER_KEPT);
+        let (idlers, busy): (Vec<Url>, Url) = ((0..8).map(host).collect(), host(8));
+        assert!(idlers.iter().all(|url| request(&kept, url) == FIRST));
+        (0..3).for_each(|_| assert!(request(&kept, &idlers[0]) == FIRST));
+        assert_eq!(request(&kept, &busy), CLOSING);
+        let mut got = Vec::new();
+        for _ in 0..4 {
+            later(&kept);
+            (0..3).for_each(|_| assert!(request(&kept, &idlers[0]) == FIRST));
+            got.push((0..5).map(|_| request(&kept, &busy)).max().unwrap());
+            let _all: Vec<usize> = idlers.iter().map(|url| request(&kept, url)).collect();
+        }
+        // Two make room, which they have when their connections are closed.
+        assert_eq!(got, [CLOSING, CLOSING, FIRST, FIRST]);
+        assert_eq!(request(&kept, &idlers[0]), FIRST, "it uses its own");
+    }
+
+    #[test]
+    fn who_never_answers_keeps_nothing() {
         let kept = Kept::new(2 * FILES_PER_KEPT);
-        let (one, two, three) = (host(1), host(2), host(3));
-        let long = kept.take(&one);
-        assert!(long.is_some() && kept.take(&two).is_some() && kept.take(&three).is_none());
-        later(&kept);
-        assert!(kept.take(&three).is_none(), "one that was used a moment ago may still be open");
-        later(&kept);
-        assert!(kept.take(&three).is_some() && kept.take(&two).is_none());
-        drop(long);
-        assert_eq!([&one, &two, &three].map(|url| places(&kept, url)), [1, 0, 1]);
+        for number in 0..10 {
+            assert_eq!(kept.place(&host(number)).pool(), FIRST);
+        }
+        assert_eq!(kept.lock().kept, 0);
+    }
+
+    #[test]
+    fn one_connection_that_is_shared_is_one() {
+        let kept = Kept::new(u64::MAX);
+        let url = host(1);
+        kept.place(&url).is_kept(true);
+        let places: Vec<Place<'_>> = (0..40).map(|_| kept.place(&url)).collect();
+        assert!(places.iter().all(|place| place.pool() == FIRST) && kept.lock().kept == 1);
     }
 
     proptest! {
         #[test]
-        fn no_more_is_kept_than_may_be(steps in prop::collection::vec((0..12_usize, 0..5_usize), 0..300), most in 1..20_u64) {
+        fn no_more_is_kept_than_may_be(steps in prop::collection::vec((0..12_usize, 0..6_usize), 0..400), most in 1..60_u64) {
             let kept = Kept::new(most * FILES_PER_KEPT);
             let urls: Vec<Url> = (0..12).map(host).collect();
             let mut under_way: Vec<Place<'_>> = Vec::new();
             for (number, what) in steps {
                 match what {
                     0 => later(&kept),
-                    1 | 2 if !under_way.is_empty() => drop(under_way.swap_remove(number % under_way.len())),
-                    _ => under_way.extend(kept.take(&urls[number])),
+                    1 if !under_way.is_empty() => drop(under_way.swap_remove(number % under_way.len())),
+                    2 if !under_way.is_empty() => {
+                        let index = number % under_way.len();
+                        under_way.swap_remove(index).is_kept(number == 7);
+                    }
+                    _ => under_way.push(kept.place(&urls[number])),
                 }
                 let hosts = kept.lock();
-                let all: usize = hosts.by_origin.values().map(|host| host.places).sum();
-                prop_assert!(all == hosts.places && all <= kept.most, "{all} of {}", kept.most);
-                for host in hosts.by_origin.values() {
-                    prop_assert!(host.places > 0 && host.under_way <= host.places.max(host.most));
-                    prop_assert!(host.places >= host.under_way.min(MAX_KEPT_PER_HOST));
-                }
+                let all: usize = hosts.by_origin.values().map(Host::may_keep).sum();
+                prop_assert!(all == hosts.kept && all <= kept.most, "{all} of {}", kept.most);
+                let counted = under_way.iter().filter(|place| place.counts).count();
+                prop_assert_eq!(hosts.by_origin.values().map(|host| host.under_way).sum::<usize>(), counted);
             }
             drop(under_way);
-            later(&kept);
-            drop(kept.take(&urls[0]));
-            later(&kept);
-            drop(kept.take(&urls[0]));
-            prop_assert_eq!(kept.lock().by_origin.len(), 1);
+            (0..3).for_each(|_| later(&kept));
+            prop_assert!(is_empty(&kept));
         }
     }
 }

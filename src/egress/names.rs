@@ -4,7 +4,7 @@
 use std::{net::IpAddr, time::Duration};
 
 use hickory_resolver::{
-    TokioResolver,
+    ResolverBuilder, TokioResolver,
     config::{LookupIpStrategy, NameServerConfig, ResolverConfig},
     net::{NetError, runtime::TokioRuntimeProvider},
 };
@@ -12,8 +12,11 @@ use tokio::sync::Semaphore;
 
 use super::Failure;
 
-/// Look-ups under way at a time; the others wait, within the time they have.
+/// Look-ups under way at a time, where enough files may be open; the others wait, within the time they have.
 const MAX_LOOKUPS: usize = 4_096;
+/// One may have a dozen sockets when name servers are silent: two families, two servers, three tries. So there is one for
+/// every so many files, of which they take a fifth then.
+const FILES_PER_LOOKUP: u64 = 64;
 /// Answers that are remembered, for as long as their owner says.
 const MAX_REMEMBERED: u64 = 8_192;
 /// No answer is remembered for longer …
@@ -31,16 +34,17 @@ pub(super) struct Names {
 
 impl Names {
     /// As this machine does. One without a usable `resolv.conf` asks itself, as the C library would.
-    pub(super) fn system() -> Result<Self, NetError> {
+    pub(super) fn system(open_files: u64) -> Result<Self, NetError> {
         let here = || ResolverConfig::from_name_servers(vec![NameServerConfig::udp_and_tcp([127, 0, 0, 1].into())]);
         let builder = TokioResolver::builder_tokio().unwrap_or_else(|error| {
             tracing::warn!(%error, "/etc/resolv.conf cannot be used; names are looked up on this machine");
             TokioResolver::builder_with_config(here(), TokioRuntimeProvider::default())
         });
-        Self::new(builder)
+        let lookups = usize::try_from(open_files / FILES_PER_LOOKUP).unwrap_or(usize::MAX);
+        Self::new(builder, lookups.clamp(1, MAX_LOOKUPS))
     }
 
-    fn new(mut builder: hickory_resolver::ResolverBuilder<TokioRuntimeProvider>) -> Result<Self, NetError> {
+    fn new(mut builder: ResolverBuilder<TokioRuntimeProvider>, lookups: usize) -> Result<Self, NetError> {
         let options = builder.options_mut();
         // Both, or a blocked address could hide behind the other family's.
         options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
@@ -49,13 +53,13 @@ impl Names {
         options.negative_max_ttl = Some(MAX_MISSING_FOR);
         options.timeout = options.timeout.clamp(Duration::from_secs(1), TRY);
         options.attempts = options.attempts.min(1);
-        Ok(Self { resolver: builder.build()?, permits: Semaphore::new(MAX_LOOKUPS) })
+        Ok(Self { resolver: builder.build()?, permits: Semaphore::new(lookups) })
     }
 
     /// Every address of a name, not judged.
     pub(super) async fn addresses(&self, name: &str) -> Result<Vec<IpAddr>, Failure> {
         let _permit = self.permits.acquire().await.map_err(|_| Failure::DnsLookup)?;
-        let found = self.resolver.lookup_ip(name).await.map_err(|error| Failure::looking_up(&error))?;
+        let found = self.resolver.lookup_ip(name).await.map_err(|_| Failure::looking_up())?;
         Ok(found.iter().collect())
     }
 }

@@ -176,6 +176,15 @@ impl Handoff {
         }
     }
 
+    /// As far as a look could see, of all webhooks only these have something in the database: what another node took, or
+    /// went with its webhook, is not waited for.
+    pub(crate) fn only_these_wait(&self, waiting: &HashMap<Arc<str>, Waiting>) {
+        self.lock().webhooks.retain(|webhook_id, webhook| {
+            webhook.waiting &= waiting.contains_key(webhook_id.as_str());
+            webhook.waiting || webhook.held > 0
+        });
+    }
+
     fn lock(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -209,6 +218,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::clock;
 
     fn fill(handoff: &Handoff, webhook_id: &str) -> usize {
         std::iter::from_fn(|| handoff.try_take(webhook_id, 1).then_some(())).count()
@@ -275,6 +285,20 @@ mod tests {
         handoff.caught_up("a");
         handoff.give_back("a", 1);
         assert!(handoff.try_take("a", 1));
+    }
+
+    #[test]
+    fn who_waits_for_nothing_is_forgotten() {
+        let handoff = Handoff::default();
+        for webhook_id in ["deleted", "taken by others", "waiting"] {
+            handoff.waits(webhook_id);
+        }
+        fill(&handoff, "taken by others");
+        handoff.take_for_waiting("taken by others", 1);
+        let waiting = Waiting { webhook_id: "waiting".into(), organization: "acme".into(), due_at: clock::now() };
+        handoff.only_these_wait(&HashMap::from([(Arc::clone(&waiting.webhook_id), waiting)]));
+        assert!(!handoff.lock().webhooks.contains_key("deleted"));
+        assert!(handoff.try_take("taken by others", 1) && !handoff.try_take("waiting", 1));
     }
 
     proptest! {

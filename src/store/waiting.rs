@@ -60,6 +60,7 @@ impl Store {
                 Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) }.add_to(&mut waiting);
             }
         }
+        self.0.handoff.only_these_wait(&waiting);
         Ok(waiting)
     }
 }

@@ -63,12 +63,7 @@ impl Receiver {
 
     /// Answers the request number `n`, from 0, as `script` says.
     pub(crate) async fn scripted(script: impl Fn(usize, &Received) -> Reply + Send + Sync + 'static) -> Self {
-        Self::on("127.0.0.1:0", script).await
-    }
-
-    /// The same at an address of its own choice, or at all of this machine.
-    pub(crate) async fn on(at: &str, script: impl Fn(usize, &Received) -> Reply + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind(at).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shared =
             Arc::new(Shared { script: Box::new(script), received: Mutex::default(), count: watch::Sender::new(0) });
