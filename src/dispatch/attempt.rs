@@ -132,12 +132,15 @@ impl Engine {
     }
 
     /// Gives the lease back unused, again and again while the database fails and the lease lasts.
-    async fn give_back(&self, leased: Leased) {
+    async fn give_back(&self, mut leased: Leased) {
+        // Whoever waits for a test hears at once that there is none.
+        drop(leased.done.take());
         while let Err(error) = self.store.release_one(&leased).await {
             if clock::now().after(RECORD_AGAIN) >= leased.expires_at {
                 tracing::warn!(%error, "the lease could not be given back; it will run out");
                 return;
             }
+            tracing::warn!(%error, "the lease could not be given back; trying again");
             tokio::time::sleep(RECORD_AGAIN).await;
         }
     }

@@ -152,11 +152,20 @@ impl Client {
         *request.headers_mut() = headers;
         *request.body_mut() = Some(body.into());
         let mut place = self.kept.place(url);
-        let mut response = self.pools[place.pool()].execute(request).await?;
+        let answered = self.pools[place.pool()].execute(request).await;
+        let mut response = answered.inspect_err(|error| {
+            if error.is_connect() {
+                place.is_unconnected();
+            }
+        })?;
+        // Whatever becomes of this request, others may be on its connection.
+        let shared = response.version() == Version::HTTP_2;
+        if shared {
+            place.stays_open(shared);
+        }
         let status = response.status();
         let closes =
             response.headers().get(CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"));
-        let shares = response.version() == Version::HTTP_2;
         let asks = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
         let retry_after = response.headers().get(RETRY_AFTER).filter(|_| asks);
         let retry_after = retry_after.and_then(|value| RetryAfter::parse(value.to_str().ok()?));
@@ -164,7 +173,7 @@ impl Client {
         while kept.len() < MAX_ANSWER_BYTES {
             let Some(chunk) = response.chunk().await? else {
                 if !closes {
-                    place.is_kept(shares);
+                    place.stays_open(shared);
                 }
                 break;
             };
@@ -182,8 +191,8 @@ fn pools(
     settings: &Settings,
 ) -> Result<[reqwest::Client; POOLS.len()], StartError> {
     let tls = connector::tls(&settings.extra_roots)?;
-    let [none, one, few, many] = POOLS.map(|keep| http(permitted, policy, &tls, settings, keep));
-    Ok([none?, one?, few?, many?])
+    let [none, one, few, more, many] = POOLS.map(|keep| http(permitted, policy, &tls, settings, keep));
+    Ok([none?, one?, few?, more?, many?])
 }
 
 /// A client that keeps so many connections to each host. It asks `permitted` whom to dial, and `policy` whom it has
@@ -319,8 +328,7 @@ mod tests {
         // Those that are closed are heard of a moment later.
         let mut seen = open.subscribe();
         let closed = seen.wait_for(|open| *open <= MOST);
-        let left =
-            *tokio::time::timeout(Duration::from_secs(60), closed).await.expect("the others are closed").unwrap();
+        let left = *tokio::time::timeout(MAX_IDLE / 2, closed).await.expect("the others are closed").unwrap();
         assert!(left >= MOST / 2, "{left} are used again");
     }
 

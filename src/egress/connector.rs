@@ -22,8 +22,8 @@ use tower::BoxError;
 
 use super::{Failure, Policy, StartError, names::Names};
 
-/// Sessions that are remembered, of as many hosts.
-const MAX_SESSIONS: usize = 4_096;
+/// TLS sessions that are remembered: rustls reckons with eight of a host.
+const MAX_SESSIONS: usize = 8 * 1_024;
 
 tokio::task_local! {
     /// Whether the connection that is being made is past dialling.

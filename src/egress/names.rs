@@ -14,9 +14,11 @@ use super::Failure;
 
 /// Look-ups under way at a time, where enough files may be open; the others wait, within the time they have.
 const MAX_LOOKUPS: usize = 4_096;
-/// One may have a dozen sockets when name servers are silent: two families, two servers, three tries. So there is one for
-/// every so many files, of which they take a fifth then.
-const FILES_PER_LOOKUP: u64 = 64;
+/// One for every so many files: it has two sockets, and a dozen when name servers are silent (two families, two servers,
+/// three tries) …
+const FILES_PER_LOOKUP: u64 = 32;
+/// … and so many, however few files: names that are remembered need one for a moment, too.
+const MIN_LOOKUPS: usize = 64;
 /// Answers that are remembered, for as long as their owner says.
 const MAX_REMEMBERED: u64 = 8_192;
 /// No answer is remembered for longer …
@@ -41,7 +43,7 @@ impl Names {
             TokioResolver::builder_with_config(here(), TokioRuntimeProvider::default())
         });
         let lookups = usize::try_from(open_files / FILES_PER_LOOKUP).unwrap_or(usize::MAX);
-        Self::new(builder, lookups.clamp(1, MAX_LOOKUPS))
+        Self::new(builder, lookups.clamp(MIN_LOOKUPS, MAX_LOOKUPS))
     }
 
     fn new(mut builder: ResolverBuilder<TokioRuntimeProvider>, lookups: usize) -> Result<Self, NetError> {

@@ -26,11 +26,14 @@ const MAX_CLAIM: usize = 128;
 const MAX_SHARED_CLAIM: usize = 32;
 /// One claim serves at most this many webhooks; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 32;
-const RELEASES: &[Column] = &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("now_ms")];
+const RELEASES: &[Column] =
+    &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("expires_at_ms"), int("now_ms")];
+/// Of that very lease: the attempt that is given back is this node's again, under the same number, when it is claimed.
 pub(super) const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, \
     next_attempt_at_ms = rows.now_ms FROM {rows} \
     WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
-    AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node";
+    AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node \
+    AND deliveries.lease_expires_at_ms = rows.expires_at_ms";
 
 const WANTED: &[Column] =
     &[text("webhook_id"), int("due_at_ms"), int("places"), int("now_ms"), text("node"), int("expires_at_ms")];
@@ -87,16 +90,18 @@ pub(super) struct Release {
     webhook_id: Arc<str>,
     delivery_id: String,
     attempt: i32,
+    expires_at: Timestamp,
 }
 
 impl Release {
     fn of(leased: &Leased) -> Self {
-        let Leased { tenant, webhook_id, delivery_id, attempt, .. } = leased;
+        let Leased { tenant, webhook_id, delivery_id, attempt, expires_at, .. } = leased;
         Self {
             organization: Arc::clone(tenant.shared_organization()),
             webhook_id: webhook_id.clone(),
             delivery_id: delivery_id.clone(),
             attempt: *attempt,
+            expires_at: *expires_at,
         }
     }
 
@@ -304,8 +309,9 @@ impl Store {
     pub(super) fn releases<'a>(&self, releases: impl Iterator<Item = &'a Release>) -> Rows {
         let (node, now_ms) = (self.0.node.as_str(), clock::now().millis());
         let mut rows = Rows::new(self.0.write.get_database_backend(), RELEASES);
-        for Release { webhook_id, delivery_id, attempt, .. } in releases {
-            rows.push([webhook_id.into(), delivery_id.into(), node.into(), (*attempt).into(), now_ms.into()]);
+        for Release { webhook_id, delivery_id, attempt, expires_at, .. } in releases {
+            let (attempt, expires_at_ms) = ((*attempt).into(), expires_at.millis().into());
+            rows.push([webhook_id.into(), delivery_id.into(), node.into(), attempt, expires_at_ms, now_ms.into()]);
         }
         rows
     }
