@@ -395,27 +395,47 @@ mod tests {
         assert!(waiting.is_empty());
     }
 
+    /// Publishes to the webhook, which is subscribed the first time.
+    async fn publish(store: &Store, first_wait: Duration) {
+        let subscribe = "INSERT INTO subscriptions (organization, environment, event_type, webhook_id) \
+            VALUES ('acme', 'live', 'content.ready', 'whk_1') ON CONFLICT DO NOTHING";
+        store.0.write.execute_unprepared(subscribe).await.unwrap();
+        let event = NewEvent { event_type: "content.ready".to_owned(), data: EventData::trusted("{}".to_owned()) };
+        let lease = Lease { length: Duration::from_secs(60), first_wait };
+        let tenant = Tenant::new("acme", Environment::Live).unwrap();
+        store.publish(tenant, vec![event], lease, None).await.unwrap();
+    }
+
+    /// Said again because nobody heard that it was done, it does not take back the lease that came after it.
+    #[tokio::test]
+    async fn a_lease_is_given_back_once() {
+        let (_directory, store) = Store::fresh().await;
+        store.0.write.execute_unprepared(WEBHOOK).await.unwrap();
+        publish(&store, Duration::ZERO).await;
+        let mut ready = store.ready().unwrap();
+        let first = ready.try_recv().unwrap();
+        store.release_one(&first).await.unwrap();
+        let longer = Duration::from_secs(90);
+        store.claim(&mut store.waiting().await.unwrap(), clock::now(), longer).await.unwrap();
+        let second = ready.try_recv().unwrap();
+        assert!(second.attempt == first.attempt && second.expires_at > first.expires_at);
+        for (given_back, waiting) in [(&first, 0), (&second, 1)] {
+            store.release_one(given_back).await.unwrap();
+            assert_eq!(store.waiting().await.unwrap().len(), waiting);
+        }
+    }
+
     /// Whoever leaves something in the database says so: the engine does not come to look for it soon.
     #[tokio::test]
     async fn the_engine_is_told_of_what_waits() {
         let (_directory, store) = Store::fresh().await;
-        let subscribe = "INSERT INTO subscriptions (organization, environment, event_type, webhook_id) \
-            VALUES ('acme', 'live', 'content.ready', 'whk_1')";
         store.0.write.execute_unprepared(WEBHOOK).await.unwrap();
-        store.0.write.execute_unprepared(subscribe).await.unwrap();
-        let tenant = Tenant::new("acme", Environment::Live).unwrap();
-        let publish = async |first_wait| {
-            let data = EventData::trusted("{}".to_owned());
-            let event = NewEvent { event_type: "content.ready".to_owned(), data };
-            let lease = Lease { length: Duration::from_secs(60), first_wait };
-            store.publish(tenant.clone(), vec![event], lease, None).await.unwrap();
-        };
-        publish(Duration::ZERO).await;
+        publish(&store, Duration::ZERO).await;
         assert!(store.due().now_or_never().is_none() && store.news().waiting.is_empty(), "the engine has it");
 
         let wait = Duration::from_secs(10);
         let before = clock::now();
-        publish(wait).await;
+        publish(&store, wait).await;
         store.due().now_or_never().expect("there is news");
         let news = store.news();
         let due_at = news.waiting["whk_1"].due_at;
