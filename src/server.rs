@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Callers may be connected for one of so many files that may be open …
-const FILES_PER_CALLER: u64 = 4;
+const FILES_PER_CALLER: usize = 4;
 /// … and so many, however few files.
 const MIN_CALLERS: usize = 16;
 
@@ -203,18 +203,20 @@ async fn not_ready(reporter: HealthReporter, shutdown: CancellationToken) {
 }
 
 /// Lets this process have as many files open as it may, and says how many. What a shell sets is a fraction of what is
-/// allowed.
-fn raise_open_files() -> u64 {
-    rlimit::increase_nofile_limit(u64::MAX).unwrap_or_else(|error| {
+/// allowed. Half of them are for attempts (`dispatch/shares.rs`), a quarter for callers ([`callers`]), an eighth for idle
+/// connections (`egress/kept.rs`), the rest for look-ups (`egress/names.rs`) and the database.
+fn raise_open_files() -> usize {
+    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or_else(|error| {
         tracing::warn!(%error, "the limit of open files could not be raised");
         rlimit::Resource::NOFILE.get_soft().unwrap_or(0)
-    })
+    });
+    usize::try_from(files).unwrap_or(usize::MAX)
 }
 
 /// How many callers may be connected: no more than a part of the files that may be open, or deliveries would wait for
 /// theirs.
-fn callers(configured: usize, open_files: u64) -> usize {
-    let most = usize::try_from(open_files / FILES_PER_CALLER).unwrap_or(usize::MAX).max(MIN_CALLERS);
+fn callers(configured: usize, open_files: usize) -> usize {
+    let most = (open_files / FILES_PER_CALLER).max(MIN_CALLERS);
     if most < configured {
         tracing::warn!(
             open_files,
@@ -225,7 +227,7 @@ fn callers(configured: usize, open_files: u64) -> usize {
     configured.min(most)
 }
 
-fn client(config: &Config, open_files: u64) -> Result<egress::Client, egress::StartError> {
+fn client(config: &Config, open_files: usize) -> Result<egress::Client, egress::StartError> {
     let policy = egress::Policy {
         allow: config.egress_allow.clone(),
         allow_loopback: config.allow_loopback,

@@ -45,7 +45,7 @@ pub struct Engine {
     /// Attempts under way to one webhook at a time.
     pub max_in_flight_per_webhook: usize,
     /// How many files this process may have open, of which each attempt under way is one.
-    pub open_files: u64,
+    pub open_files: usize,
 }
 
 /// How long a lease is for requests that may take `request_timeout`.

@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn organisations_take_turns_whatever_they_have_waiting() {
-        let mut queue = Queue::new(Shares::new(32, u64::MAX));
+        let mut queue = Queue::new(Shares::new(32, usize::MAX));
         for _ in 0..50 {
             queue.push("loud", &"a".into(), "a");
             queue.push("loud", &"b".into(), "b");
@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn a_quick_receiver_has_room_beside_thousands_that_hang() {
-        let mut queue = Queue::new(Shares::new(32, u64::MAX));
+        let mut queue = Queue::new(Shares::new(32, usize::MAX));
         for webhook in 0..12_000 {
             (0..10).for_each(|_| queue.push(&format!("org {}", webhook % 100), &format!("dead {webhook}").into(), ()));
         }
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn who_is_known_is_remembered_and_nobody_is_forgotten_for_those_who_are_quick() {
-        let mut queue = Queue::new(Shares::new(32, u64::MAX));
+        let mut queue = Queue::new(Shares::new(32, usize::MAX));
         // As many under way at a time as the webhook gets.
         let mut attempt = |webhook_id: &str, ended| {
             (0..8).for_each(|_| queue.push("acme", &webhook_id.into(), ()));

@@ -32,7 +32,7 @@ const PLACES_PER_SLOW: usize = 2;
 const PLACES_PER_EXTRA: usize = 4;
 /// Each attempt is a file, and so are callers, the database, and idle connections (see `egress/kept.rs`): attempts may have
 /// one of every so many.
-const FILES_PER_ATTEMPT: u64 = 2;
+const FILES_PER_ATTEMPT: usize = 2;
 /// So many places there are, however few files.
 const MIN_PLACES: usize = 64;
 /// An organisation with fewer under way is not limited …
@@ -76,8 +76,8 @@ impl Level {
 
 impl Shares {
     /// For a process that may have so many files open.
-    pub(super) fn new(max_per_webhook: usize, files: u64) -> Self {
-        let attempts = usize::try_from(files / FILES_PER_ATTEMPT).unwrap_or(usize::MAX);
+    pub(super) fn new(max_per_webhook: usize, files: usize) -> Self {
+        let attempts = files / FILES_PER_ATTEMPT;
         let places = (attempts / (PLACES_PER_EXTRA + 1)).saturating_mul(PLACES_PER_EXTRA).clamp(MIN_PLACES, PLACES);
         Self {
             max_per_webhook,
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn few_get_a_lot_and_many_leave_room() {
-        let shares = Shares::new(32, u64::MAX);
+        let shares = Shares::new(32, usize::MAX);
         for speed in [Speed::Quick, Speed::Slow] {
             assert_eq!(saturate(&shares, 8, speed).0, [32; 8]);
         }
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn an_organisation_leaves_half_and_its_webhooks_leave_room_for_each_other() {
-        let shares = Shares::new(32, u64::MAX);
+        let shares = Shares::new(32, usize::MAX);
         let (mut webhooks, mut all) = ([0; 200], InFlight::default());
         while let Some(least) = webhooks.iter_mut().filter(|count| **count < 32).min()
             && shares.allow_within(Level::of(*least), Speed::Quick, &all, &all)
@@ -187,11 +187,11 @@ mod tests {
 
     #[test]
     fn attempts_take_half_of_the_files_and_organisations_half_of_those() {
-        for files in [256, 1_024, 4_096, 16_384, u64::MAX] {
+        for files in [256, 1_024, 4_096, 16_384, usize::MAX] {
             let shares = Shares::new(32, files);
             let (_, all) = saturate(&shares, PLACES / 4 * 5 + 1, Speed::Quick);
             assert_eq!(all.total(), shares.hard_cap);
-            assert!(all.total() as u64 <= files / 2 && all.total() <= PLACES / 4 * 5, "{files}: {all:?}");
+            assert!(all.total() <= files / 2 && all.total() <= PLACES / 4 * 5, "{files}: {all:?}");
             assert_eq!(shares.are_few(), files < 10_240);
             // One organisation that takes all it can.
             for speed in [Speed::Quick, Speed::Slow] {
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_large_maximum_can_be_reached() {
-        let shares = Shares::new(1_024, u64::MAX);
+        let shares = Shares::new(1_024, usize::MAX);
         assert!(saturate(&shares, 1, Speed::Quick).0[0] >= 1_024);
     }
 }

@@ -60,7 +60,7 @@ pub struct Settings {
     /// PEM files of certificate authorities to trust beside the system's.
     pub extra_roots: Vec<Vec<u8>>,
     /// How many files this process may have open, of which each connection is one.
-    pub open_files: u64,
+    pub open_files: usize,
 }
 
 /// Why there is no client.
@@ -252,7 +252,7 @@ mod tests {
             request_timeout: Duration::from_secs(30),
             user_agent: "test/1".to_owned(),
             extra_roots: Vec::new(),
-            open_files: u64::MAX,
+            open_files: usize::MAX,
         }
     }
 
@@ -308,7 +308,7 @@ mod tests {
     /// Each of many hosts is reached, also several at a time, and no more connections stay open than may.
     #[tokio::test]
     async fn many_hosts_do_not_keep_as_many_connections() {
-        const MOST: u64 = 8;
+        const MOST: usize = 8;
         let settings = Settings { open_files: MOST * kept::FILES_PER_KEPT, ..settings() };
         let client = Client::new(policy(true), &settings).unwrap();
         let open = Arc::new(watch::Sender::new(0));
@@ -333,7 +333,7 @@ mod tests {
     }
 
     /// Answers all requests, and counts connections that are open.
-    async fn answer(listener: TcpListener, open: Arc<watch::Sender<u64>>) {
+    async fn answer(listener: TcpListener, open: Arc<watch::Sender<usize>>) {
         while let Ok((mut stream, _)) = listener.accept().await {
             open.send_modify(|open| *open += 1);
             let open = Arc::clone(&open);

@@ -134,7 +134,7 @@ mod tests {
 
     #[tokio::test]
     async fn of_good_and_bad_addresses_the_good_ones_are_dialled() {
-        let names = Arc::new(Names::system(u64::MAX).unwrap());
+        let names = Arc::new(Names::system(usize::MAX).unwrap());
         let localhost = async |policy: Policy| {
             let permitted = Permitted { names: Arc::clone(&names), policy: Arc::new(policy) };
             let resolved = permitted.resolve("localhost".parse().unwrap()).await;

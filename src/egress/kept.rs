@@ -28,7 +28,7 @@ const FIRST: usize = 1;
 /// Connections that all hosts may keep together, where enough files may be open …
 const MAX_KEPT: usize = 4_096;
 /// … which is when one of so many files is not more.
-pub(super) const FILES_PER_KEPT: u64 = 8;
+pub(super) const FILES_PER_KEPT: usize = 8;
 /// One of so many is only for hosts that have none; and as many make room at a time while somebody gets nothing.
 const KEPT_PER_FIRST: usize = 4;
 /// Idle connections are closed after this time …
@@ -59,7 +59,7 @@ struct Host {
     under_way: usize,
     /// The most requests that were under way at a time since the last look, and how many left a connection open.
     most: usize,
-    kept: usize,
+    used: usize,
     /// Whether it was ever connected to.
     is_there: bool,
     /// Whether requests share a connection.
@@ -89,10 +89,9 @@ enum Ended {
 
 impl Kept {
     /// With so many files that may be open.
-    pub(super) fn new(open_files: u64) -> Self {
-        let files = usize::try_from(open_files / FILES_PER_KEPT).unwrap_or(usize::MAX);
+    pub(super) fn new(open_files: usize) -> Self {
         let hosts = Hosts { by_origin: HashMap::new(), kept: 0, looked: clock::stopwatch(), left_out: 0 };
-        Self { most: MAX_KEPT.min(files), hosts: Mutex::new(hosts) }
+        Self { most: MAX_KEPT.min(open_files / FILES_PER_KEPT), hosts: Mutex::new(hosts) }
     }
 
     /// Where a request to this URL goes.
@@ -152,7 +151,7 @@ impl Hosts {
                 self.kept += POOLS[needs];
                 host.move_to(needs);
             }
-            let used = std::mem::take(&mut host.kept);
+            let used = std::mem::take(&mut host.used);
             host.most = host.under_way;
             least_used.push((used, host));
         }
@@ -177,7 +176,7 @@ impl Hosts {
         host.under_way = host.under_way.saturating_sub(1);
         host.is_there |= !matches!(ended, Ended::Unconnected);
         if let Ended::Open { shared } = ended {
-            host.kept += 1;
+            host.used += 1;
             host.shares = shared;
         }
         if !host.is_there && host.under_way == 0 {
@@ -261,7 +260,7 @@ mod tests {
 
     #[test]
     fn who_has_many_under_way_moves_up_and_down_again() {
-        let kept = Kept::new(u64::MAX);
+        let kept = Kept::new(usize::MAX);
         assert_eq!((kept.most, Kept::new(1_024).most), (MAX_KEPT, 128));
         let url = host(1);
         let mut places: Vec<Place<'_>> = (0..40).map(|_| kept.place(&url)).collect();
@@ -282,7 +281,7 @@ mod tests {
 
     #[test]
     fn a_few_keep_what_they_need_and_many_one_each() {
-        let kept = Kept::new(u64::MAX);
+        let kept = Kept::new(usize::MAX);
         let urls: Vec<Url> = (0..MAX_KEPT).map(host).collect();
         let busy: Vec<_> =
             urls[..200].iter().flat_map(|url| (0..40).map(|_| kept.place(url)).collect::<Vec<_>>()).collect();
@@ -326,7 +325,7 @@ mod tests {
 
     #[test]
     fn one_connection_that_is_shared_is_one() {
-        let kept = Kept::new(u64::MAX);
+        let kept = Kept::new(usize::MAX);
         let url = host(1);
         kept.place(&url).stays_open(true);
         let places: Vec<Place<'_>> = (0..40).map(|_| kept.place(&url)).collect();
@@ -335,7 +334,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_more_is_kept_than_may_be(steps in prop::collection::vec((0..12_usize, 0..6_usize), 0..400), most in 1..60_u64) {
+        fn no_more_is_kept_than_may_be(steps in prop::collection::vec((0..12_usize, 0..6_usize), 0..400), most in 1..60_usize) {
             let kept = Kept::new(most * FILES_PER_KEPT);
             let urls: Vec<Url> = (0..12).map(host).collect();
             let mut under_way: Vec<Place<'_>> = Vec::new();

@@ -16,7 +16,7 @@ use super::Failure;
 const MAX_LOOKUPS: usize = 4_096;
 /// One for every so many files: it has two sockets, and a dozen when name servers are silent (two families, two servers,
 /// three tries) …
-const FILES_PER_LOOKUP: u64 = 32;
+const FILES_PER_LOOKUP: usize = 32;
 /// … and so many, however few files: names that are remembered need one for a moment, too.
 const MIN_LOOKUPS: usize = 64;
 /// Answers that are remembered, for as long as their owner says.
@@ -36,14 +36,13 @@ pub(super) struct Names {
 
 impl Names {
     /// As this machine does. One without a usable `resolv.conf` asks itself, as the C library would.
-    pub(super) fn system(open_files: u64) -> Result<Self, NetError> {
+    pub(super) fn system(open_files: usize) -> Result<Self, NetError> {
         let here = || ResolverConfig::from_name_servers(vec![NameServerConfig::udp_and_tcp([127, 0, 0, 1].into())]);
         let builder = TokioResolver::builder_tokio().unwrap_or_else(|error| {
             tracing::warn!(%error, "/etc/resolv.conf cannot be used; names are looked up on this machine");
             TokioResolver::builder_with_config(here(), TokioRuntimeProvider::default())
         });
-        let lookups = usize::try_from(open_files / FILES_PER_LOOKUP).unwrap_or(usize::MAX);
-        Self::new(builder, lookups.clamp(MIN_LOOKUPS, MAX_LOOKUPS))
+        Self::new(builder, (open_files / FILES_PER_LOOKUP).clamp(MIN_LOOKUPS, MAX_LOOKUPS))
     }
 
     fn new(mut builder: ResolverBuilder<TokioRuntimeProvider>, lookups: usize) -> Result<Self, NetError> {

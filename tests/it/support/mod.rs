@@ -2,6 +2,7 @@
 
 mod database;
 mod name_server;
+mod process;
 mod receiver;
 mod server;
 
@@ -10,6 +11,7 @@ use std::time::Duration;
 pub(crate) use self::{
     database::{Database, Kind},
     name_server::{Says, serve_names},
+    process::Process,
     receiver::{Received, Receiver, Reply},
     server::{Answer, Bearer, MASTER_KEY, TestServer, Watch, config},
 };
