@@ -1,17 +1,13 @@
 //! Fetches what falls due, and what dead nodes left.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use super::{Engine, lease_length};
 use crate::{
     clock,
-    store::{Claimed, Error, News, Store, Waiting},
+    store::{Claimed, Error, Line, News, Store},
     webhook::RetrySchedule,
 };
 
@@ -23,27 +19,27 @@ const POLL: Duration = Duration::from_secs(1);
 const REST: u32 = 8;
 /// … and so many are not few.
 const MANY: usize = 32;
-/// After looking, nothing is looked for during this many times as long: looking costs more the more webhooks wait. What is
-/// known is claimed all the same, as soon as there is room.
+/// After a look, none follows during this many times as long: they cost the more, the more webhooks have something that
+/// waits, and nothing but what other nodes left is known only by them.
 const REST_FROM_LOOKING: u32 = 16;
 
 /// What is known of the work to do.
 struct Claims {
     store: Store,
-    /// The webhooks that had deliveries waiting at the last look or were told of since, without those that turned out to
-    /// have no more.
-    waiting: HashMap<Arc<str>, Waiting>,
-    /// When the last look was, and how long it took.
+    line: Line,
+    /// When the last look was, and how long none follows.
     looked: Option<(Instant, Duration)>,
-    /// Whether there may be something that only another one finds.
-    look: bool,
+    /// When the sweep that is under way began; none when it has ended.
+    sweep: Option<Instant>,
+    /// Whether one has ended: until then the first one does not rest.
+    swept: bool,
     rescued: Option<Instant>,
 }
 
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let Engine { store, schedule, request_timeout, .. } = engine;
-    let mut claims = Claims { store, waiting: HashMap::new(), looked: None, look: true, rescued: None };
+    let mut claims = Claims { store, line: Line::default(), looked: None, sweep: None, swept: false, rescued: None };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let wait = match claims.round(&schedule, lease_length(request_timeout)).await {
@@ -82,28 +78,36 @@ impl Claims {
             self.rescue(schedule).await?;
         }
         if self.until_look().is_zero() {
-            let began = clock::stopwatch();
-            self.waiting = self.store.waiting().await?;
-            self.look = false;
-            self.looked = Some((clock::stopwatch(), began.elapsed()));
+            self.look().await?;
         }
         // After the look, which may not have seen it yet.
-        let News { waiting, look } = self.store.news();
-        self.look |= look;
-        waiting.into_values().for_each(|waiting| waiting.add_to(&mut self.waiting));
-        let (now, known) = (clock::now(), self.waiting.len());
-        let claimed = self.store.claim(&mut self.waiting, now, lease).await?;
-        // Who has no more that is due may have something that falls due soon.
-        self.look |= self.waiting.len() < known;
+        let News { waiting, room } = self.store.news();
+        waiting.into_values().for_each(|waiting| self.line.add(waiting));
+        room.iter().for_each(|webhook_id| self.line.has_room(webhook_id));
+        let now = clock::now();
+        let mut claimed = self.store.claim(&mut self.line, now, lease).await?;
+        claimed.more |= !self.swept;
         // What is due and was not claimed has no room: freeing some rings the bell.
-        let next = self.waiting.values().map(|webhook| webhook.due_at).filter(|due_at| *due_at > now).min();
-        Ok((claimed, next.map_or(POLL, |due_at| now.until(due_at)).min(self.until_look())))
+        let next = self.line.next_due_at().map_or(POLL, |due_at| now.until(due_at));
+        Ok((claimed, next.min(self.until_look())))
+    }
+
+    async fn look(&mut self) -> Result<(), Error> {
+        let began = clock::stopwatch();
+        let sweep = *self.sweep.get_or_insert(began);
+        let ended = self.store.look(&mut self.line).await?;
+        let mut rest = if self.swept { began.elapsed() * REST_FROM_LOOKING } else { Duration::ZERO };
+        if ended {
+            (self.sweep, self.swept) = (None, true);
+            rest = rest.max(POLL.saturating_sub(sweep.elapsed()));
+        }
+        self.looked = Some((clock::stopwatch(), rest));
+        Ok(())
     }
 
     /// How long until it is time to look.
     fn until_look(&self) -> Duration {
-        let rest = |took: Duration| if self.look { (took * REST_FROM_LOOKING).min(POLL) } else { POLL };
-        self.looked.map_or(Duration::ZERO, |(at, took)| rest(took).saturating_sub(at.elapsed()))
+        self.looked.map_or(Duration::ZERO, |(at, rest)| rest.saturating_sub(at.elapsed()))
     }
 
     async fn rescue(&self, schedule: &RetrySchedule) -> Result<(), Error> {

@@ -13,6 +13,7 @@ use super::{
     log::{Entry, Log},
     script::Script,
     sql::Sql,
+    waiting::Waiting,
 };
 use crate::{
     clock,
@@ -184,7 +185,7 @@ impl Store {
         Script::default().tell(transaction.get_database_backend(), deltas, log)?.run(&transaction).await?;
         transaction.commit().await.map_err(Error::from)?;
         self.0.feed.announce();
-        self.0.handoff.look_again();
+        self.0.handoff.tell(Waiting::of(&row));
         Ok(delivery(row)?)
     }
 

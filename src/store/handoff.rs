@@ -34,6 +34,8 @@ const MAX_HELD_UNPROVEN: usize = 256;
 const fn free_per_held(worth: usize) -> usize {
     MAX_HELD / if worth > MAX_HELD_UNPROVEN { MAX_HELD_PER_WEBHOOK } else { MAX_HELD_UNPROVEN }
 }
+/// From the database is fetched when one of so many of the places of a webhook is free.
+const MIN_FETCH: usize = 8;
 /// Data of so many bytes is in one place.
 const PLACE_BYTES: usize = 8 * 1024;
 
@@ -46,19 +48,32 @@ pub(crate) struct Handoff {
     pub(crate) due: Notify,
 }
 
-/// What has come to wait in the database since somebody asked.
+/// What has changed about what waits in the database since somebody asked.
 #[derive(Debug, Default)]
 pub struct News {
     /// What this node left there, with the time of the earliest: no more than there are webhooks.
     pub waiting: HashMap<Arc<str>, Waiting>,
-    /// Whether there may be more, that only a look finds.
-    pub look: bool,
+    /// Webhooks for which there was no room, and is again.
+    pub room: Vec<Arc<str>>,
+}
+
+/// What there is for deliveries that wait in the database.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// So many places, which are taken.
+    Places(usize),
+    /// None for this webhook, until the bell is rung for it.
+    NoneForIt,
+    /// None for anybody, until the bell is rung.
+    None,
 }
 
 #[derive(Default)]
 struct Held {
     total: usize,
     webhooks: HashMap<String, OfWebhook>,
+    /// Whether somebody waits for any place.
+    wanted: bool,
 }
 
 struct OfWebhook {
@@ -67,6 +82,8 @@ struct OfWebhook {
     worth: usize,
     /// Some of its deliveries had to stay in the database: newer ones must not overtake them for ever.
     waiting: bool,
+    /// Whether the bell is to be rung for it.
+    wanted: bool,
 }
 
 /// How many places data takes.
@@ -89,15 +106,23 @@ impl Handoff {
         true
     }
 
-    /// Takes up to `wanted` places for deliveries that wait in the database.
-    pub(crate) fn take_for_waiting(&self, webhook_id: &str, wanted: usize) -> usize {
+    /// Takes up to `most` places for deliveries that wait in the database. If there are none, newer ones wait as well.
+    pub(crate) fn take_for_waiting(&self, webhook_id: &str, most: usize) -> Room {
         let mut held = self.lock();
-        let taken = wanted.min(held.room(webhook_id));
-        if taken > 0 {
-            held.of(webhook_id).held += taken;
-            held.total += taken;
+        if held.total >= MAX_HELD_WITH_FEW {
+            held.wanted = true;
+            return Room::None;
         }
-        taken
+        let room = held.room_to_fetch(webhook_id);
+        let taken = room.min(most).min(MAX_HELD_WITH_FEW - held.total);
+        let webhook = held.of(webhook_id);
+        if room == 0 {
+            (webhook.waiting, webhook.wanted) = (true, true);
+            return Room::NoneForIt;
+        }
+        webhook.held += taken;
+        held.total += taken;
+        Room::Places(taken)
     }
 
     /// A delivery of so many bytes was fetched into a place, and takes more when it is long.
@@ -128,13 +153,18 @@ impl Handoff {
         held.total = held.total.saturating_sub(places);
         let webhook = held.of(webhook_id);
         webhook.held = webhook.held.saturating_sub(places);
-        // At half, so that a long queue is fetched in large pieces.
-        let ring = webhook.waiting && webhook.held <= webhook.worth / 2;
+        let has_room = webhook.wanted && held.room_to_fetch(webhook_id) > 0;
+        let webhook = held.of(webhook_id);
+        webhook.wanted &= !has_room;
         if webhook.held == 0 && !webhook.waiting {
             held.webhooks.remove(webhook_id);
         }
+        let any = held.total < MAX_HELD_WITH_FEW && std::mem::take(&mut held.wanted);
         drop(held);
-        if ring {
+        if has_room {
+            self.lock_news().room.push(webhook_id.into());
+        }
+        if has_room || any {
             self.due.notify_one();
         }
     }
@@ -148,12 +178,6 @@ impl Handoff {
             drop(news);
             self.due.notify_one();
         }
-    }
-
-    /// More may wait in the database than was told.
-    pub(crate) fn look_again(&self) {
-        self.lock_news().look = true;
-        self.due.notify_one();
     }
 
     /// What was told since the last time.
@@ -170,7 +194,7 @@ impl Handoff {
     pub(crate) fn caught_up(&self, webhook_id: &str) {
         let mut held = self.lock();
         let webhook = held.of(webhook_id);
-        webhook.waiting = false;
+        (webhook.waiting, webhook.wanted) = (false, false);
         if webhook.held == 0 {
             held.webhooks.remove(webhook_id);
         }
@@ -178,9 +202,10 @@ impl Handoff {
 
     /// As far as a look could see, of all webhooks only these have something in the database: what another node took, or
     /// went with its webhook, is not waited for.
-    pub(crate) fn only_these_wait(&self, waiting: &HashMap<Arc<str>, Waiting>) {
+    pub(crate) fn only_these_wait(&self, waits: impl Fn(&str) -> bool) {
         self.lock().webhooks.retain(|webhook_id, webhook| {
-            webhook.waiting &= waiting.contains_key(webhook_id.as_str());
+            webhook.waiting &= waits(webhook_id);
+            webhook.wanted &= webhook.waiting;
             webhook.waiting || webhook.held > 0
         });
     }
@@ -197,16 +222,29 @@ impl Handoff {
 impl Held {
     /// How many more places the webhook may take.
     fn room(&self, webhook_id: &str) -> usize {
+        let (held, most) = self.held_and_most(webhook_id);
+        most.saturating_sub(held)
+    }
+
+    /// How many more it may take when it is worth a statement: a long queue is fetched in large pieces.
+    fn room_to_fetch(&self, webhook_id: &str) -> usize {
+        let (held, most) = self.held_and_most(webhook_id);
+        let room = most.saturating_sub(held);
+        if room >= most / MIN_FETCH { room } else { 0 }
+    }
+
+    /// How many places it has, and may have.
+    fn held_and_most(&self, webhook_id: &str) -> (usize, usize) {
         let (held, worth) =
             self.webhooks.get(webhook_id).map_or((0, MAX_HELD_UNPROVEN), |webhook| (webhook.held, webhook.worth));
         let free = MAX_HELD.saturating_sub(self.total);
         let few = if self.total < MAX_HELD_WITH_FEW { FEW } else { 0 };
-        (free / free_per_held(worth)).max(few).min(worth).saturating_sub(held)
+        (held, (free / free_per_held(worth)).max(few).min(worth))
     }
 
     fn of(&mut self, webhook_id: &str) -> &mut OfWebhook {
         if !self.webhooks.contains_key(webhook_id) {
-            let new = OfWebhook { held: 0, worth: MAX_HELD_UNPROVEN, waiting: false };
+            let new = OfWebhook { held: 0, worth: MAX_HELD_UNPROVEN, waiting: false, wanted: false };
             self.webhooks.insert(webhook_id.to_owned(), new);
         }
         self.webhooks.get_mut(webhook_id).expect("it was just put there")
@@ -215,10 +253,10 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::clock;
 
     fn fill(handoff: &Handoff, webhook_id: &str) -> usize {
         std::iter::from_fn(|| handoff.try_take(webhook_id, 1).then_some(())).count()
@@ -260,9 +298,9 @@ mod tests {
         handoff.learn("slow", 3);
         handoff.give_back("slow", 200);
         let left = handoff.lock().webhooks["slow"].held;
-        assert_eq!(handoff.take_for_waiting("slow", 100), 0);
+        assert_eq!(handoff.take_for_waiting("slow", 100), Room::NoneForIt);
         handoff.give_back("slow", left);
-        assert_eq!(handoff.take_for_waiting("slow", 100), 3);
+        assert_eq!(handoff.take_for_waiting("slow", 100), Room::Places(3));
     }
 
     #[test]
@@ -279,11 +317,11 @@ mod tests {
     fn newer_deliveries_wait_behind_those_in_the_database() {
         let handoff = Handoff::default();
         fill(&handoff, "a");
-        handoff.give_back("a", 10);
+        handoff.give_back("a", 40);
         assert!(!handoff.try_take("a", 1));
-        assert_eq!(handoff.take_for_waiting("a", 100), 10);
+        assert!(matches!(handoff.take_for_waiting("a", 100), Room::Places(40..=42)));
         handoff.caught_up("a");
-        handoff.give_back("a", 1);
+        handoff.give_back("a", 3);
         assert!(handoff.try_take("a", 1));
     }
 
@@ -293,12 +331,31 @@ mod tests {
         for webhook_id in ["deleted", "taken by others", "waiting"] {
             handoff.waits(webhook_id);
         }
-        fill(&handoff, "taken by others");
         handoff.take_for_waiting("taken by others", 1);
-        let waiting = Waiting { webhook_id: "waiting".into(), organization: "acme".into(), due_at: clock::now() };
-        handoff.only_these_wait(&HashMap::from([(Arc::clone(&waiting.webhook_id), waiting)]));
+        handoff.only_these_wait(|webhook_id| webhook_id == "waiting");
         assert!(!handoff.lock().webhooks.contains_key("deleted"));
         assert!(handoff.try_take("taken by others", 1) && !handoff.try_take("waiting", 1));
+    }
+
+    /// One that has none is rung for when it has room worth a statement, and all are when there is any again.
+    #[test]
+    fn the_bell_is_rung_for_those_who_had_no_room() {
+        let handoff = Handoff::default();
+        let rung = || handoff.due.notified().now_or_never().map(|()| handoff.news().room).unwrap_or_default();
+        let most = fill(&handoff, "a");
+        assert_eq!(handoff.take_for_waiting("a", 1), Room::NoneForIt);
+        let rings: Vec<_> = (0..most).map(|_| (handoff.let_go("a", 1), rung()).1).collect();
+        let first = rings.iter().position(|room| *room == [Arc::from("a")]).unwrap();
+        assert!((most / 10..most / 4).contains(&first) && rings.iter().flatten().count() == 1, "{rings:?}");
+
+        handoff.caught_up("a");
+        (0..MAX_HELD_WITH_FEW).for_each(|number| assert!(handoff.try_take(&number.to_string(), 1)));
+        assert_eq!((handoff.take_for_waiting("a", 1), handoff.take_for_waiting("0", 1)), (Room::None, Room::None));
+        handoff.let_go("7", 1);
+        assert!(handoff.due.notified().now_or_never().is_some() && handoff.news().room.is_empty());
+        handoff.let_go("8", 1);
+        assert!(handoff.due.notified().now_or_never().is_none(), "nobody has come for the first");
+        assert_eq!(handoff.take_for_waiting("a", 100), Room::Places(2));
     }
 
     proptest! {

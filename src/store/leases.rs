@@ -8,11 +8,12 @@ use tokio::sync::oneshot;
 use super::{
     Error, Store,
     entity::{delivery, event},
+    handoff::Room,
     keys::tenant,
-    rows::{Column, Rows, int, text},
+    rows::{Cell, Column, Rows, int, text},
     script::Script,
     sql::Sql,
-    waiting::{self, Waiting},
+    waiting::{Line, Waiting},
     writer::Write,
 };
 use crate::{
@@ -27,10 +28,10 @@ const MAX_SHARED_CLAIM: usize = 32;
 /// One claim serves at most this many webhooks; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 32;
 const RELEASES: &[Column] =
-    &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("expires_at_ms"), int("now_ms")];
+    &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("expires_at_ms"), int("at_ms")];
 /// Of that very lease: the attempt that is given back is this node's again, under the same number, when it is claimed.
 pub(super) const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, \
-    next_attempt_at_ms = rows.now_ms FROM {rows} \
+    next_attempt_at_ms = rows.at_ms FROM {rows} \
     WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
     AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node \
     AND deliveries.lease_expires_at_ms = rows.expires_at_ms";
@@ -91,6 +92,8 @@ pub(super) struct Release {
     delivery_id: String,
     attempt: i32,
     expires_at: Timestamp,
+    /// From when on it is due again.
+    at: Timestamp,
 }
 
 impl Release {
@@ -102,7 +105,14 @@ impl Release {
             delivery_id: delivery_id.clone(),
             attempt: *attempt,
             expires_at: *expires_at,
+            at: clock::now(),
         }
+    }
+
+    /// That it waits again.
+    pub(super) fn waiting(&self) -> Waiting {
+        let (webhook_id, organization) = (Arc::clone(&self.webhook_id), Arc::clone(&self.organization));
+        Waiting { webhook_id, organization, due_at: self.at }
     }
 
     pub(super) fn organization(&self) -> &Arc<str> {
@@ -129,28 +139,22 @@ struct Wanted {
 }
 
 impl Store {
-    /// Leases to this node what is due of `webhooks`, as far as it has room, and hands it to the engine; those that turn
-    /// out to have no more are left out from then on.
-    pub async fn claim(
-        &self,
-        webhooks: &mut HashMap<Arc<str>, Waiting>,
-        now: Timestamp,
-        length: Duration,
-    ) -> Result<Claimed, Error> {
-        let due = waiting::in_turns(webhooks.values().filter(|webhook| webhook.due_at <= now).collect(), now);
+    /// Leases to this node what is due of those in `line`, as far as there is room, and hands it to the engine.
+    pub async fn claim(&self, line: &mut Line, now: Timestamp, length: Duration) -> Result<Claimed, Error> {
+        line.fall_due(now);
         let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
-        let share = (most / due.len().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
-        let mut wanted: HashMap<Arc<str>, Wanted> = HashMap::new();
-        for webhook in &due {
-            if wanted.len() == MAX_CLAIM_WEBHOOKS {
-                break;
-            }
-            match self.0.handoff.take_for_waiting(&webhook.webhook_id, share) {
-                // Freeing some rings the bell.
-                0 => self.0.handoff.waits(&webhook.webhook_id),
-                places => {
-                    let at = Wanted { places, due_at: webhook.due_at };
-                    wanted.insert(Arc::clone(&webhook.webhook_id), at);
+        let share = (most / line.due().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
+        let (mut wanted, mut room) = (HashMap::<Arc<str>, Wanted>::new(), true);
+        while room
+            && wanted.len() < MAX_CLAIM_WEBHOOKS
+            && let Some((webhook_id, due_at)) = line.next()
+        {
+            match self.0.handoff.take_for_waiting(&webhook_id, share) {
+                Room::Places(places) => drop(wanted.insert(webhook_id, Wanted { places, due_at })),
+                Room::NoneForIt => line.put_aside(&webhook_id),
+                Room::None => {
+                    line.again(&webhook_id);
+                    room = false;
                 }
             }
         }
@@ -158,28 +162,33 @@ impl Store {
             return Ok(Claimed { count: 0, more: false });
         }
         let claimed = self.claim_up_to(&wanted, now, length).await.inspect_err(|_| {
-            wanted.iter().for_each(|(webhook_id, wanted)| self.0.handoff.give_back(webhook_id, wanted.places));
+            for (webhook_id, wanted) in &wanted {
+                self.0.handoff.give_back(webhook_id, wanted.places);
+                line.again(webhook_id);
+            }
         })?;
         let mut found: HashMap<&str, usize> = HashMap::new();
         for leased in &claimed {
             *found.entry(&leased.webhook_id).or_default() += 1;
         }
-        let mut more = wanted.len() == MAX_CLAIM_WEBHOOKS;
+        let mut caught_up = Vec::new();
         for (webhook_id, Wanted { places, .. }) in &wanted {
             let unused = places.saturating_sub(found.get(&**webhook_id).copied().unwrap_or(0));
             if unused > 0 {
                 self.0.handoff.caught_up(webhook_id);
                 self.0.handoff.give_back(webhook_id, unused);
-                webhooks.remove(webhook_id);
+                caught_up.extend(line.caught_up(webhook_id).map(|organization| (Arc::clone(webhook_id), organization)));
             } else {
                 self.0.handoff.waits(webhook_id);
-                more = true;
+                line.again(webhook_id);
             }
         }
         let count = claimed.len();
         claimed.iter().for_each(|leased| self.0.handoff.fetched(&leased.webhook_id, leased.event.data.as_str().len()));
         claimed.into_iter().for_each(|leased| drop(self.0.ready.send(leased)));
-        Ok(Claimed { count, more })
+        // If this fails, the next look finds them.
+        self.first_waiting(&caught_up, now).await?.into_iter().for_each(|waiting| line.add(waiting));
+        Ok(Claimed { count, more: room && line.due() > 0 })
     }
 
     async fn claim_up_to(
@@ -307,11 +316,11 @@ impl Store {
 
     /// The rows for [`RELEASE`].
     pub(super) fn releases<'a>(&self, releases: impl Iterator<Item = &'a Release>) -> Rows {
-        let (node, now_ms) = (self.0.node.as_str(), clock::now().millis());
+        let node = self.0.node.as_str();
         let mut rows = Rows::new(self.0.write.get_database_backend(), RELEASES);
-        for Release { webhook_id, delivery_id, attempt, expires_at, .. } in releases {
-            let (attempt, expires_at_ms) = ((*attempt).into(), expires_at.millis().into());
-            rows.push([webhook_id.into(), delivery_id.into(), node.into(), attempt, expires_at_ms, now_ms.into()]);
+        for Release { webhook_id, delivery_id, attempt, expires_at, at, .. } in releases {
+            let [attempt, expires_at_ms, at_ms] = [(*attempt).into(), expires_at.millis(), at.millis()].map(Cell::from);
+            rows.push([webhook_id.into(), delivery_id.into(), node.into(), attempt, expires_at_ms, at_ms]);
         }
         rows
     }
@@ -376,23 +385,29 @@ mod tests {
         }
         let mut ready = store.ready().unwrap();
         let due_at = Timestamp::from_millis(1);
-        let mut waiting = HashMap::new();
-        Waiting { webhook_id: "whk_1".into(), organization: "acme".into(), due_at }.add_to(&mut waiting);
+        let mut line = Line::default();
+        line.add(Waiting { webhook_id: "whk_1".into(), organization: "acme".into(), due_at });
         let mut claimed = Vec::new();
         for _ in 0..2 {
-            while store.claim(&mut waiting, clock::now(), Duration::from_secs(60)).await.unwrap().more {}
+            while store.claim(&mut line, clock::now(), Duration::from_secs(60)).await.unwrap().more {}
             let came = claimed.len();
             claimed.extend(std::iter::from_fn(|| ready.try_recv().ok()));
             assert!(came < claimed.len() && store.due().now_or_never().is_none());
             if claimed.len() < MANY {
-                assert_eq!(waiting.len(), 1);
                 claimed.iter().for_each(|leased| store.let_go(&leased.webhook_id, 2));
                 store.due().now_or_never().expect("there is room again");
+                store.news().room.iter().for_each(|webhook_id| line.has_room(webhook_id));
             }
         }
         let ids: HashSet<&str> = claimed.iter().map(|leased| leased.delivery_id.as_str()).collect();
         assert_eq!((claimed.len(), ids.len()), (MANY, MANY));
-        assert!(waiting.is_empty());
+        assert_eq!(line.known(), 0);
+    }
+
+    async fn look(store: &Store) -> Line {
+        let mut line = Line::default();
+        assert!(store.look(&mut line).await.unwrap(), "that is all");
+        line
     }
 
     /// Publishes to the webhook, which is subscribed the first time.
@@ -416,12 +431,12 @@ mod tests {
         let first = ready.try_recv().unwrap();
         store.release_one(&first).await.unwrap();
         let longer = Duration::from_secs(90);
-        store.claim(&mut store.waiting().await.unwrap(), clock::now(), longer).await.unwrap();
+        store.claim(&mut look(&store).await, clock::now(), longer).await.unwrap();
         let second = ready.try_recv().unwrap();
         assert!(second.attempt == first.attempt && second.expires_at > first.expires_at);
         for (given_back, waiting) in [(&first, 0), (&second, 1)] {
             store.release_one(given_back).await.unwrap();
-            assert_eq!(store.waiting().await.unwrap().len(), waiting);
+            assert_eq!(look(&store).await.known(), waiting);
         }
     }
 
@@ -439,7 +454,7 @@ mod tests {
         store.due().now_or_never().expect("there is news");
         let news = store.news();
         let due_at = news.waiting["whk_1"].due_at;
-        assert!(!news.look && (before.after(wait)..=clock::now().after(wait)).contains(&due_at));
+        assert!((before.after(wait)..=clock::now().after(wait)).contains(&due_at));
 
         let leased = store.ready().unwrap().try_recv().unwrap();
         let next = clock::now().after(Duration::from_secs(5));

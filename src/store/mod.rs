@@ -63,7 +63,7 @@ pub use self::{
     record::Finished,
     secrets::Resealed,
     targets::Target,
-    waiting::Waiting,
+    waiting::{Line, Waiting},
     webhooks::Rotated,
 };
 use self::{

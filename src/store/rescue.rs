@@ -11,6 +11,7 @@ use super::{
     record,
     rows::{Cell, Column, Rows, int, int_or_null, text},
     script::Script,
+    waiting::Waiting,
 };
 use crate::{
     clock,
@@ -67,21 +68,21 @@ impl Store {
         if rows.is_empty() {
             return Ok(0);
         }
-        let rescued = rows.len();
-        self.write_rescued(&transaction, rows, schedule, now).await?;
+        let rows = self.write_rescued(&transaction, rows, schedule, now).await?;
         transaction.commit().await?;
         self.0.feed.announce();
-        self.0.handoff.look_again();
-        Ok(rescued)
+        self.0.handoff.tell(rows.iter().filter_map(Waiting::of));
+        Ok(rows.len())
     }
 
+    /// Answers what became of them.
     async fn write_rescued(
         &self,
         transaction: &DatabaseTransaction,
         mut rows: Vec<delivery::Model>,
         schedule: &RetrySchedule,
         now: Timestamp,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<delivery::Model>, Error> {
         let backend = transaction.get_database_backend();
         let (mut deltas, mut log) = (Deltas::default(), Log::default());
         let (mut rescued, mut attempts) = (Rows::new(backend, RESCUED), Rows::new(backend, record::ATTEMPTS));
@@ -130,6 +131,6 @@ impl Store {
         }
         Script::default().with(RESCUE, rescued).with(record::INSERT_ATTEMPTS, attempts).run(transaction).await?;
         Script::default().tell(backend, deltas, log)?.run(transaction).await?;
-        Ok(())
+        Ok(rows)
     }
 }

@@ -14,17 +14,21 @@ pub(super) struct Turns<T> {
     lines: HashMap<Arc<str>, VecDeque<T>>,
     /// Each organisation that has a line, in the order of their turns.
     order: VecDeque<Arc<str>>,
+    len: usize,
     /// Whose turn was last, and when it last was another's than the time before.
     last: Option<Arc<str>>,
     changed: Option<Instant>,
 }
 
-impl<T> Turns<T> {
-    pub(super) fn new() -> Self {
-        Self { lines: HashMap::new(), order: VecDeque::new(), last: None, changed: None }
+impl<T> Default for Turns<T> {
+    fn default() -> Self {
+        Self { lines: HashMap::new(), order: VecDeque::new(), len: 0, last: None, changed: None }
     }
+}
 
+impl<T> Turns<T> {
     pub(super) fn push(&mut self, organization: Arc<str>, item: T) {
+        self.len += 1;
         if let Some(line) = self.lines.get_mut(&organization) {
             return line.push_back(item);
         }
@@ -37,6 +41,7 @@ impl<T> Turns<T> {
         let organization = self.order.pop_front()?;
         let line = self.lines.get_mut(&organization)?;
         let item = line.pop_front();
+        self.len -= 1;
         if self.last.as_ref() != Some(&organization) {
             self.changed = self.last.replace(Arc::clone(&organization)).map(|_| clock::stopwatch());
         }
@@ -58,8 +63,13 @@ impl<T> Turns<T> {
         self.order.len()
     }
 
+    /// How many things are in it.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(super) fn is_empty(&self) -> bool {
-        self.order.is_empty()
+        self.len == 0
     }
 }
 
@@ -69,7 +79,7 @@ mod tests {
 
     #[test]
     fn organisations_take_turns() {
-        let mut turns = Turns::new();
+        let mut turns = Turns::default();
         let (loud, quiet) = (|| Arc::from("loud"), || Arc::from("quiet"));
         (0..4).for_each(|number| turns.push(loud(), ("loud", number)));
         assert!(!turns.is_shared(Duration::MAX));

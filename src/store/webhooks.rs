@@ -1,5 +1,7 @@
 //! Webhooks: made, shown, changed, removed.
 
+use std::sync::Arc;
+
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait, IntoActiveModel,
     PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
@@ -131,8 +133,16 @@ impl Store {
         let record = Record::of_webhook(AuditAction::WebhookUpdated, tenant, id);
         Record { changed_fields: &changed_fields, ..record }.write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
-        // Held deliveries of a webhook that is active again are due.
-        self.0.handoff.look_again();
+        if update.status == Some(WebhookStatus::Active) {
+            // What it held is due, or will be. If this fails, the next look finds it.
+            let webhook = (changed.id.as_str().into(), Arc::clone(tenant.shared_organization()));
+            match self.first_waiting(&[webhook], Timestamp::from_millis(0)).await {
+                Ok(waiting) => self.0.handoff.tell(waiting),
+                Err(error) => {
+                    tracing::warn!(%error, "what waits for a webhook that is active again was not looked for")
+                }
+            }
+        }
         Ok(Some(webhook(changed)?))
     }
 

@@ -86,7 +86,7 @@ impl Writer {
         let shared = Arc::new(AtomicBool::new(false));
         let is_shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let (mut waiting, mut size, mut checkpoints) = (Turns::new(), None, Checkpoints::default());
+            let (mut waiting, mut size, mut checkpoints) = (Turns::default(), None, Checkpoints::default());
             loop {
                 let began = clock::stopwatch();
                 if waiting.is_empty() {
@@ -275,12 +275,11 @@ impl Store {
             }
             let _ = answer.send(Ok(holds));
         }
-        self.0.handoff.tell(waiting);
-        if !batch.releases.is_empty() {
-            // They are due, or held since their webhook is not active any more.
-            self.0.handoff.look_again();
+        for (release, answer) in batch.releases {
+            waiting.push(release.waiting());
+            let _ = answer.send(Ok(()));
         }
-        batch.releases.into_iter().for_each(|(_, answer)| drop(answer.send(Ok(()))));
+        self.0.handoff.tell(waiting);
     }
 
     fn fail(&self, batch: Batch, error: &Error) {
