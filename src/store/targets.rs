@@ -3,14 +3,15 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Instant,
 };
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
+use tokio::sync::{mpsc, oneshot};
 use url::Url;
 
-use super::{Error, Store, entity::webhook, secrets, sql::Sql};
+use super::{Error, Inner, Store, entity::webhook, secrets, sql::Sql};
 use crate::{
     clock,
     vault::Vault,
@@ -19,6 +20,9 @@ use crate::{
 
 /// At most this many entries of each sort are kept; beyond, all are dropped and learned anew.
 const MAX_ENTRIES: usize = 10_000;
+
+/// One query reads at most this many targets.
+const MAX_READ: usize = 256;
 
 /// Where the deliveries of a webhook go, and what signs them.
 pub struct Target {
@@ -36,6 +40,11 @@ pub struct Target {
 pub(super) type Subscribers = Arc<[Arc<str>]>;
 pub(super) type Subscription = (Tenant, String);
 
+/// The task that reads the targets that are not known. Those that are asked for while it waits for the database go into its
+/// next query together: after an outage, or a change for which all are forgotten, that is not one for each delivery.
+pub(super) struct TargetReader(mpsc::UnboundedSender<(Arc<str>, TargetAnswer)>);
+type TargetAnswer = oneshot::Sender<Result<Option<Arc<Target>>, Error>>;
+
 #[derive(Default)]
 pub(super) struct Targets(Mutex<Known>);
 
@@ -44,7 +53,7 @@ struct Known {
     /// Counts changes, so that what was read before one is not remembered after it.
     generation: u64,
     /// With the moment before the database was asked.
-    targets: HashMap<String, (Instant, Option<Arc<Target>>)>,
+    targets: HashMap<Arc<str>, (Instant, Option<Arc<Target>>)>,
     subscribers: HashMap<Subscription, (Instant, Subscribers)>,
 }
 
@@ -53,6 +62,26 @@ impl Target {
     pub fn keys(&self, now: Timestamp) -> Vec<SigningKey> {
         let previous = self.previous.as_ref().filter(|(_, expires_at)| now < *expires_at);
         std::iter::once(&self.key).chain(previous.map(|(key, _)| key)).cloned().collect()
+    }
+}
+
+impl TargetReader {
+    /// Starts the task. It does not keep the store alive.
+    fn start(store: Weak<Inner>) -> Self {
+        let (queue, mut coming) = mpsc::unbounded_channel::<(Arc<str>, TargetAnswer)>();
+        tokio::spawn(async move {
+            while let Some((webhook_id, answer)) = coming.recv().await {
+                let mut asked = HashMap::from([(webhook_id, vec![answer])]);
+                while asked.len() < MAX_READ
+                    && let Ok((webhook_id, answer)) = coming.try_recv()
+                {
+                    asked.entry(webhook_id).or_default().push(answer);
+                }
+                let Some(inner) = store.upgrade() else { return };
+                Store(inner).read_targets(asked).await;
+            }
+        });
+        Self(queue)
     }
 }
 
@@ -72,28 +101,53 @@ impl Targets {
 
 impl Store {
     /// Where deliveries of a webhook go; none when it was deleted.
-    pub async fn target(&self, webhook_id: &str) -> Result<Option<Arc<Target>>, Error> {
-        let generation = {
-            let known = self.0.targets.lock();
-            match known.targets.get(webhook_id) {
-                Some((asked_at, target)) if self.0.revisions.hold(*asked_at) => return Ok(target.clone()),
-                _ => known.generation,
+    pub async fn target(&self, webhook_id: &Arc<str>) -> Result<Option<Arc<Target>>, Error> {
+        if let Some((asked_at, target)) = self.0.targets.lock().targets.get(webhook_id)
+            && self.0.revisions.hold(*asked_at)
+        {
+            return Ok(target.clone());
+        }
+        let (answer, answered) = oneshot::channel();
+        let reader = self.0.target_reader.get_or_init(|| TargetReader::start(Arc::downgrade(&self.0)));
+        reader.0.send((Arc::clone(webhook_id), answer)).map_err(|_| Error::Closed)?;
+        answered.await.map_err(|_| Error::Closed)?
+    }
+
+    /// Reads targets in one query, remembers them, and answers those who asked.
+    async fn read_targets(&self, asked: HashMap<Arc<str>, Vec<TargetAnswer>>) {
+        let (generation, asked_at) = (self.0.targets.lock().generation, clock::stopwatch());
+        // As many as a power of two, some of them again: the database is to have the text prepared.
+        let ids = asked.keys().cycle().take(asked.len().next_power_of_two());
+        let rows = webhook::Entity::find()
+            .filter(webhook::Column::Id.is_in(ids.map(|id| &**id)))
+            .filter(webhook::Column::DeletedAtMs.is_null())
+            .all(&self.0.read)
+            .await
+            .map_err(Error::from);
+        let found = rows.and_then(|rows| {
+            let vault = self.vault()?;
+            Ok(rows.into_iter().map(|row| (row.id.clone(), target(&vault, row).map(Arc::new))).collect())
+        });
+        let found: HashMap<String, Result<Arc<Target>, Error>> = match found {
+            Ok(found) => found,
+            Err(error) => {
+                asked.into_values().flatten().for_each(|answer| drop(answer.send(Err(error.clone()))));
+                return;
             }
         };
-        let asked_at = clock::stopwatch();
-        let row = webhook::Entity::find_by_id(webhook_id)
-            .filter(webhook::Column::DeletedAtMs.is_null())
-            .one(&self.0.read)
-            .await?;
-        let target = row.map(|row| target(&self.vault()?, row)).transpose()?.map(Arc::new);
         let mut known = self.0.targets.lock();
-        if known.generation == generation {
-            if known.targets.len() >= MAX_ENTRIES {
-                known.targets.clear();
-            }
-            known.targets.insert(webhook_id.to_owned(), (asked_at, target.clone()));
+        if known.targets.len() + asked.len() > MAX_ENTRIES {
+            known.targets.clear();
         }
-        Ok(target)
+        for (webhook_id, answers) in asked {
+            let target = found.get(&*webhook_id).cloned().transpose();
+            answers.into_iter().for_each(|answer| drop(answer.send(target.clone())));
+            if known.generation == generation
+                && let Ok(target) = target
+            {
+                known.targets.insert(webhook_id, (asked_at, target));
+            }
+        }
     }
 
     /// How many deliveries events make, as far as that is known.
