@@ -22,6 +22,8 @@ const REFUSED: Duration = Duration::from_millis(50);
 /// … and for how long.
 const BUSY: Duration = Duration::from_secs(60);
 
+/// Calls under way of somebody who registers many webhooks.
+const REGISTERED_TOGETHER: usize = 32;
 /// Calls under way of somebody who publishes many events.
 const TOGETHER: usize = 256;
 /// Connections that callers share; each takes a hundred calls at a time.
@@ -51,6 +53,22 @@ impl Caller {
         let message = CreateWebhookRequest { url, events: vec![event.to_owned()], description: None };
         let mut client = WebhookServiceClient::new(self.channels[0].clone());
         client.create_webhook(self.signed(message)).await.expect("a webhook");
+    }
+
+    /// Registers `count` webhooks, many at a time.
+    pub(crate) async fn webhooks(&self, count: usize, url: String, event: &'static str) {
+        let mut calls = JoinSet::new();
+        for number in 0..count {
+            if calls.len() >= REGISTERED_TOGETHER {
+                calls.join_next().await;
+            }
+            if number > 0 && number % 10_000 == 0 {
+                eprintln!("{number} of {count} webhooks registered");
+            }
+            let (caller, url) = (self.clone(), url.clone());
+            calls.spawn(async move { caller.webhook(url, event).await });
+        }
+        calls.join_all().await;
     }
 
     /// Publishes, over the connection that is `number`'s turn.

@@ -1,18 +1,19 @@
 //! Whether anybody's receivers or events slow the others down: `cargo bench --bench fairness [-- short] [SCENARIO…]`,
-//! with the scenarios `dead`, `slow`, `flood` and `recovery`; on PostgreSQL with
+//! with the scenarios `dead`, `slow`, `flood`, `recovery` and `outage`; on PostgreSQL with
 //! `SHORTKIT_BENCH_POSTGRES=postgres://…`, which must name an empty database.
 //!
 //! The service runs in a process of its own. Organisation `others` publishes at a steady pace to a receiver that answers
 //! at once; what its deliveries take, from before the publish to the arrival, is measured first alone and then while the
 //! disturbance lasts, in the same run of the service, three times each; the median counts. Those who disturb have a process
-//! of their own (see [`disturber`]). `short` takes about five minutes instead of twenty: it measures for a shorter time,
-//! scales the slow receivers to a fifth of their time and five times their traffic, and takes fewer events for the recovery.
+//! of their own (see [`disturber`]). `short` takes about six minutes instead of half an hour: it measures for a shorter time,
+//! scales the slow receivers to a fifth of their time and five times their traffic, and takes fewer that recover.
 //!
 //! Prints a line for each bar, PASS or FAIL, and one JSON line. Ends with 1 when a bar is missed.
 
 mod caller;
 mod disturber;
 mod receiver;
+mod report;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -32,6 +33,7 @@ use self::{
     caller::Caller,
     disturber::{Disturber, Role},
     receiver::{Manners, Recovery, Report as Recovered, nanoseconds, never_accepts, now, serve},
+    report::{Latency, Report},
     support::service::Service,
 };
 
@@ -55,7 +57,7 @@ const DEAD_PACE: u32 = PACE / 4;
 /// Webhooks of the slow scenario, in as many groups as there are event types for them.
 const SLOW: usize = 1_000;
 const GROUPS: usize = 50;
-/// Webhooks whose receiver recovers.
+/// Webhooks whose receiver recovers, with many events each.
 const RECOVERING: usize = 10;
 /// Events of the loud organisation: more than it can publish while it is measured; the rest is given up then.
 const FLOOD_EVENTS: usize = 1_000_000;
@@ -71,6 +73,8 @@ struct Size {
     slow: Duration,
     slow_pace: u32,
     recovering_events: usize,
+    /// Webhooks with one event each whose receivers recover at the same moment.
+    outage: usize,
     /// From the first refusal to the recovery.
     down: Duration,
 }
@@ -80,6 +84,7 @@ const LONG: Size = Size {
     slow: Duration::from_millis(14_900),
     slow_pace: 5,
     recovering_events: 100_000,
+    outage: 100_000,
     down: Duration::from_secs(180),
 };
 const SHORT: Size = Size {
@@ -87,17 +92,9 @@ const SHORT: Size = Size {
     slow: Duration::from_millis(2_980),
     slow_pace: 25,
     recovering_events: 10_000,
+    outage: 10_000,
     down: Duration::from_secs(20),
 };
-
-/// What somebody's deliveries took.
-#[derive(Clone, Copy)]
-struct Latency {
-    p50_ms: f64,
-    p99_ms: f64,
-    count: usize,
-    lost: usize,
-}
 
 /// Everything a scenario needs.
 struct Stage {
@@ -109,47 +106,6 @@ struct Stage {
     others: Caller,
     runs: u64,
     report: Report,
-}
-
-/// What was found.
-#[derive(Default)]
-struct Report {
-    lines: Vec<Value>,
-    missed: usize,
-}
-
-impl Report {
-    fn bar(&mut self, scenario: &str, what: &str, without: f64, with: f64, bar: f64) {
-        let ratio = with / without.max(f64::MIN_POSITIVE);
-        let passed = ratio <= bar;
-        self.missed += usize::from(!passed);
-        let verdict = if passed { "PASS" } else { "FAIL" };
-        println!("{scenario:9} {what:12} {without:10.2} {with:10.2} {ratio:7.2} {bar:5.2}  {verdict}");
-        self.lines.push(json!({
-            "scenario": scenario, "what": what, "without": without, "with": with, "ratio": ratio, "bar": bar, "passed": passed,
-        }));
-    }
-
-    /// Something that must not be more than it may.
-    fn at_most(&mut self, scenario: &str, what: &str, found: usize, most: usize) {
-        let passed = found <= most;
-        self.missed += usize::from(!passed);
-        let verdict = if passed { "PASS" } else { "FAIL" };
-        println!("{scenario:9} {what:12} {:10} {found:10} {:7} {most:5}  {verdict}", "", "");
-        self.lines.push(json!({ "scenario": scenario, "what": what, "with": found, "bar": most, "passed": passed }));
-    }
-
-    fn note(&mut self, scenario: &str, what: &str, without: f64, with: f64) {
-        println!("{scenario:9} {what:12} {without:10.2} {with:10.2} {:7.2}", with / without.max(f64::MIN_POSITIVE));
-        self.lines.push(json!({ "scenario": scenario, "what": what, "without": without, "with": with }));
-    }
-
-    fn latencies(&mut self, scenario: &str, without: Latency, with: Latency, bar: f64) {
-        self.note(scenario, "p50 ms", without.p50_ms, with.p50_ms);
-        self.bar(scenario, "p99 ms", without.p99_ms, with.p99_ms, bar);
-        self.at_most(scenario, "lost", without.lost + with.lost, 0);
-        println!("{scenario:9} {:12} {:10} {:10}", "events", without.count, with.count);
-    }
 }
 
 impl Stage {
@@ -313,27 +269,26 @@ async fn flood(size: &Size) -> Report {
     let rate = flood.stop().await.parse().unwrap_or(0.0);
     stage.report.latencies("flood", without, with, 2.0);
     stage.report.note("flood", "memory MiB", memory, memory_with);
-    stage.report.note("flood", "events/s", 0.0, rate);
+    stage.report.found("flood", "events/s", rate);
     stage.report
 }
 
-/// A receiver that was down comes back when everything for it falls due at the same moment.
-async fn recovery(size: &Size) -> Report {
+/// A receiver that was down comes back when everything for it falls due at the same moment: a few webhooks with many
+/// deliveries each, or many with one.
+async fn recovery(size: &Size, scenario: &str, webhooks: usize, deliveries: usize) -> Report {
     let mut stage = Stage::new(&["--retry-schedule", "0s,1s,1s"]).await;
     let without = stage.median(size.measure, PACE).await;
-    let recovery = Recovery { down: size.down, refusals: size.recovering_events };
+    let recovery = Recovery { down: size.down, refusals: deliveries };
     let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery }).await;
     let report = async || -> Recovered {
         let answer = reqwest::get(format!("{}/report", receiver.said)).await.expect("an answer");
         serde_json::from_slice(&answer.bytes().await.expect("a body")).expect("a report")
     };
     let caller = stage.caller("recovering").await;
-    for _ in 0..RECOVERING {
-        caller.webhook(format!("{}/down", receiver.said), "export.ready").await;
-    }
-    caller.publish_all(size.recovering_events / RECOVERING, "export.ready", Arc::default()).await;
+    caller.webhooks(webhooks, format!("{}/down", receiver.said), "export.ready").await;
+    caller.publish_all(deliveries / webhooks, "export.ready", Arc::default()).await;
     let mut found = report().await;
-    while found.refused < size.recovering_events && !found.back_in.is_zero() {
+    while found.refused < deliveries && !found.back_in.is_zero() {
         tokio::time::sleep(Duration::from_millis(100)).await;
         found = report().await;
     }
@@ -343,16 +298,15 @@ async fn recovery(size: &Size) -> Report {
     // The first of several would have all of it.
     let with = stage.measure(2 * size.measure, PACE).await;
     let mut found = report().await;
-    while found.accepted < size.recovering_events && began.elapsed() < 10 * size.measure {
+    while found.accepted < deliveries && began.elapsed() < 10 * size.measure {
         tokio::time::sleep(Duration::from_millis(100)).await;
         found = report().await;
     }
-    let took = began.elapsed().as_secs_f64();
-    stage.report.note("recovery", "due", 0.0, waiting as f64);
-    stage.report.at_most("recovery", "in flight", found.most_under_way, MAX_IN_FLIGHT);
-    stage.report.at_most("recovery", "missing", size.recovering_events.saturating_sub(found.accepted), 0);
-    stage.report.note("recovery", "seconds", 0.0, took);
-    stage.report.latencies("recovery", without, with, 2.0);
+    stage.report.found(scenario, "due", waiting as f64);
+    stage.report.at_most(scenario, "in flight", found.most_under_way, MAX_IN_FLIGHT);
+    stage.report.at_most(scenario, "missing", deliveries.saturating_sub(found.accepted), 0);
+    stage.report.found(scenario, "seconds", found.took.as_secs_f64());
+    stage.report.latencies(scenario, without, with, 2.0);
     stage.report
 }
 
@@ -369,7 +323,7 @@ async fn main() -> ExitCode {
     }
     let given = |name: &str| arguments.iter().any(|argument| argument == name);
     let size = if given("short") { SHORT } else { LONG };
-    let all = !["dead", "slow", "flood", "recovery"].into_iter().any(given);
+    let all = !["dead", "slow", "flood", "recovery", "outage"].into_iter().any(given);
     println!("{:9} {:12} {:>10} {:>10} {:>7} {:>5}", "scenario", "figure", "without", "with", "ratio", "bar");
     let began: Instant = now();
     let mut reports = Vec::new();
@@ -383,7 +337,10 @@ async fn main() -> ExitCode {
         reports.push(flood(&size).await);
     }
     if all || given("recovery") {
-        reports.push(recovery(&size).await);
+        reports.push(recovery(&size, "recovery", RECOVERING, size.recovering_events).await);
+    }
+    if all || given("outage") {
+        reports.push(recovery(&size, "outage", size.outage, size.outage).await);
     }
     let missed: usize = reports.iter().map(|report| report.missed).sum();
     let lines: Vec<Value> = reports.into_iter().flat_map(|report| report.lines).collect();
