@@ -135,7 +135,8 @@ impl Engine {
     async fn give_back(&self, mut leased: Leased) {
         // Whoever waits for a test hears at once that there is none.
         drop(leased.done.take());
-        while let Err(error) = self.store.release_one(&leased).await {
+        let due_at = clock::now();
+        while let Err(error) = self.store.release_one(&leased, due_at).await {
             if clock::now().after(RECORD_AGAIN) >= leased.expires_at {
                 tracing::warn!(%error, "the lease could not be given back; it will run out");
                 return;

@@ -11,7 +11,7 @@ use crate::{
     webhook::RetrySchedule,
 };
 
-/// How often the database is looked at for what other nodes left to do.
+/// How often leases are looked for that have run out; a sweep over what waits takes at least as long.
 const POLL: Duration = Duration::from_secs(1);
 
 /// After claims that brought few, nothing is claimed during this many times as long: every attempt that ends may ring the
@@ -19,9 +19,9 @@ const POLL: Duration = Duration::from_secs(1);
 const REST: u32 = 8;
 /// … and so many are not few.
 const MANY: usize = 32;
-/// After a look, none follows during this many times as long: they cost the more, the more webhooks have something that
-/// waits, and nothing but what other nodes left is known only by them.
-const REST_FROM_LOOKING: u32 = 16;
+/// After a look, none follows during this many times as long, or [`POLL`]. Known by looking alone is what other nodes left, and
+/// what was not told because the database failed: that waits for a sweep, which has a look for every 2,048 webhooks.
+const REST_FROM_LOOKING: u32 = 8;
 
 /// What is known of the work to do.
 struct Claims {
@@ -31,7 +31,7 @@ struct Claims {
     looked: Option<(Instant, Duration)>,
     /// When the sweep that is under way began; none when it has ended.
     sweep: Option<Instant>,
-    /// Whether one has ended: until then the first one does not rest.
+    /// Whether the first one has ended: its looks follow each other without rest.
     swept: bool,
     rescued: Option<Instant>,
 }
@@ -42,21 +42,19 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let mut claims = Claims { store, line: Line::default(), looked: None, sweep: None, swept: false, rescued: None };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
-        let wait = match claims.round(&schedule, lease_length(request_timeout)).await {
+        let (wait, rest) = match claims.round(&schedule, lease_length(request_timeout)).await {
             Ok((Claimed { count, more }, wait)) => {
                 claimed += count;
                 if more {
                     continue;
                 }
-                wait
+                (wait, if claimed < MANY { (began.elapsed() * REST).min(POLL / 5) } else { Duration::ZERO })
             }
             Err(error) => {
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
-                claimed = 0;
-                POLL
+                (POLL, POLL)
             }
         };
-        let rest = if claimed < MANY { (began.elapsed() * REST).min(POLL / 5) } else { Duration::ZERO };
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = async {
@@ -89,14 +87,14 @@ impl Claims {
         claimed.more |= !self.swept;
         // What is due and was not claimed has no room: freeing some rings the bell.
         let next = self.line.next_due_at().map_or(POLL, |due_at| now.until(due_at));
-        Ok((claimed, next.min(self.until_look())))
+        Ok((claimed, next.min(self.until_look()).min(POLL)))
     }
 
     async fn look(&mut self) -> Result<(), Error> {
         let began = clock::stopwatch();
         let sweep = *self.sweep.get_or_insert(began);
         let ended = self.store.look(&mut self.line).await?;
-        let mut rest = if self.swept { began.elapsed() * REST_FROM_LOOKING } else { Duration::ZERO };
+        let mut rest = if self.swept { (began.elapsed() * REST_FROM_LOOKING).min(POLL) } else { Duration::ZERO };
         if ended {
             (self.sweep, self.swept) = (None, true);
             rest = rest.max(POLL.saturating_sub(sweep.elapsed()));

@@ -24,8 +24,10 @@ use super::waiting::Waiting;
 pub(super) const MAX_HELD: usize = 8_192;
 /// … except that a webhook with fewer than this may go over it …
 const FEW: usize = 8;
-/// … up to this many in all.
+/// … up to this many in all …
 const MAX_HELD_WITH_FEW: usize = 2 * MAX_HELD;
+/// … of which the last are for what waits in the database: new deliveries, which come at any time, would take them all.
+const FOR_WAITING: usize = 128;
 /// Of one webhook it holds at most this many, when its receiver is known to take them quickly …
 pub(super) const MAX_HELD_PER_WEBHOOK: usize = 1_024;
 /// … and this many, when it is not …
@@ -34,7 +36,7 @@ const MAX_HELD_UNPROVEN: usize = 256;
 const fn free_per_held(worth: usize) -> usize {
     MAX_HELD / if worth > MAX_HELD_UNPROVEN { MAX_HELD_PER_WEBHOOK } else { MAX_HELD_UNPROVEN }
 }
-/// From the database is fetched when one of so many of the places of a webhook is free.
+/// Deliveries are fetched from the database when at least one in so many of the places that their webhook may have is free.
 const MIN_FETCH: usize = 8;
 /// Data of so many bytes is in one place.
 const PLACE_BYTES: usize = 8 * 1024;
@@ -57,22 +59,11 @@ pub struct News {
     pub room: Vec<Arc<str>>,
 }
 
-/// What there is for deliveries that wait in the database.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Room {
-    /// So many places, which are taken.
-    Places(usize),
-    /// None for this webhook, until the bell is rung for it.
-    NoneForIt,
-    /// None for anybody, until the bell is rung.
-    None,
-}
-
 #[derive(Default)]
 struct Held {
     total: usize,
     webhooks: HashMap<String, OfWebhook>,
-    /// Whether somebody waits for any place.
+    /// Whether the bell is to be rung when anybody may have a place.
     wanted: bool,
 }
 
@@ -106,23 +97,25 @@ impl Handoff {
         true
     }
 
-    /// Takes up to `most` places for deliveries that wait in the database. If there are none, newer ones wait as well.
-    pub(crate) fn take_for_waiting(&self, webhook_id: &str, most: usize) -> Room {
+    /// Whether there is no place for anything that waits in the database, until the bell is rung.
+    pub(crate) fn is_full(&self) -> bool {
         let mut held = self.lock();
-        if held.total >= MAX_HELD_WITH_FEW {
-            held.wanted = true;
-            return Room::None;
-        }
-        let room = held.room_to_fetch(webhook_id);
-        let taken = room.min(most).min(MAX_HELD_WITH_FEW - held.total);
+        held.wanted = held.total >= MAX_HELD_WITH_FEW;
+        held.wanted
+    }
+
+    /// Takes up to `most` places for deliveries that wait in the database, unless [`Handoff::is_full`]. If there are none for
+    /// this webhook, which holds some then, its newer ones wait as well, and the bell is rung for it when there are again.
+    pub(crate) fn take_for_waiting(&self, webhook_id: &str, most: usize) -> usize {
+        let mut held = self.lock();
+        let taken = held.room_to_fetch(webhook_id).min(most);
         let webhook = held.of(webhook_id);
-        if room == 0 {
+        if taken == 0 {
             (webhook.waiting, webhook.wanted) = (true, true);
-            return Room::NoneForIt;
         }
         webhook.held += taken;
         held.total += taken;
-        Room::Places(taken)
+        taken
     }
 
     /// A delivery of so many bytes was fetched into a place, and takes more when it is long.
@@ -220,25 +213,26 @@ impl Handoff {
 }
 
 impl Held {
-    /// How many more places the webhook may take.
+    /// How many more places the webhook may take for a new delivery.
     fn room(&self, webhook_id: &str) -> usize {
-        let (held, most) = self.held_and_most(webhook_id);
+        let few = if self.total < MAX_HELD_WITH_FEW - FOR_WAITING { FEW } else { 0 };
+        let (held, most) = self.held_and_most(webhook_id, few);
         most.saturating_sub(held)
     }
 
-    /// How many more it may take when it is worth a statement: a long queue is fetched in large pieces.
+    /// How many more it may take for those that wait in the database, when it is worth a statement: a long queue is fetched
+    /// in large pieces. Some, whenever it holds none.
     fn room_to_fetch(&self, webhook_id: &str) -> usize {
-        let (held, most) = self.held_and_most(webhook_id);
+        let (held, most) = self.held_and_most(webhook_id, FEW);
         let room = most.saturating_sub(held);
         if room >= most / MIN_FETCH { room } else { 0 }
     }
 
-    /// How many places it has, and may have.
-    fn held_and_most(&self, webhook_id: &str) -> (usize, usize) {
+    /// How many places it has, and may have, which is at least `few` if it is worth it.
+    fn held_and_most(&self, webhook_id: &str, few: usize) -> (usize, usize) {
         let (held, worth) =
             self.webhooks.get(webhook_id).map_or((0, MAX_HELD_UNPROVEN), |webhook| (webhook.held, webhook.worth));
         let free = MAX_HELD.saturating_sub(self.total);
-        let few = if self.total < MAX_HELD_WITH_FEW { FEW } else { 0 };
         (held, (free / free_per_held(worth)).max(few).min(worth))
     }
 
@@ -298,9 +292,9 @@ mod tests {
         handoff.learn("slow", 3);
         handoff.give_back("slow", 200);
         let left = handoff.lock().webhooks["slow"].held;
-        assert_eq!(handoff.take_for_waiting("slow", 100), Room::NoneForIt);
+        assert_eq!(handoff.take_for_waiting("slow", 100), 0);
         handoff.give_back("slow", left);
-        assert_eq!(handoff.take_for_waiting("slow", 100), Room::Places(3));
+        assert_eq!(handoff.take_for_waiting("slow", 100), 3);
     }
 
     #[test]
@@ -319,7 +313,7 @@ mod tests {
         fill(&handoff, "a");
         handoff.give_back("a", 40);
         assert!(!handoff.try_take("a", 1));
-        assert!(matches!(handoff.take_for_waiting("a", 100), Room::Places(40..=42)));
+        assert!(matches!(handoff.take_for_waiting("a", 100), 40..=42));
         handoff.caught_up("a");
         handoff.give_back("a", 3);
         assert!(handoff.try_take("a", 1));
@@ -343,37 +337,45 @@ mod tests {
         let handoff = Handoff::default();
         let rung = || handoff.due.notified().now_or_never().map(|()| handoff.news().room).unwrap_or_default();
         let most = fill(&handoff, "a");
-        assert_eq!(handoff.take_for_waiting("a", 1), Room::NoneForIt);
+        assert_eq!((handoff.take_for_waiting("a", 1), handoff.is_full()), (0, false));
         let rings: Vec<_> = (0..most).map(|_| (handoff.let_go("a", 1), rung()).1).collect();
         let first = rings.iter().position(|room| *room == [Arc::from("a")]).unwrap();
         assert!((most / 10..most / 4).contains(&first) && rings.iter().flatten().count() == 1, "{rings:?}");
 
         handoff.caught_up("a");
-        (0..MAX_HELD_WITH_FEW).for_each(|number| assert!(handoff.try_take(&number.to_string(), 1)));
-        assert_eq!((handoff.take_for_waiting("a", 1), handoff.take_for_waiting("0", 1)), (Room::None, Room::None));
+        let new = (0..MAX_HELD_WITH_FEW).filter(|number| handoff.try_take(&number.to_string(), 1)).count();
+        assert_eq!((new, handoff.is_full()), (MAX_HELD_WITH_FEW - FOR_WAITING, false), "the last are not for new ones");
+        assert_eq!((0..FOR_WAITING).map(|number| handoff.take_for_waiting(&number.to_string(), 1)).sum::<usize>(), 128);
+        assert!(handoff.is_full());
         handoff.let_go("7", 1);
         assert!(handoff.due.notified().now_or_never().is_some() && handoff.news().room.is_empty());
         handoff.let_go("8", 1);
         assert!(handoff.due.notified().now_or_never().is_none(), "nobody has come for the first");
-        assert_eq!(handoff.take_for_waiting("a", 100), Room::Places(2));
+        assert_eq!((handoff.is_full(), handoff.take_for_waiting("a", 100)), (false, FEW));
     }
 
     proptest! {
         #[test]
-        fn the_books_balance(steps in prop::collection::vec((0..8_usize, 0..40_000_usize, any::<bool>()), 0..400)) {
+        fn the_books_balance(steps in prop::collection::vec((0..8_usize, 0..4_000_000_usize, 0..4), 0..400)) {
             let handoff = Handoff::default();
             let mut held = Vec::new();
-            for (webhook, bytes, take) in steps {
+            for (webhook, bytes, step) in steps {
                 let webhook_id = webhook.to_string();
-                if take {
-                    if handoff.try_take(&webhook_id, bytes) {
-                        held.push((webhook_id, bytes));
+                match step {
+                    0 if handoff.try_take(&webhook_id, bytes) => held.push((webhook_id, bytes)),
+                    1 if !handoff.is_full() => {
+                        let taken = handoff.take_for_waiting(&webhook_id, 100);
+                        held.extend(std::iter::repeat_n((webhook_id, 0), taken));
                     }
-                } else if !held.is_empty() {
-                    let (webhook_id, bytes) = held.swap_remove(bytes % held.len());
-                    handoff.learn(&webhook_id, webhook * 40);
-                    handoff.let_go(&webhook_id, bytes);
+                    2 | 3 if !held.is_empty() => {
+                        let (webhook_id, bytes) = held.swap_remove(bytes % held.len());
+                        handoff.learn(&webhook_id, webhook * 40);
+                        handoff.let_go(&webhook_id, bytes);
+                    }
+                    _ => {}
                 }
+                let wanted = handoff.lock().webhooks.values().all(|webhook| !webhook.wanted || webhook.held > 0);
+                prop_assert!(wanted, "whoever waits for the bell has something whose end rings it");
                 prop_assert_eq!(handoff.lock().total, held.iter().map(|(_, bytes)| places(*bytes)).sum::<usize>());
             }
             for (webhook_id, bytes) in held {

@@ -8,7 +8,6 @@ use tokio::sync::oneshot;
 use super::{
     Error, Store,
     entity::{delivery, event},
-    handoff::Room,
     keys::tenant,
     rows::{Cell, Column, Rows, int, text},
     script::Script,
@@ -28,10 +27,10 @@ const MAX_SHARED_CLAIM: usize = 32;
 /// One claim serves at most this many webhooks; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 32;
 const RELEASES: &[Column] =
-    &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("expires_at_ms"), int("at_ms")];
+    &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("expires_at_ms"), int("due_at_ms")];
 /// Of that very lease: the attempt that is given back is this node's again, under the same number, when it is claimed.
 pub(super) const RELEASE: &str = "UPDATE deliveries SET granted = TRUE, lease_node = NULL, lease_expires_at_ms = NULL, \
-    next_attempt_at_ms = rows.at_ms FROM {rows} \
+    next_attempt_at_ms = rows.due_at_ms FROM {rows} \
     WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id \
     AND deliveries.attempts = rows.attempt AND deliveries.lease_node = rows.node \
     AND deliveries.lease_expires_at_ms = rows.expires_at_ms";
@@ -92,12 +91,11 @@ pub(super) struct Release {
     delivery_id: String,
     attempt: i32,
     expires_at: Timestamp,
-    /// From when on it is due again.
-    at: Timestamp,
+    due_at: Timestamp,
 }
 
 impl Release {
-    fn of(leased: &Leased) -> Self {
+    fn of(leased: &Leased, due_at: Timestamp) -> Self {
         let Leased { tenant, webhook_id, delivery_id, attempt, expires_at, .. } = leased;
         Self {
             organization: Arc::clone(tenant.shared_organization()),
@@ -105,14 +103,14 @@ impl Release {
             delivery_id: delivery_id.clone(),
             attempt: *attempt,
             expires_at: *expires_at,
-            at: clock::now(),
+            due_at,
         }
     }
 
     /// That it waits again.
     pub(super) fn waiting(&self) -> Waiting {
         let (webhook_id, organization) = (Arc::clone(&self.webhook_id), Arc::clone(&self.organization));
-        Waiting { webhook_id, organization, due_at: self.at }
+        Waiting { webhook_id, organization, due_at: self.due_at }
     }
 
     pub(super) fn organization(&self) -> &Arc<str> {
@@ -129,6 +127,9 @@ pub struct Claimed {
     pub more: bool,
 }
 
+/// Events by their ids.
+type Events = HashMap<String, Arc<Event>>;
+
 /// What is to be claimed of a webhook.
 struct Wanted {
     /// At most so many.
@@ -144,32 +145,29 @@ impl Store {
         line.fall_due(now);
         let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
         let share = (most / line.due().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
-        let (mut wanted, mut room) = (HashMap::<Arc<str>, Wanted>::new(), true);
-        while room
-            && wanted.len() < MAX_CLAIM_WEBHOOKS
+        let mut wanted = HashMap::<Arc<str>, Wanted>::new();
+        while wanted.len() < MAX_CLAIM_WEBHOOKS
+            && !self.0.handoff.is_full()
             && let Some((webhook_id, due_at)) = line.next()
         {
             match self.0.handoff.take_for_waiting(&webhook_id, share) {
-                Room::Places(places) => drop(wanted.insert(webhook_id, Wanted { places, due_at })),
-                Room::NoneForIt => line.put_aside(&webhook_id),
-                Room::None => {
-                    line.again(&webhook_id);
-                    room = false;
-                }
+                0 => line.put_aside(&webhook_id),
+                places => drop(wanted.insert(webhook_id, Wanted { places, due_at })),
             }
         }
         if wanted.is_empty() {
             return Ok(Claimed { count: 0, more: false });
         }
-        let claimed = self.claim_up_to(&wanted, now, length).await.inspect_err(|_| {
+        let expires_at = now.after(length);
+        let (claimed, events) = self.claim_up_to(&wanted, now, expires_at).await.inspect_err(|_| {
             for (webhook_id, wanted) in &wanted {
                 self.0.handoff.give_back(webhook_id, wanted.places);
                 line.again(webhook_id);
             }
         })?;
         let mut found: HashMap<&str, usize> = HashMap::new();
-        for leased in &claimed {
-            *found.entry(&leased.webhook_id).or_default() += 1;
+        for row in &claimed {
+            *found.entry(&row.webhook_id).or_default() += 1;
         }
         let mut caught_up = Vec::new();
         for (webhook_id, Wanted { places, .. }) in &wanted {
@@ -184,20 +182,34 @@ impl Store {
             }
         }
         let count = claimed.len();
-        claimed.iter().for_each(|leased| self.0.handoff.fetched(&leased.webhook_id, leased.event.data.as_str().len()));
-        claimed.into_iter().for_each(|leased| drop(self.0.ready.send(leased)));
-        // If this fails, the next look finds them.
-        self.first_waiting(&caught_up, now).await?.into_iter().for_each(|waiting| line.add(waiting));
-        Ok(Claimed { count, more: room && line.due() > 0 })
+        for row in claimed {
+            let webhook_id = Arc::from(row.webhook_id.as_str());
+            match leased(row, Arc::clone(&webhook_id), &events, expires_at) {
+                Some(leased) => {
+                    self.0.handoff.fetched(&webhook_id, leased.event.data.as_str().len());
+                    let _ = self.0.ready.send(leased);
+                }
+                None => self.0.handoff.give_back(&webhook_id, 1),
+            }
+        }
+        match self.first_waiting(&caught_up, now).await {
+            Ok(first) => first.into_iter().for_each(|waiting| line.add(waiting)),
+            Err(error) => {
+                // They are claimed once more, in vain, and this is asked again.
+                let again = |(webhook_id, organization)| line.add(Waiting { webhook_id, organization, due_at: now });
+                caught_up.into_iter().for_each(again);
+                return Err(error);
+            }
+        }
+        Ok(Claimed { count, more: line.due() > 0 && !self.0.handoff.is_full() })
     }
 
     async fn claim_up_to(
         &self,
         wanted: &HashMap<Arc<str>, Wanted>,
         now: Timestamp,
-        length: Duration,
-    ) -> Result<Vec<Leased>, Error> {
-        let expires_at = now.after(length);
+        expires_at: Timestamp,
+    ) -> Result<(Vec<delivery::Model>, Events), Error> {
         if self.sqlite() {
             self.claim_on_sqlite(wanted, now, expires_at).await
         } else {
@@ -211,7 +223,7 @@ impl Store {
         wanted: &HashMap<Arc<str>, Wanted>,
         now: Timestamp,
         expires_at: Timestamp,
-    ) -> Result<Vec<Leased>, Error> {
+    ) -> Result<(Vec<delivery::Model>, Events), Error> {
         let mut rows = Rows::new(DbBackend::Postgres, WANTED);
         for (webhook_id, Wanted { places, due_at }) in wanted {
             rows.push([
@@ -241,7 +253,7 @@ impl Store {
         if !claimed.is_empty() {
             failpoint::reached("claim", "after commit");
         }
-        Ok(leased(claimed, &events, expires_at))
+        Ok((claimed, events))
     }
 
     /// As [`CLAIM_ON_POSTGRES`], which SQLite has no word for: a range of the index for each webhook.
@@ -250,7 +262,7 @@ impl Store {
         wanted: &HashMap<Arc<str>, Wanted>,
         now: Timestamp,
         expires_at: Timestamp,
-    ) -> Result<Vec<Leased>, Error> {
+    ) -> Result<(Vec<delivery::Model>, Events), Error> {
         let mut sql = Sql::new("WITH due AS MATERIALIZED (");
         for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
@@ -287,7 +299,7 @@ impl Store {
             let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
             (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
         });
-        Ok(leased(claimed, &events.collect(), expires_at))
+        Ok((claimed, events.collect()))
     }
 
     /// Says that a delivery of so many bytes of data is no longer held in memory, because its result is recorded or its
@@ -303,54 +315,53 @@ impl Store {
 
     /// Gives leases back unused: the deliveries are due again at once, and the attempts stay granted.
     pub async fn release(&self, leased: &[Leased]) -> Result<(), Error> {
-        let releases: Vec<Release> = leased.iter().map(Release::of).collect();
+        let now = clock::now();
+        let releases: Vec<Release> = leased.iter().map(|leased| Release::of(leased, now)).collect();
         let transaction = self.write().await?;
         Script::default().with(RELEASE, self.releases(releases.iter())).run(&transaction).await?;
         Ok(transaction.commit().await?)
     }
 
-    /// Gives one lease back unused, together with others that are given back at the same time.
-    pub async fn release_one(&self, leased: &Leased) -> Result<(), Error> {
-        self.writer()?.submit(|answer| Write::Release(Release::of(leased), answer)).await
+    /// Gives one lease back unused, together with others that are given back at the same time. Whoever does it again, because
+    /// nobody answered, names the same time from which on it is due: it may have been done.
+    pub async fn release_one(&self, leased: &Leased, due_at: Timestamp) -> Result<(), Error> {
+        self.writer()?.submit(|answer| Write::Release(Release::of(leased, due_at), answer)).await
     }
 
     /// The rows for [`RELEASE`].
     pub(super) fn releases<'a>(&self, releases: impl Iterator<Item = &'a Release>) -> Rows {
         let node = self.0.node.as_str();
         let mut rows = Rows::new(self.0.write.get_database_backend(), RELEASES);
-        for Release { webhook_id, delivery_id, attempt, expires_at, at, .. } in releases {
-            let [attempt, expires_at_ms, at_ms] = [(*attempt).into(), expires_at.millis(), at.millis()].map(Cell::from);
-            rows.push([webhook_id.into(), delivery_id.into(), node.into(), attempt, expires_at_ms, at_ms]);
+        for Release { webhook_id, delivery_id, attempt, expires_at, due_at, .. } in releases {
+            let [attempt, expires_at_ms, due_at_ms] =
+                [(*attempt).into(), expires_at.millis(), due_at.millis()].map(Cell::from);
+            rows.push([webhook_id.into(), delivery_id.into(), node.into(), attempt, expires_at_ms, due_at_ms]);
         }
         rows
     }
 }
 
-/// Claimed deliveries with their events. One whose event is gone cannot be sent; its lease runs out, and after some of
-/// those it ends as failed.
-fn leased(rows: Vec<delivery::Model>, events: &HashMap<String, Arc<Event>>, expires_at: Timestamp) -> Vec<Leased> {
-    let mut leased = Vec::with_capacity(rows.len());
-    for row in rows {
-        let Some(event) = events.get(&row.event_id) else {
-            tracing::error!(delivery = row.id, event = row.event_id, "a delivery has lost its event");
-            continue;
-        };
-        let Ok(tenant) = tenant(&row.organization, &row.environment) else {
-            tracing::error!(delivery = row.id, row.organization, row.environment, "a delivery is of no tenant");
-            continue;
-        };
-        leased.push(Leased {
-            tenant,
-            webhook_id: row.webhook_id.into(),
-            delivery_id: row.id,
-            event: Arc::clone(event),
-            attempt: row.attempts,
-            plan: if row.once { Plan::Once } else { Plan::Schedule },
-            expires_at,
-            done: None,
-        });
-    }
-    leased
+/// A claimed delivery with its event. One whose event is gone cannot be sent; its lease runs out, and after some of those it
+/// ends as failed.
+fn leased(row: delivery::Model, webhook_id: Arc<str>, events: &Events, expires_at: Timestamp) -> Option<Leased> {
+    let Some(event) = events.get(&row.event_id) else {
+        tracing::error!(delivery = row.id, event = row.event_id, "a delivery has lost its event");
+        return None;
+    };
+    let Ok(tenant) = tenant(&row.organization, &row.environment) else {
+        tracing::error!(delivery = row.id, row.organization, row.environment, "a delivery is of no tenant");
+        return None;
+    };
+    Some(Leased {
+        tenant,
+        webhook_id,
+        delivery_id: row.id,
+        event: Arc::clone(event),
+        attempt: row.attempts,
+        plan: if row.once { Plan::Once } else { Plan::Schedule },
+        expires_at,
+        done: None,
+    })
 }
 
 #[cfg(test)]
@@ -361,8 +372,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        store::{Finished, NewEvent},
-        webhook::{DeliveryStatus, Environment, Transition},
+        store::{Actor, Finished, NewEvent},
+        webhook::{DeliveryStatus, Environment, RetrySchedule, Transition, WebhookStatus, WebhookUpdate},
     };
 
     const WEBHOOK: &str = "INSERT INTO webhooks (id, organization, environment, url, description, events, status, secret, \
@@ -429,15 +440,21 @@ mod tests {
         publish(&store, Duration::ZERO).await;
         let mut ready = store.ready().unwrap();
         let first = ready.try_recv().unwrap();
-        store.release_one(&first).await.unwrap();
+        store.release_one(&first, clock::now()).await.unwrap();
         let longer = Duration::from_secs(90);
         store.claim(&mut look(&store).await, clock::now(), longer).await.unwrap();
         let second = ready.try_recv().unwrap();
         assert!(second.attempt == first.attempt && second.expires_at > first.expires_at);
         for (given_back, waiting) in [(&first, 0), (&second, 1)] {
-            store.release_one(given_back).await.unwrap();
+            store.release_one(given_back, clock::now()).await.unwrap();
             assert_eq!(look(&store).await.known(), waiting);
         }
+    }
+
+    /// When the engine is told that something of the webhook will be due.
+    fn told(store: &Store) -> Option<Timestamp> {
+        store.due().now_or_never()?;
+        Some(store.news().waiting["whk_1"].due_at)
     }
 
     /// Whoever leaves something in the database says so: the engine does not come to look for it soon.
@@ -446,15 +463,12 @@ mod tests {
         let (_directory, store) = Store::fresh().await;
         store.0.write.execute_unprepared(WEBHOOK).await.unwrap();
         publish(&store, Duration::ZERO).await;
-        assert!(store.due().now_or_never().is_none() && store.news().waiting.is_empty(), "the engine has it");
+        assert_eq!(told(&store), None, "the engine has it");
 
         let wait = Duration::from_secs(10);
         let before = clock::now();
         publish(&store, wait).await;
-        store.due().now_or_never().expect("there is news");
-        let news = store.news();
-        let due_at = news.waiting["whk_1"].due_at;
-        assert!((before.after(wait)..=clock::now().after(wait)).contains(&due_at));
+        assert!((before.after(wait)..=clock::now().after(wait)).contains(&told(&store).unwrap()));
 
         let leased = store.ready().unwrap().try_recv().unwrap();
         let next = clock::now().after(Duration::from_secs(5));
@@ -470,7 +484,37 @@ mod tests {
             ended_at: before,
         };
         assert!(store.record(Arc::new(finished)).await.unwrap());
-        store.due().now_or_never().expect("there is news");
-        assert_eq!(store.news().waiting["whk_1"].due_at, next);
+        assert_eq!(told(&store), Some(next));
+    }
+
+    /// So does whoever changes something about what is there.
+    #[tokio::test]
+    async fn the_engine_is_told_of_what_waits_again() {
+        let (_directory, store) = Store::fresh().await;
+        store.0.write.execute_unprepared(WEBHOOK).await.unwrap();
+        publish(&store, Duration::ZERO).await;
+        let leased = store.ready().unwrap().try_recv().unwrap();
+        let due_at = Timestamp::from_millis(7);
+        store.release_one(&leased, due_at).await.unwrap();
+        assert_eq!(told(&store), Some(due_at), "a lease was given back");
+
+        let (tenant, by) = (leased.tenant.clone(), Actor::command_line());
+        for (status, expected) in [(WebhookStatus::Disabled, None), (WebhookStatus::Active, Some(due_at))] {
+            let update = WebhookUpdate { status: Some(status), ..WebhookUpdate::default() };
+            store.update_webhook(&tenant, "whk_1", update, &by).await.unwrap().unwrap();
+            assert_eq!(told(&store), expected, "{status:?}");
+        }
+
+        let length = Duration::from_millis(1);
+        store.claim(&mut look(&store).await, clock::now().before(length), length).await.unwrap();
+        assert_eq!(told(&store), None);
+        let before = clock::now();
+        assert_eq!(store.rescue(false, &RetrySchedule::parse("0s,5s").unwrap()).await.unwrap(), 1);
+        assert!(told(&store).unwrap() >= before, "its lease had run out");
+
+        let failed = "UPDATE deliveries SET status = 'failed', next_attempt_at_ms = NULL";
+        store.0.write.execute_unprepared(failed).await.unwrap();
+        store.retry_delivery("whk_1", &leased.delivery_id, &by).await.unwrap();
+        assert!(told(&store).unwrap() >= before, "it was retried by hand");
     }
 }

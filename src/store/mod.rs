@@ -284,7 +284,7 @@ impl Store {
         self.0.handoff.due.notified().await;
     }
 
-    /// What has come to wait in the database since the last time.
+    /// What has come to wait in the database since the last time, and for whom there is room again.
     pub fn news(&self) -> News {
         self.0.handoff.news()
     }

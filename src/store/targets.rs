@@ -41,7 +41,8 @@ pub(super) type Subscribers = Arc<[Arc<str>]>;
 pub(super) type Subscription = (Tenant, String);
 
 /// The task that reads the targets that are not known. Those that are asked for while it waits for the database go into its
-/// next query together: after an outage, or a change for which all are forgotten, that is not one for each delivery.
+/// next query together: after an outage, or a change for which all are forgotten, that is not one for each delivery. What
+/// waits for it is bounded by the attempts that may be under way, and the tests.
 pub(super) struct TargetReader(mpsc::UnboundedSender<(Arc<str>, TargetAnswer)>);
 type TargetAnswer = oneshot::Sender<Result<Option<Arc<Target>>, Error>>;
 
@@ -78,7 +79,14 @@ impl TargetReader {
                     asked.entry(webhook_id).or_default().push(answer);
                 }
                 let Some(inner) = store.upgrade() else { return };
-                Store(inner).read_targets(asked).await;
+                // Apart, so that a panic ends no more than this.
+                let read = tokio::spawn(async move { Store(inner).read_targets(asked).await }).await;
+                if let Ok(Err(error @ Error::Unavailable(_))) = read {
+                    // Who waits behind it is not to wait for the database a second time.
+                    while let Ok((_, answer)) = coming.try_recv() {
+                        let _ = answer.send(Err(error.clone()));
+                    }
+                }
             }
         });
         Self(queue)
@@ -113,8 +121,8 @@ impl Store {
         answered.await.map_err(|_| Error::Closed)?
     }
 
-    /// Reads targets in one query, remembers them, and answers those who asked.
-    async fn read_targets(&self, asked: HashMap<Arc<str>, Vec<TargetAnswer>>) {
+    /// Reads targets in one query, remembers them, and answers those who asked; with the error of the database, if any.
+    async fn read_targets(&self, asked: HashMap<Arc<str>, Vec<TargetAnswer>>) -> Result<(), Error> {
         let (generation, asked_at) = (self.0.targets.lock().generation, clock::stopwatch());
         // As many as a power of two, some of them again: the database is to have the text prepared.
         let ids = asked.keys().cycle().take(asked.len().next_power_of_two());
@@ -132,7 +140,7 @@ impl Store {
             Ok(found) => found,
             Err(error) => {
                 asked.into_values().flatten().for_each(|answer| drop(answer.send(Err(error.clone()))));
-                return;
+                return Err(error);
             }
         };
         let mut known = self.0.targets.lock();
@@ -148,6 +156,7 @@ impl Store {
                 known.targets.insert(webhook_id, (asked_at, target));
             }
         }
+        Ok(())
     }
 
     /// How many deliveries events make, as far as that is known.

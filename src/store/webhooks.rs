@@ -134,7 +134,7 @@ impl Store {
         Record { changed_fields: &changed_fields, ..record }.write(&transaction, by).await?;
         self.commit_change(transaction, Subject::Webhooks).await?;
         if update.status == Some(WebhookStatus::Active) {
-            // What it held is due, or will be. If this fails, the next look finds it.
+            // What it held is due, or will be. If this fails, the next sweep finds it.
             let webhook = (changed.id.as_str().into(), Arc::clone(tenant.shared_organization()));
             match self.first_waiting(&[webhook], Timestamp::from_millis(0)).await {
                 Ok(waiting) => self.0.handoff.tell(waiting),

@@ -22,6 +22,7 @@ mod interop;
 mod isolation;
 mod listing;
 mod many_nodes;
+mod many_webhooks;
 mod publishing_many;
 mod rate_limiting;
 mod rest_layer;
