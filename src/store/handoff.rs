@@ -356,7 +356,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_books_balance(steps in prop::collection::vec((0..8_usize, 0..4_000_000_usize, 0..4), 0..400)) {
+        fn the_books_balance(steps in prop::collection::vec((0..8_usize, 0..40_000_000_usize, 0..4), 0..400)) {
             let handoff = Handoff::default();
             let mut held = Vec::new();
             for (webhook, bytes, step) in steps {
