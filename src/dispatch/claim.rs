@@ -21,7 +21,7 @@ const REST: u32 = 8;
 const MANY: usize = 32;
 /// After a look, none follows during this many times as long, or [`POLL`]. Known by looking alone is what other nodes left, and
 /// what was not told because the database failed: that waits for a sweep, which has a look for every 2,048 webhooks.
-const REST_FROM_LOOKING: u32 = 8;
+const REST_FROM_LOOKING: u32 = 16;
 
 /// What is known of the work to do.
 struct Claims {

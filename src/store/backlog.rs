@@ -18,7 +18,7 @@ use crate::clock;
 /// Between looks at the counts …
 const LOOK: Duration = Duration::from_secs(1);
 /// … or this many times as long as the last one took, so that many webhooks do not keep the database busy.
-const REST: u32 = 10;
+const REST: u32 = 20;
 
 /// How many deliveries may be pending; publishing is refused while there are as many. An event that was let in makes all
 /// its deliveries.
