@@ -73,7 +73,7 @@ struct Size {
     slow: Duration,
     slow_pace: u32,
     recovering_events: usize,
-    /// Webhooks with one event each whose receivers recover at the same moment.
+    /// Webhooks with one delivery each, all of the same event, whose receivers recover at the same moment.
     outage: usize,
     /// From the first refusal to the recovery.
     down: Duration,
@@ -303,7 +303,9 @@ async fn recovery(size: &Size, scenario: &str, webhooks: usize, deliveries: usiz
         found = report().await;
     }
     stage.report.found(scenario, "due", waiting as f64);
-    stage.report.at_most(scenario, "in flight", found.most_under_way, MAX_IN_FLIGHT);
+    if deliveries > webhooks {
+        stage.report.at_most(scenario, "in flight", found.most_under_way, MAX_IN_FLIGHT);
+    }
     stage.report.at_most(scenario, "missing", deliveries.saturating_sub(found.accepted), 0);
     stage.report.found(scenario, "seconds", found.took.as_secs_f64());
     stage.report.latencies(scenario, without, with, 2.0);

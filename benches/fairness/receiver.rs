@@ -43,7 +43,7 @@ pub(crate) struct Report {
     pub(crate) most_under_way: usize,
     /// Until all come back.
     pub(crate) back_in: Duration,
-    /// From then to the last that was accepted.
+    /// From the first that was accepted to the last.
     pub(crate) took: Duration,
 }
 
@@ -54,7 +54,8 @@ struct Recovering {
     back_at: Mutex<Option<Instant>>,
     refused: AtomicUsize,
     accepted: AtomicUsize,
-    last_at: Mutex<Option<Instant>>,
+    /// When the first was accepted, and the last.
+    accepted_at: Mutex<Option<(Instant, Instant)>>,
     /// Requests under way by webhook, and the most there were.
     under_way: Mutex<HashMap<String, (usize, usize)>>,
 }
@@ -74,7 +75,7 @@ impl Manners {
             back_at: Mutex::new(None),
             refused: AtomicUsize::new(0),
             accepted: AtomicUsize::new(0),
-            last_at: Mutex::new(None),
+            accepted_at: Mutex::new(None),
             under_way: Mutex::default(),
         };
         Arc::new(Self { start, slow, arrived: Arrived::default(), recovering })
@@ -131,13 +132,13 @@ impl Arrived {
 impl Recovering {
     fn report(&self) -> Report {
         let back_at = *self.back_at.lock().expect("no panic");
-        let last_at = *self.last_at.lock().expect("no panic");
+        let accepted_at = *self.accepted_at.lock().expect("no panic");
         Report {
             refused: self.refused.load(Ordering::Relaxed),
             accepted: self.accepted.load(Ordering::Relaxed),
             most_under_way: self.under_way.lock().expect("no panic").values().map(|(_, most)| *most).max().unwrap_or(0),
             back_in: back_at.map_or(self.recovery.down, |back_at| back_at.saturating_duration_since(now())),
-            took: back_at.zip(last_at).map_or(Duration::ZERO, |(back, last)| last.saturating_duration_since(back)),
+            took: accepted_at.map_or(Duration::ZERO, |(first, last)| last - first),
         }
     }
 
@@ -161,7 +162,8 @@ impl Recovering {
         tokio::time::sleep(Duration::from_millis(20)).await;
         self.under_way.lock().expect("no panic").entry(webhook_id.to_owned()).or_default().0 -= 1;
         self.accepted.fetch_add(1, Ordering::Relaxed);
-        *self.last_at.lock().expect("no panic") = Some(now());
+        let now = now();
+        self.accepted_at.lock().expect("no panic").get_or_insert((now, now)).1 = now;
         Response::new(Full::new(Bytes::new()))
     }
 }

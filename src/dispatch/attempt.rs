@@ -91,20 +91,22 @@ impl Engine {
             Err(error) => {
                 tracing::warn!(%error, "the webhook could not be read; the lease is given back");
                 tokio::time::sleep(NO_ATTEMPT_PAUSE).await;
-                return self.give_back(leased).await;
+                return self.give_back(leased, clock::now()).await;
             }
         };
         let is_test = leased.done.is_some();
         let sendable = target.filter(|target| is_test || target.status == WebhookStatus::Active);
         let in_time = clock::now().after(self.request_timeout + TO_RECORD) < leased.expires_at;
         let Some(target) = sendable.filter(|_| in_time) else {
-            // Deleted, disabled, or queued for so long that the lease would not last.
-            return self.give_back(leased).await;
+            // Queued for so long that the lease would not last; or deleted or disabled, of which a claim may know less for a
+            // moment, and is not to have it again at once.
+            let due_at = clock::now().after(if in_time { NO_ATTEMPT_PAUSE } else { Duration::ZERO });
+            return self.give_back(leased, due_at).await;
         };
         failpoint::reached("post", "before");
         let Some((attempt, outcome)) = self.post(&leased, &target).await else {
             tokio::time::sleep(NO_ATTEMPT_PAUSE).await;
-            return self.give_back(leased).await;
+            return self.give_back(leased, clock::now()).await;
         };
         if let Some(mut slot) = slot.take() {
             slot.ended(&attempt);
@@ -132,10 +134,9 @@ impl Engine {
     }
 
     /// Gives the lease back unused, again and again while the database fails and the lease lasts.
-    async fn give_back(&self, mut leased: Leased) {
+    async fn give_back(&self, mut leased: Leased, due_at: Timestamp) {
         // Whoever waits for a test hears at once that there is none.
         drop(leased.done.take());
-        let due_at = clock::now();
         while let Err(error) = self.store.release_one(&leased, due_at).await {
             if clock::now().after(RECORD_AGAIN) >= leased.expires_at {
                 tracing::warn!(%error, "the lease could not be given back; it will run out");

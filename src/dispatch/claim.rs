@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Engine, lease_length};
 use crate::{
     clock,
-    store::{Claimed, Error, Line, News, Store},
+    store::{Claimed, Error, News, Store, Waitlist},
     webhook::RetrySchedule,
 };
 
@@ -19,14 +19,14 @@ const POLL: Duration = Duration::from_secs(1);
 const REST: u32 = 8;
 /// … and so many are not few.
 const MANY: usize = 32;
-/// After a look, none follows during this many times as long, or [`POLL`]. Known by looking alone is what other nodes left, and
+/// After a look, none follows during this many times as long, but at most [`POLL`]. Known by looking alone is what other nodes left, and
 /// what was not told because the database failed: that waits for a sweep, which has a look for every 2,048 webhooks.
 const REST_FROM_LOOKING: u32 = 16;
 
 /// What is known of the work to do.
 struct Claims {
     store: Store,
-    line: Line,
+    list: Waitlist,
     /// When the last look was, and how long none follows.
     looked: Option<(Instant, Duration)>,
     /// When the sweep that is under way began; none when it has ended.
@@ -39,7 +39,8 @@ struct Claims {
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let Engine { store, schedule, request_timeout, .. } = engine;
-    let mut claims = Claims { store, line: Line::default(), looked: None, sweep: None, swept: false, rescued: None };
+    let mut claims =
+        Claims { store, list: Waitlist::default(), looked: None, sweep: None, swept: false, rescued: None };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let (wait, rest) = match claims.round(&schedule, lease_length(request_timeout)).await {
@@ -73,6 +74,7 @@ impl Claims {
         // Leases run out by the clock, not by what happens here: looking once in a while is enough.
         if self.rescued.is_none_or(|at| at.elapsed() >= POLL) {
             self.rescued = Some(clock::stopwatch());
+            self.list.may_have_room();
             self.rescue(schedule).await?;
         }
         if self.until_look().is_zero() {
@@ -80,20 +82,20 @@ impl Claims {
         }
         // After the look, which may not have seen it yet.
         let News { waiting, room } = self.store.news();
-        waiting.into_values().for_each(|waiting| self.line.add(waiting));
-        room.iter().for_each(|webhook_id| self.line.has_room(webhook_id));
+        waiting.into_values().for_each(|waiting| self.list.add(waiting));
+        room.iter().for_each(|webhook_id| self.list.has_room(webhook_id));
         let now = clock::now();
-        let mut claimed = self.store.claim(&mut self.line, now, lease).await?;
+        let mut claimed = self.store.claim(&mut self.list, now, lease).await?;
         claimed.more |= !self.swept;
         // What is due and was not claimed has no room: freeing some rings the bell.
-        let next = self.line.next_due_at().map_or(POLL, |due_at| now.until(due_at));
+        let next = self.list.next_due_at().map_or(POLL, |due_at| now.until(due_at));
         Ok((claimed, next.min(self.until_look()).min(POLL)))
     }
 
     async fn look(&mut self) -> Result<(), Error> {
         let began = clock::stopwatch();
         let sweep = *self.sweep.get_or_insert(began);
-        let ended = self.store.look(&mut self.line).await?;
+        let ended = self.store.look(&mut self.list).await?;
         let mut rest = if self.swept { (began.elapsed() * REST_FROM_LOOKING).min(POLL) } else { Duration::ZERO };
         if ended {
             (self.sweep, self.swept) = (None, true);

@@ -365,7 +365,8 @@ mod tests {
                     0 if handoff.try_take(&webhook_id, bytes) => held.push((webhook_id, bytes)),
                     1 if !handoff.is_full() => {
                         let taken = handoff.take_for_waiting(&webhook_id, 100);
-                        held.extend(std::iter::repeat_n((webhook_id, 0), taken));
+                        (0..taken).for_each(|_| handoff.fetched(&webhook_id, bytes / 100));
+                        held.extend(std::iter::repeat_n((webhook_id, bytes / 100), taken));
                     }
                     2 | 3 if !held.is_empty() => {
                         let (webhook_id, bytes) = held.swap_remove(bytes % held.len());

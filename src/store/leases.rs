@@ -12,7 +12,7 @@ use super::{
     rows::{Cell, Column, Rows, int, text},
     script::Script,
     sql::Sql,
-    waiting::{Line, Waiting},
+    waiting::{Waiting, Waitlist},
     writer::Write,
 };
 use crate::{
@@ -24,8 +24,10 @@ use crate::{
 const MAX_CLAIM: usize = 128;
 /// On SQLite as much while several organisations have something to write, which waits for it.
 const MAX_SHARED_CLAIM: usize = 32;
-/// One claim serves at most this many webhooks; the rest is in the next.
-const MAX_CLAIM_WEBHOOKS: usize = 32;
+/// One claim serves at most this many webhooks, or as many as it may take deliveries if that is less; the rest is in the next.
+const MAX_CLAIM_WEBHOOKS: usize = 64;
+/// Each may have so many, if there is room: one more than is found shows that nothing is left.
+const MIN_SHARE: usize = 2;
 const RELEASES: &[Column] =
     &[text("webhook_id"), text("id"), text("node"), int("attempt"), int("expires_at_ms"), int("due_at_ms")];
 /// Of that very lease: the attempt that is given back is this node's again, under the same number, when it is claimed.
@@ -132,6 +134,7 @@ type Events = HashMap<String, Arc<Event>>;
 
 /// What is to be claimed of a webhook.
 struct Wanted {
+    webhook_id: Arc<str>,
     /// At most so many.
     places: usize,
     /// None is due before. PostgreSQL keeps what was claimed in the index until it is vacuumed, and would go through it
@@ -140,19 +143,20 @@ struct Wanted {
 }
 
 impl Store {
-    /// Leases to this node what is due of those in `line`, as far as there is room, and hands it to the engine.
-    pub async fn claim(&self, line: &mut Line, now: Timestamp, length: Duration) -> Result<Claimed, Error> {
-        line.fall_due(now);
+    /// Leases to this node what is due of those in `list`, as far as there is room, and hands it to the engine.
+    pub async fn claim(&self, list: &mut Waitlist, now: Timestamp, length: Duration) -> Result<Claimed, Error> {
+        list.fall_due(now);
         let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
-        let share = (most / line.due().clamp(1, MAX_CLAIM_WEBHOOKS)).max(1);
-        let mut wanted = HashMap::<Arc<str>, Wanted>::new();
-        while wanted.len() < MAX_CLAIM_WEBHOOKS
+        let most_webhooks = MAX_CLAIM_WEBHOOKS.min(most);
+        let share = (most / list.due().clamp(1, most_webhooks)).max(MIN_SHARE);
+        let mut wanted = Vec::new();
+        while wanted.len() < most_webhooks
             && !self.0.handoff.is_full()
-            && let Some((webhook_id, due_at)) = line.next()
+            && let Some((webhook_id, due_at)) = list.next()
         {
             match self.0.handoff.take_for_waiting(&webhook_id, share) {
-                0 => line.put_aside(&webhook_id),
-                places => drop(wanted.insert(webhook_id, Wanted { places, due_at })),
+                0 => list.put_aside(webhook_id),
+                places => wanted.push(Wanted { webhook_id, places, due_at }),
             }
         }
         if wanted.is_empty() {
@@ -160,25 +164,28 @@ impl Store {
         }
         let expires_at = now.after(length);
         let (claimed, events) = self.claim_up_to(&wanted, now, expires_at).await.inspect_err(|_| {
-            for (webhook_id, wanted) in &wanted {
-                self.0.handoff.give_back(webhook_id, wanted.places);
-                line.again(webhook_id);
+            for Wanted { webhook_id, places, .. } in &wanted {
+                self.0.handoff.give_back(webhook_id, *places);
+                list.again(webhook_id);
             }
         })?;
         let mut found: HashMap<&str, usize> = HashMap::new();
         for row in &claimed {
             *found.entry(&row.webhook_id).or_default() += 1;
         }
+        if found.len() < wanted.len() / 2 {
+            list.evade();
+        }
         let mut caught_up = Vec::new();
-        for (webhook_id, Wanted { places, .. }) in &wanted {
+        for Wanted { webhook_id, places, .. } in &wanted {
             let unused = places.saturating_sub(found.get(&**webhook_id).copied().unwrap_or(0));
             if unused > 0 {
                 self.0.handoff.caught_up(webhook_id);
                 self.0.handoff.give_back(webhook_id, unused);
-                caught_up.extend(line.caught_up(webhook_id).map(|organization| (Arc::clone(webhook_id), organization)));
+                caught_up.extend(list.caught_up(webhook_id).map(|organization| (Arc::clone(webhook_id), organization)));
             } else {
                 self.0.handoff.waits(webhook_id);
-                line.again(webhook_id);
+                list.again(webhook_id);
             }
         }
         let count = claimed.len();
@@ -193,20 +200,20 @@ impl Store {
             }
         }
         match self.first_waiting(&caught_up, now).await {
-            Ok(first) => first.into_iter().for_each(|waiting| line.add(waiting)),
+            Ok(first) => first.into_iter().for_each(|waiting| list.add(waiting)),
             Err(error) => {
                 // They are claimed once more, in vain, and this is asked again.
-                let again = |(webhook_id, organization)| line.add(Waiting { webhook_id, organization, due_at: now });
+                let again = |(webhook_id, organization)| list.add(Waiting { webhook_id, organization, due_at: now });
                 caught_up.into_iter().for_each(again);
                 return Err(error);
             }
         }
-        Ok(Claimed { count, more: line.due() > 0 && !self.0.handoff.is_full() })
+        Ok(Claimed { count, more: list.due() > 0 && !self.0.handoff.is_full() })
     }
 
     async fn claim_up_to(
         &self,
-        wanted: &HashMap<Arc<str>, Wanted>,
+        wanted: &[Wanted],
         now: Timestamp,
         expires_at: Timestamp,
     ) -> Result<(Vec<delivery::Model>, Events), Error> {
@@ -220,12 +227,12 @@ impl Store {
     /// One statement, and so one transaction and one trip.
     async fn claim_on_postgres(
         &self,
-        wanted: &HashMap<Arc<str>, Wanted>,
+        wanted: &[Wanted],
         now: Timestamp,
         expires_at: Timestamp,
     ) -> Result<(Vec<delivery::Model>, Events), Error> {
         let mut rows = Rows::new(DbBackend::Postgres, WANTED);
-        for (webhook_id, Wanted { places, due_at }) in wanted {
+        for Wanted { webhook_id, places, due_at } in wanted {
             rows.push([
                 webhook_id.into(),
                 due_at.millis().into(),
@@ -259,12 +266,12 @@ impl Store {
     /// As [`CLAIM_ON_POSTGRES`], which SQLite has no word for: a range of the index for each webhook.
     async fn claim_on_sqlite(
         &self,
-        wanted: &HashMap<Arc<str>, Wanted>,
+        wanted: &[Wanted],
         now: Timestamp,
         expires_at: Timestamp,
     ) -> Result<(Vec<delivery::Model>, Events), Error> {
         let mut sql = Sql::new("WITH due AS MATERIALIZED (");
-        for (index, (webhook_id, Wanted { places, due_at })) in wanted.iter().enumerate() {
+        for (index, Wanted { webhook_id, places, due_at }) in wanted.iter().enumerate() {
             sql.text(if index > 0 { " UNION ALL " } else { "" });
             sql.text(
                 "SELECT * FROM (SELECT webhook_id, id FROM deliveries WHERE webhook_id = (SELECT id FROM webhooks ",
@@ -396,29 +403,29 @@ mod tests {
         }
         let mut ready = store.ready().unwrap();
         let due_at = Timestamp::from_millis(1);
-        let mut line = Line::default();
-        line.add(Waiting { webhook_id: "whk_1".into(), organization: "acme".into(), due_at });
+        let mut list = Waitlist::default();
+        list.add(Waiting { webhook_id: "whk_1".into(), organization: "acme".into(), due_at });
         let mut claimed = Vec::new();
         for _ in 0..2 {
-            while store.claim(&mut line, clock::now(), Duration::from_secs(60)).await.unwrap().more {}
+            while store.claim(&mut list, clock::now(), Duration::from_secs(60)).await.unwrap().more {}
             let came = claimed.len();
             claimed.extend(std::iter::from_fn(|| ready.try_recv().ok()));
             assert!(came < claimed.len() && store.due().now_or_never().is_none());
             if claimed.len() < MANY {
                 claimed.iter().for_each(|leased| store.let_go(&leased.webhook_id, 2));
                 store.due().now_or_never().expect("there is room again");
-                store.news().room.iter().for_each(|webhook_id| line.has_room(webhook_id));
+                store.news().room.iter().for_each(|webhook_id| list.has_room(webhook_id));
             }
         }
         let ids: HashSet<&str> = claimed.iter().map(|leased| leased.delivery_id.as_str()).collect();
         assert_eq!((claimed.len(), ids.len()), (MANY, MANY));
-        assert_eq!(line.known(), 0);
+        assert_eq!(list.known(), 0);
     }
 
-    async fn look(store: &Store) -> Line {
-        let mut line = Line::default();
-        assert!(store.look(&mut line).await.unwrap(), "that is all");
-        line
+    async fn look(store: &Store) -> Waitlist {
+        let mut list = Waitlist::default();
+        assert!(store.look(&mut list).await.unwrap(), "that is all");
+        list
     }
 
     /// Publishes to the webhook, which is subscribed the first time.

@@ -63,7 +63,7 @@ pub use self::{
     record::Finished,
     secrets::Resealed,
     targets::Target,
-    waiting::{Line, Waiting},
+    waiting::{Waiting, Waitlist},
     webhooks::Rotated,
 };
 use self::{

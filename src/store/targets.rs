@@ -42,7 +42,7 @@ pub(super) type Subscription = (Tenant, String);
 
 /// The task that reads the targets that are not known. Those that are asked for while it waits for the database go into its
 /// next query together: after an outage, or a change for which all are forgotten, that is not one for each delivery. What
-/// waits for it is bounded by the attempts that may be under way, and the tests.
+/// waits for it is bounded by the attempts that may be under way, and test events, which are over that limit.
 pub(super) struct TargetReader(mpsc::UnboundedSender<(Arc<str>, TargetAnswer)>);
 type TargetAnswer = oneshot::Sender<Result<Option<Arc<Target>>, Error>>;
 

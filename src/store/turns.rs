@@ -53,6 +53,12 @@ impl<T> Turns<T> {
         item
     }
 
+    /// Lets all begin somewhere else, without a change of who follows whom.
+    pub(super) fn rotate(&mut self, by: usize) {
+        self.lines.values_mut().for_each(|line| line.rotate_left(by % line.len()));
+        self.order.rotate_left(by % self.order.len().max(1));
+    }
+
     /// Whether several had their turns within this time.
     pub(super) fn is_shared(&self, time: Duration) -> bool {
         self.order.len() > 1 || self.changed.is_some_and(|changed| changed.elapsed() < time)
@@ -91,6 +97,12 @@ mod tests {
         assert_eq!(rest, [("quiet", 0), ("loud", 1), ("quiet", 1), ("loud", 2), ("loud", 3)]);
         assert!(turns.is_empty() && turns.lines.is_empty());
         assert!(turns.is_shared(Duration::MAX) && !turns.is_shared(Duration::ZERO));
+        (0..3).for_each(|number| turns.push(loud(), ("loud", number)));
+        turns.push(quiet(), ("quiet", 0));
+        turns.rotate(5);
+        let rest: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
+        assert_eq!(rest, [("quiet", 0), ("loud", 2), ("loud", 0), ("loud", 1)]);
+        turns.rotate(5);
         turns.push(loud(), ("loud", 5));
         turns.pop();
         assert!(turns.is_shared(Duration::MAX), "a moment ago");

@@ -1,7 +1,7 @@
 //! Webhooks with deliveries in the database that nobody has leased, and whose turn it is to get places for them.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -13,7 +13,7 @@ use super::{
     rows::{Column, Rows, int, text},
     turns::Turns,
 };
-use crate::webhook::Timestamp;
+use crate::{clock, webhook::Timestamp};
 
 /// One look sees at most this many webhooks, so that what is known already is claimed in between.
 const MAX_LOOK: i32 = 2_048;
@@ -21,8 +21,9 @@ const MAX_LOOK: i32 = 2_048;
 const WEBHOOKS: &[Column] = &[text("webhook_id"), text("organization"), int("after_ms")];
 /// Not by min(), for which PostgreSQL reads the whole queue as long as its statistics say that there is none.
 const FIRST: &str = "SELECT rows.webhook_id, rows.organization, \
-    (SELECT d.next_attempt_at_ms FROM deliveries d WHERE d.webhook_id = rows.webhook_id \
-    AND d.next_attempt_at_ms > rows.after_ms ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms FROM {rows}";
+    (SELECT d.next_attempt_at_ms FROM deliveries d WHERE d.webhook_id = (SELECT w.id FROM webhooks w \
+      WHERE w.id = rows.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL) \
+     AND d.next_attempt_at_ms > rows.after_ms ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms FROM {rows}";
 
 /// One of them.
 #[derive(Debug, Clone)]
@@ -55,12 +56,14 @@ impl Waiting {
 /// All that are known. A turn costs a few steps in ordered sets, however many wait, and a claim does not pass by those that
 /// are due later or have no room.
 #[derive(Default)]
-pub struct Line {
+pub struct Waitlist {
     webhooks: HashMap<Arc<str>, Known>,
     /// Those with nothing that is due yet.
     later: BTreeSet<(Timestamp, Arc<str>)>,
     /// Those with something that is due: organisations take turns, and within each its webhooks do.
     due: Turns<Arc<str>>,
+    /// Those for which there was no room.
+    aside: HashSet<Arc<str>>,
     /// Which sweep is under way, and how far it has come.
     sweep: u64,
     swept: Arc<str>,
@@ -81,11 +84,10 @@ enum Place {
     Due,
     /// It has its turn.
     Out,
-    /// It had its turn, when there was no room for it.
     Aside,
 }
 
-impl Line {
+impl Waitlist {
     /// Adds one; of each webhook the earliest time counts.
     pub fn add(&mut self, waiting: Waiting) {
         self.put(waiting, Timestamp::min);
@@ -93,7 +95,16 @@ impl Line {
 
     /// There is room again for a webhook that was put aside.
     pub fn has_room(&mut self, webhook_id: &Arc<str>) {
-        self.move_from(Place::Aside, webhook_id);
+        if self.aside.remove(webhook_id) {
+            self.move_from(Place::Aside, webhook_id);
+        }
+    }
+
+    /// There may be room for those that were put aside, because others hold less now.
+    pub fn may_have_room(&mut self) {
+        for webhook_id in std::mem::take(&mut self.aside) {
+            self.move_from(Place::Aside, &webhook_id);
+        }
     }
 
     /// When the first of those is due that are not yet.
@@ -135,10 +146,17 @@ impl Line {
     }
 
     /// There was no room for one that had its turn: it gets none until there is.
-    pub(super) fn put_aside(&mut self, webhook_id: &Arc<str>) {
-        if let Some(known) = self.webhooks.get_mut(webhook_id) {
+    pub(super) fn put_aside(&mut self, webhook_id: Arc<str>) {
+        if let Some(known) = self.webhooks.get_mut(&webhook_id) {
             known.place = Place::Aside;
+            self.aside.insert(webhook_id);
         }
+    }
+
+    /// Somebody else has what was to be claimed, and goes through those that are due in the same order: this node goes on
+    /// somewhere else.
+    pub(super) fn evade(&mut self) {
+        self.due.rotate(usize::from_ne_bytes(clock::random()));
     }
 
     /// One that had its turn has nothing more that is due; whose it is.
@@ -157,10 +175,7 @@ impl Line {
 
     /// A look sees it in the database; what was due before is not there any more.
     fn see(&mut self, waiting: Waiting) {
-        let webhook_id = Arc::clone(&waiting.webhook_id);
         self.put(waiting, |_, due_at| due_at);
-        // If ever the bell was not rung for it.
-        self.has_room(&webhook_id);
     }
 
     /// Adds one, or changes when the known one is due.
@@ -183,11 +198,12 @@ impl Line {
     /// The next look begins another sweep. What this one did not see is not there any more; whoever stands among those that
     /// are due finds out when it has its turn.
     fn end_sweep(&mut self) {
-        let Self { webhooks, later, sweep, .. } = self;
+        let Self { webhooks, later, aside, sweep, .. } = self;
         webhooks.retain(|webhook_id, known| {
             let stays = known.seen == *sweep || known.place == Place::Due;
-            if !stays && known.place == Place::Later {
+            if !stays {
                 later.remove(&(known.due_at, Arc::clone(webhook_id)));
+                aside.remove(webhook_id);
             }
             stays
         });
@@ -202,7 +218,7 @@ impl Store {
     ///
     /// It leaps from webhook to webhook through the index of what is due, so it costs a look-up per webhook, however
     /// many deliveries wait.
-    pub async fn look(&self, line: &mut Line) -> Result<bool, Error> {
+    pub async fn look(&self, list: &mut Waitlist) -> Result<bool, Error> {
         // Not by a join, for which PostgreSQL compares each with each as long as its statistics say that there are few
         // webhooks.
         const LEAP: &str = "\
@@ -219,22 +235,27 @@ impl Store {
              ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms \
             FROM queue WHERE webhook_id IS NOT NULL ORDER BY number";
         let reader = &self.0.read;
-        let values = [Value::from(&*line.swept), MAX_LOOK.into()];
+        let values = [Value::from(&*list.swept), MAX_LOOK.into()];
         let statement = Statement::from_sql_and_values(reader.get_database_backend(), LEAP, values);
         let rows = reader.query_all_raw(statement).await?;
         let ended = rows.len() < usize::try_from(MAX_LOOK).unwrap_or(usize::MAX);
+        let mut same = Arc::<str>::default();
         for row in rows {
             let (webhook_id, organization, due_at): (String, Option<String>, Option<i64>) =
                 row.try_get_many_by_index()?;
-            line.swept = webhook_id.into();
+            list.swept = webhook_id.into();
             if let (Some(organization), Some(due_at)) = (organization, due_at) {
-                let (webhook_id, organization) = (Arc::clone(&line.swept), organization.into());
-                line.see(Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) });
+                // Many webhooks in a row may be of the same one, whose name is kept once then.
+                if *organization != *same {
+                    same = organization.into();
+                }
+                let (webhook_id, organization) = (Arc::clone(&list.swept), Arc::clone(&same));
+                list.see(Waiting { webhook_id, organization, due_at: Timestamp::from_millis(due_at) });
             }
         }
         if ended {
-            line.end_sweep();
-            self.0.handoff.only_these_wait(|webhook_id| line.webhooks.contains_key(webhook_id));
+            list.end_sweep();
+            self.0.handoff.only_these_wait(|webhook_id| list.webhooks.contains_key(webhook_id));
         }
         Ok(ended)
     }
@@ -277,70 +298,74 @@ mod tests {
         Waiting { webhook_id: webhook_id.into(), organization: organization.into(), due_at: at(due_at_ms) }
     }
 
-    fn turn(line: &mut Line) -> Option<String> {
-        line.next().map(|(webhook_id, _)| webhook_id.to_string())
+    fn turn(list: &mut Waitlist) -> Option<String> {
+        list.next().map(|(webhook_id, _)| webhook_id.to_string())
     }
 
     #[test]
     fn organisations_and_their_webhooks_take_turns() {
-        let mut line = Line::default();
+        let mut list = Waitlist::default();
         for (organization, webhook_id, due_at) in
             [("loud", "a", 1), ("loud", "b", 2), ("loud", "c", 3), ("quiet", "d", 4), ("quiet", "later", 10)]
         {
-            line.add(waiting(organization, webhook_id, due_at));
+            list.add(waiting(organization, webhook_id, due_at));
         }
-        line.fall_due(at(9));
-        assert_eq!((line.due(), line.next_due_at()), (4, Some(at(10))));
+        list.fall_due(at(9));
+        assert_eq!((list.due(), list.next_due_at()), (4, Some(at(10))));
         let mut turns = Vec::new();
         for _ in 0..6 {
-            let (webhook_id, _) = line.next().unwrap();
-            line.again(&webhook_id);
+            let (webhook_id, _) = list.next().unwrap();
+            list.again(&webhook_id);
             turns.push(webhook_id.to_string());
         }
         assert_eq!(turns, ["a", "d", "b", "d", "c", "d"]);
-        line.add(waiting("quiet", "later", 7));
-        assert_eq!(line.next_due_at(), Some(at(7)));
-        line.add(waiting("quiet", "later", 8));
-        line.fall_due(at(7));
-        assert_eq!((line.due(), line.next_due_at()), (5, None), "the earliest time counts");
+        list.add(waiting("quiet", "later", 7));
+        assert_eq!(list.next_due_at(), Some(at(7)));
+        list.add(waiting("quiet", "later", 8));
+        list.fall_due(at(7));
+        assert_eq!((list.due(), list.next_due_at()), (5, None), "the earliest time counts");
     }
 
     #[test]
     fn who_has_no_room_is_passed_by_until_there_is() {
-        let mut line = Line::default();
-        ["a", "b"].into_iter().for_each(|webhook_id| line.add(waiting("acme", webhook_id, 5)));
-        line.fall_due(at(5));
-        let (a, _) = line.next().unwrap();
-        line.put_aside(&a);
-        line.add(waiting("acme", "a", 3));
-        assert_eq!((turn(&mut line).as_deref(), turn(&mut line)), (Some("b"), None));
-        line.has_room(&"b".into());
-        assert_eq!(turn(&mut line), None, "it was not put aside");
-        line.has_room(&a);
-        assert_eq!(line.next(), Some((Arc::clone(&a), at(3))));
-        assert_eq!((line.caught_up(&a).as_deref(), line.known()), (Some("acme"), 1));
+        let mut list = Waitlist::default();
+        ["a", "b"].into_iter().for_each(|webhook_id| list.add(waiting("acme", webhook_id, 5)));
+        list.fall_due(at(5));
+        let (a, _) = list.next().unwrap();
+        list.put_aside(Arc::clone(&a));
+        list.add(waiting("acme", "a", 3));
+        assert_eq!((turn(&mut list).as_deref(), turn(&mut list)), (Some("b"), None));
+        list.has_room(&"b".into());
+        assert_eq!(turn(&mut list), None, "it was not put aside");
+        list.has_room(&a);
+        assert_eq!(list.next(), Some((Arc::clone(&a), at(3))));
+        list.put_aside(Arc::clone(&a));
+        list.may_have_room();
+        assert_eq!(list.next(), Some((Arc::clone(&a), at(3))));
+        assert_eq!((list.caught_up(&a).as_deref(), list.known()), (Some("acme"), 1));
     }
 
     #[test]
     fn a_sweep_forgets_what_it_did_not_see() {
-        let mut line = Line::default();
+        let mut list = Waitlist::default();
         for (webhook_id, due_at) in [("due", 1), ("aside", 2), ("gone", 50), ("seen", 60), ("told", 70)] {
-            line.add(waiting("acme", webhook_id, due_at));
+            list.add(waiting("acme", webhook_id, due_at));
         }
-        line.fall_due(at(2));
-        line.end_sweep();
-        assert_eq!(line.known(), 5, "all were told of while it was under way");
-        let (_, aside) = (line.next(), line.next().unwrap().0);
-        line.again(&"due".into());
-        line.put_aside(&aside);
-        line.see(waiting("acme", "seen", 80));
-        line.add(waiting("acme", "told", 90));
-        line.end_sweep();
-        let mut left: Vec<&str> = line.webhooks.keys().map(|webhook_id| &**webhook_id).collect();
+        list.fall_due(at(2));
+        list.end_sweep();
+        assert_eq!(list.known(), 5, "all were told of while it was under way");
+        let (_, aside) = (list.next(), list.next().unwrap().0);
+        list.again(&"due".into());
+        list.put_aside(aside);
+        list.see(waiting("acme", "seen", 80));
+        list.add(waiting("acme", "told", 90));
+        list.end_sweep();
+        let mut left: Vec<&str> = list.webhooks.keys().map(|webhook_id| &**webhook_id).collect();
         left.sort_unstable();
         assert_eq!(left, ["due", "seen", "told"]);
-        let times = line.later.iter().map(|(due_at, _)| *due_at);
+        let times = list.later.iter().map(|(due_at, _)| *due_at);
         assert!(times.eq([at(70), at(80)]), "what the sweep saw counts, of what was told the earliest");
+        assert!(list.aside.is_empty());
     }
 
     #[tokio::test]
@@ -362,13 +387,13 @@ mod tests {
         ] {
             store.0.write.execute_unprepared(insert).await.unwrap();
         }
-        let mut line = Line::default();
+        let mut list = Waitlist::default();
         for ended in [false, false, true] {
-            assert_eq!(store.look(&mut line).await.unwrap(), ended);
+            assert_eq!(store.look(&mut list).await.unwrap(), ended);
         }
-        assert_eq!(line.known(), usize::try_from((most * 2 + 9) * 9 / 10).unwrap() + 1);
-        assert!(line.webhooks.values().all(|known| known.due_at == at(5)));
-        let some = [("whk_000001".into(), "acme".into()), ("whk_none".into(), "acme".into())];
+        assert_eq!(list.known(), usize::try_from((most * 2 + 9) * 9 / 10).unwrap() + 1);
+        assert!(list.webhooks.values().all(|known| known.due_at == at(5)));
+        let some = ["whk_000001", "whk_none", "whk_000010"].map(|webhook_id| (webhook_id.into(), "acme".into()));
         for (after, due_at) in [(0, vec![at(5)]), (5, vec![at(7)]), (9, Vec::new())] {
             let first = store.first_waiting(&some, at(after)).await.unwrap();
             assert_eq!(first.iter().map(|waiting| waiting.due_at).collect::<Vec<_>>(), due_at);

@@ -127,8 +127,8 @@ async fn a_request_that_gets_no_file_is_no_attempt() {
     const HOSTS: usize = 64;
     let directory = tempfile::tempdir().unwrap();
     let service = start(44, directory.path()).await;
-    // So long that the half of them that an organization may have is under way together, which with what the service has
-    // open for itself is more.
+    // So long that as many are under way together as one organisation may have, which is 32 of 64; with what the service
+    // has open for itself that is more than it may.
     let receiver = Receiver::start(Duration::from_secs(2)).await;
     webhooks(&service, HOSTS, &receiver).await;
     assert_eq!(service.publish("{}").await, HOSTS as i64);

@@ -43,5 +43,7 @@ async fn all_that_is_due_at_the_start_goes_out(database: Database) {
     let got = receiver.wait_for(active).await;
     let webhooks: HashSet<&str> = got.iter().map(|got| got.header("x-shortform-webhook-id")).collect();
     assert_eq!((got.len(), webhooks.len()), (active, active));
+    let number = |webhook_id: &&str| webhook_id["whk_".len()..].parse::<usize>().unwrap();
+    assert!(webhooks.iter().map(number).all(|number| number % DISABLED > 0));
     server.stop().await;
 }
