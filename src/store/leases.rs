@@ -41,12 +41,14 @@ const WANTED: &[Column] =
     &[text("webhook_id"), int("due_at_ms"), int("places"), int("now_ms"), text("node"), int("expires_at_ms")];
 /// Materialized, so that a plan that looks twice does not lock, and claim, more than there are places for. Whatever the
 /// statistics say, it looks from webhook to webhook, and updates from row to row since the connection has no other joins.
-/// What other nodes claim at the same time is left to them, and what a webhook holds that is not active any more where it is.
+/// The webhook is not joined: before there are statistics, PostgreSQL takes active ones for few, and would compare each with
+/// each. What other nodes claim at the same time is left to them, and what a webhook holds that is not active any more where
+/// it is.
 /// Data of an event comes with the first of its deliveries only.
 const CLAIM_ON_POSTGRES: &str = "\
-    WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} \
-     JOIN webhooks w ON w.id = rows.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL CROSS JOIN LATERAL (\
-     SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = rows.webhook_id \
+    WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
+     SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = (SELECT w.id FROM webhooks w \
+      WHERE w.id = rows.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL) \
      AND next_attempt_at_ms >= rows.due_at_ms AND next_attempt_at_ms <= rows.now_ms \
      ORDER BY next_attempt_at_ms LIMIT rows.places FOR UPDATE SKIP LOCKED) AS d), \
     claimed AS (\
