@@ -148,7 +148,7 @@ impl Store {
     /// Leases to this node what is due of those in `list`, as far as there is room, and hands it to the engine.
     pub async fn claim(&self, list: &mut Waitlist, now: Timestamp, length: Duration) -> Result<Claimed, Error> {
         list.fall_due(now);
-        let most = if self.sqlite() && self.writer()?.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
+        let most = if self.sqlite() && self.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
         let most_webhooks = MAX_CLAIM_WEBHOOKS.min(most);
         let share = (most / list.due().clamp(1, most_webhooks)).max(MIN_SHARE);
         let mut wanted = Vec::new();

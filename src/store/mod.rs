@@ -294,6 +294,11 @@ impl Store {
         self.0.ready_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
     }
 
+    /// Whether several organisations had something to write when somebody last had.
+    pub fn is_shared(&self) -> bool {
+        self.0.writer.get().is_some_and(Writer::is_shared)
+    }
+
     fn writer(&self) -> Result<&Writer, Error> {
         self.0.writer.get().ok_or(Error::Closed)
     }
