@@ -19,8 +19,11 @@ const POLL: Duration = Duration::from_secs(1);
 const REST: u32 = 8;
 /// … and so many are not few.
 const MANY: usize = 32;
-/// After a look, none follows during this many times as long, but at most [`POLL`]. Known by looking alone is what other nodes left, and
-/// what was not told because the database failed: that waits for a sweep, which has a look for every 2,048 webhooks.
+/// No rest between claims is longer than this.
+const MAX_REST: Duration = Duration::from_millis(200);
+/// After a look, none follows during this many times as long, but at most [`POLL`]. Known by looking alone is what other
+/// nodes left, and what was not told because the database failed: that waits for a sweep, which has a look for every 2,048
+/// webhooks.
 const REST_FROM_LOOKING: u32 = 16;
 
 /// What is known of the work to do.
@@ -50,11 +53,11 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
                 if more {
                     // What falls due together, as after an outage, leaves half of the time to those who publish meanwhile.
                     if claims.store.is_shared() {
-                        tokio::time::sleep(round.elapsed()).await;
+                        tokio::time::sleep(round.elapsed().min(MAX_REST)).await;
                     }
                     continue;
                 }
-                (wait, if claimed < MANY { (began.elapsed() * REST).min(POLL / 5) } else { Duration::ZERO })
+                (wait, if claimed < MANY { (began.elapsed() * REST).min(MAX_REST) } else { Duration::ZERO })
             }
             Err(error) => {
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");

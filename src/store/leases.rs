@@ -43,8 +43,7 @@ const WANTED: &[Column] =
 /// statistics say, it looks from webhook to webhook, and updates from row to row since the connection has no other joins.
 /// The webhook is not joined: before there are statistics, PostgreSQL takes active ones for few, and would compare each with
 /// each. What other nodes claim at the same time is left to them, and what a webhook holds that is not active any more where
-/// it is.
-/// Data of an event comes with the first of its deliveries only.
+/// it is. Data of an event comes with the first of its deliveries only.
 const CLAIM_ON_POSTGRES: &str = "\
     WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
      SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = (SELECT w.id FROM webhooks w \
