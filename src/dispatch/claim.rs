@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Engine, lease_length};
 use crate::{
-    clock,
+    clock::{self, Seldom},
     store::{Claimed, Error, News, Store, Waitlist},
     webhook::RetrySchedule,
 };
@@ -34,16 +34,14 @@ struct Claims {
     looked: Option<(Instant, Duration)>,
     /// When the sweep that is under way began; none when it has ended.
     sweep: Option<Instant>,
-    /// Whether the first one has ended: its looks follow each other without rest.
-    swept: bool,
-    rescued: Option<Instant>,
+    rescues: Seldom,
 }
 
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let Engine { store, schedule, request_timeout, .. } = engine;
-    let mut claims =
-        Claims { store, list: Waitlist::default(), looked: None, sweep: None, swept: false, rescued: None };
+    let rescues = Seldom::new(POLL);
+    let mut claims = Claims { store, list: Waitlist::default(), looked: None, sweep: None, rescues };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let round = clock::stopwatch();
@@ -80,8 +78,7 @@ impl Claims {
     /// Claims what is due and there is room for; answers how long nothing more will be, unless there is more at once.
     async fn round(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<(Claimed, Duration), Error> {
         // Leases run out by the clock, not by what happens here: looking once in a while is enough.
-        if self.rescued.is_none_or(|at| at.elapsed() >= POLL) {
-            self.rescued = Some(clock::stopwatch());
+        if self.rescues.is_time() {
             self.list.may_have_room();
             self.rescue(schedule).await?;
         }
@@ -94,7 +91,7 @@ impl Claims {
         room.iter().for_each(|webhook_id| self.list.has_room(webhook_id));
         let now = clock::now();
         let mut claimed = self.store.claim(&mut self.list, now, lease).await?;
-        claimed.more |= !self.swept;
+        claimed.more |= !self.list.is_complete();
         // What is due and was not claimed has no room: freeing some rings the bell.
         let next = self.list.next_due_at().map_or(POLL, |due_at| now.until(due_at));
         Ok((claimed, next.min(self.until_look()).min(POLL)))
@@ -104,9 +101,11 @@ impl Claims {
         let began = clock::stopwatch();
         let sweep = *self.sweep.get_or_insert(began);
         let ended = self.store.look(&mut self.list).await?;
-        let mut rest = if self.swept { (began.elapsed() * REST_FROM_LOOKING).min(POLL) } else { Duration::ZERO };
+        // The looks of the first sweep follow each other without rest.
+        let rests = self.list.is_complete();
+        let mut rest = if rests { (began.elapsed() * REST_FROM_LOOKING).min(POLL) } else { Duration::ZERO };
         if ended {
-            (self.sweep, self.swept) = (None, true);
+            self.sweep = None;
             rest = rest.max(POLL.saturating_sub(sweep.elapsed()));
         }
         self.looked = Some((clock::stopwatch(), rest));

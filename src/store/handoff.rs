@@ -37,7 +37,7 @@ const fn free_per_held(worth: usize) -> usize {
     MAX_HELD / if worth > MAX_HELD_UNPROVEN { MAX_HELD_PER_WEBHOOK } else { MAX_HELD_UNPROVEN }
 }
 /// Deliveries are fetched from the database when at least one in so many of the places that their webhook may have is free.
-const MIN_FETCH: usize = 8;
+const PLACES_PER_FETCH: usize = 8;
 /// Data of so many bytes is in one place.
 const PLACE_BYTES: usize = 8 * 1024;
 
@@ -146,10 +146,12 @@ impl Handoff {
         held.total = held.total.saturating_sub(places);
         let webhook = held.of(webhook_id);
         webhook.held = webhook.held.saturating_sub(places);
-        let has_room = webhook.wanted && held.room_to_fetch(webhook_id) > 0;
-        let webhook = held.of(webhook_id);
-        webhook.wanted &= !has_room;
-        if webhook.held == 0 && !webhook.waiting {
+        let (wanted, done) = (webhook.wanted, webhook.held == 0 && !webhook.waiting);
+        let has_room = wanted && held.room_to_fetch(webhook_id) > 0;
+        if has_room {
+            held.of(webhook_id).wanted = false;
+        }
+        if done {
             held.webhooks.remove(webhook_id);
         }
         let any = held.total < MAX_HELD_WITH_FEW && std::mem::take(&mut held.wanted);
@@ -225,7 +227,7 @@ impl Held {
     fn room_to_fetch(&self, webhook_id: &str) -> usize {
         let (held, most) = self.held_and_most(webhook_id, FEW);
         let room = most.saturating_sub(held);
-        if room >= most / MIN_FETCH { room } else { 0 }
+        if room >= most / PLACES_PER_FETCH { room } else { 0 }
     }
 
     /// How many places it has, and may have, which is at least `few` if it is worth it.

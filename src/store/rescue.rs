@@ -64,30 +64,30 @@ impl Store {
             find = find
                 .lock_with_behavior(sea_orm::sea_query::LockType::Update, sea_orm::sea_query::LockBehavior::SkipLocked);
         }
-        let rows = find.order_by_asc(delivery::Column::LeaseExpiresAtMs).limit(MAX_RESCUE).all(&transaction).await?;
+        let mut rows =
+            find.order_by_asc(delivery::Column::LeaseExpiresAtMs).limit(MAX_RESCUE).all(&transaction).await?;
         if rows.is_empty() {
             return Ok(0);
         }
-        let rows = self.write_rescued(&transaction, rows, schedule, now).await?;
+        self.write_rescued(&transaction, &mut rows, schedule, now).await?;
         transaction.commit().await?;
         self.0.feed.announce();
         self.0.handoff.tell(rows.iter().filter_map(Waiting::of));
         Ok(rows.len())
     }
 
-    /// Answers what became of them.
     async fn write_rescued(
         &self,
         transaction: &DatabaseTransaction,
-        mut rows: Vec<delivery::Model>,
+        rows: &mut [delivery::Model],
         schedule: &RetrySchedule,
         now: Timestamp,
-    ) -> Result<Vec<delivery::Model>, Error> {
+    ) -> Result<(), Error> {
         let backend = transaction.get_database_backend();
         let (mut deltas, mut log) = (Deltas::default(), Log::default());
         let (mut rescued, mut attempts) = (Rows::new(backend, RESCUED), Rows::new(backend, record::ATTEMPTS));
         let mut started = Vec::with_capacity(rows.len());
-        for row in &mut rows {
+        for row in &mut *rows {
             let lost = row.lost_leases + 1;
             let plan = if row.once { Plan::Once } else { Plan::Schedule };
             let transition = rescue(lost, row.attempts, plan, schedule, now);
@@ -131,6 +131,6 @@ impl Store {
         }
         Script::default().with(RESCUE, rescued).with(record::INSERT_ATTEMPTS, attempts).run(transaction).await?;
         Script::default().tell(backend, deltas, log)?.run(transaction).await?;
-        Ok(rows)
+        Ok(())
     }
 }

@@ -107,6 +107,11 @@ impl Waitlist {
         }
     }
 
+    /// Whether a sweep has ended, so that none is missing that was there before.
+    pub fn is_complete(&self) -> bool {
+        self.sweep > 0
+    }
+
     /// When the first of those is due that are not yet.
     pub fn next_due_at(&self) -> Option<Timestamp> {
         self.later.first().map(|(due_at, _)| *due_at)
