@@ -1,9 +1,13 @@
-//! Live changes: a bell and a ring.
+//! Live changes: a bell and rings.
 //!
-//! Committing rings the bell, whatever the number of watchers; one task then reads the new changes once and puts them
-//! into a bounded ring that every watcher reads at its own speed. A watcher that falls out of the ring is told so.
+//! Committing rings the bell, whatever the number of watchers; one task then reads the new changes once and puts those of
+//! each tenant that is watched into a bounded ring, which every watcher of that tenant reads at its own speed. Whoever
+//! watches is woken by what is for it, and not by what happens elsewhere. A watcher that falls out of the ring is told so.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use tokio::sync::{Notify, broadcast};
 
@@ -13,13 +17,13 @@ use crate::webhook::{Change, Tenant};
 const MAX_BEHIND: usize = 256;
 
 /// Connects commits with watchers. Cheap to clone.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Feed {
     bell: Arc<Notify>,
-    ring: broadcast::Sender<Batch>,
+    rings: Arc<Mutex<Rings>>,
 }
 
-/// Changes that follow each other in the order of commits.
+/// Changes of a tenant that follow each other in the order of commits.
 #[derive(Clone)]
 pub(crate) struct Batch {
     /// Everything up to this place came before.
@@ -27,13 +31,27 @@ pub(crate) struct Batch {
     /// Everything up to this place has come now.
     pub(crate) upto: i64,
     /// What came in between.
-    pub(crate) changes: Arc<[(Tenant, Change)]>,
+    pub(crate) changes: Arc<[Change]>,
 }
 
-impl Default for Feed {
-    fn default() -> Self {
-        Self { bell: Arc::default(), ring: broadcast::channel(MAX_BEHIND).0 }
-    }
+/// Watches a tenant until it is dropped.
+pub(crate) struct Watching {
+    feed: Feed,
+    tenant: Tenant,
+    batches: broadcast::Receiver<Batch>,
+}
+
+#[derive(Default)]
+struct Rings {
+    of: HashMap<Tenant, Ring>,
+    /// Everything up to this place was read, and is not to come again.
+    place: i64,
+}
+
+struct Ring {
+    batches: broadcast::Sender<Batch>,
+    /// What the tenant has up to this place was read before the ring was there, or is in it.
+    upto: i64,
 }
 
 impl Feed {
@@ -49,19 +67,109 @@ impl Feed {
 
     /// Whether anybody watches.
     pub(crate) fn is_watched(&self) -> bool {
-        self.ring.receiver_count() > 0
+        !self.lock().of.is_empty()
     }
 
-    /// Shows a batch to all watchers.
-    pub(crate) fn send(&self, batch: Batch) {
-        // Nobody watching is no error.
-        let _ = self.ring.send(batch);
+    /// Reading begins after this place: whoever has seen less must look for the rest elsewhere.
+    pub(crate) fn begin(&self, place: i64) {
+        let mut rings = self.lock();
+        rings.place = place;
+        for ring in rings.of.values_mut() {
+            ring.upto = place;
+            ring.send(place, Vec::new());
+        }
     }
 
-    /// Watches from now on, and wakes the task that reads.
-    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Batch> {
-        let receiver = self.ring.subscribe();
+    /// Everything up to this place was read, the last of it of this tenant. Whether it is watched, and what there is
+    /// to be shown with [`Feed::show`]; whoever comes later finds it elsewhere.
+    pub(crate) fn pass(&self, place: i64, tenant: &Tenant) -> bool {
+        let mut rings = self.lock();
+        rings.place = place;
+        rings.of.contains_key(tenant)
+    }
+
+    /// Shows the watchers of a tenant what it has up to a place, since what they were shown last.
+    pub(crate) fn show(&self, tenant: &Tenant, upto: i64, changes: Vec<Change>) {
+        if let Some(ring) = self.lock().of.get_mut(tenant) {
+            ring.send(upto, changes);
+        }
+    }
+
+    /// Watches a tenant from now on, and wakes the task that reads.
+    pub(crate) fn subscribe(&self, tenant: Tenant) -> Watching {
+        let mut rings = self.lock();
+        let place = rings.place;
+        let new = || Ring { batches: broadcast::channel(MAX_BEHIND).0, upto: place };
+        let batches = rings.of.entry(tenant.clone()).or_insert_with(new).batches.subscribe();
+        drop(rings);
         self.announce();
-        receiver
+        Watching { feed: self.clone(), tenant, batches }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Rings> {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ring {
+    fn send(&mut self, upto: i64, changes: Vec<Change>) {
+        let after = std::mem::replace(&mut self.upto, upto);
+        // Somebody receives, or the ring would not be there.
+        let _ = self.batches.send(Batch { after, upto, changes: changes.into() });
+    }
+}
+
+impl Watching {
+    /// The next batch; dropping the call loses none.
+    pub(crate) async fn next(&mut self) -> Result<Batch, broadcast::error::RecvError> {
+        self.batches.recv().await
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        let mut rings = self.feed.lock();
+        if rings.of.get(&self.tenant).is_some_and(|ring| ring.batches.receiver_count() == 1) {
+            rings.of.remove(&self.tenant);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::webhook::Environment;
+
+    #[test]
+    fn who_watches_is_woken_by_what_is_for_it() {
+        let [acme, other] = ["acme", "other"].map(|name| Tenant::new(name, Environment::Live).unwrap());
+        let feed = Feed::default();
+        let mut first = feed.subscribe(acme.clone());
+        feed.begin(10);
+        let next = |watching: &mut Watching| watching.next().now_or_never().map(Result::unwrap);
+        let places = |batch: Option<Batch>| batch.map(|batch| (batch.after, batch.upto));
+        assert_eq!(places(next(&mut first)), Some((10, 10)), "what came before is not here");
+
+        assert!(!feed.pass(20, &other) && feed.pass(30, &acme));
+        // Between the two, somebody comes who reads what was passed elsewhere.
+        let mut second = feed.subscribe(acme.clone());
+        let mut third = feed.subscribe(other.clone());
+        feed.show(&acme, 30, Vec::new());
+        assert!(feed.pass(40, &other));
+        feed.show(&other, 40, Vec::new());
+        assert_eq!(
+            [&mut first, &mut second, &mut third].map(|watching| places(next(watching))),
+            [Some((10, 30)), Some((10, 30)), Some((30, 40))]
+        );
+        assert!([&mut first, &mut second, &mut third].map(next).iter().all(Option::is_none));
+
+        drop(first);
+        assert!(feed.pass(50, &acme), "one is left");
+        drop(second);
+        assert!(!feed.pass(60, &acme) && feed.is_watched());
+        drop(third);
+        assert!(!feed.is_watched());
     }
 }

@@ -9,8 +9,8 @@ use std::{
 };
 
 use shortkit_webhooks::grpc::proto::{
-    CreateWebhookRequest, PublishEventRequest, delivery_service_client::DeliveryServiceClient,
-    webhook_service_client::WebhookServiceClient,
+    CreateWebhookRequest, PublishEventRequest, UpdateWebhookRequest, WatchDeliveriesRequest, WebhookUpdate,
+    delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
 };
 use tokio::task::JoinSet;
 use tonic::{Request, Status, transport::Channel};
@@ -34,25 +34,45 @@ const CONNECTIONS: usize = 8;
 pub(crate) struct Caller {
     channels: Vec<Channel>,
     key: String,
-    organization: &'static str,
+    organization: String,
 }
 
 impl Caller {
     /// A caller with connections of its own.
-    pub(crate) async fn connect(base: &str, key: &str, organization: &'static str) -> Self {
+    pub(crate) async fn connect(base: &str, key: &str, organization: &str) -> Self {
         let mut channels = Vec::new();
         for _ in 0..CONNECTIONS {
             let endpoint = Channel::from_shared(base.to_owned()).expect("a URL");
             channels.push(endpoint.connect().await.expect("a connection"));
         }
-        Self { channels, key: key.to_owned(), organization }
+        Self { channels, key: key.to_owned(), organization: organization.to_owned() }
     }
 
-    /// Registers a webhook.
-    pub(crate) async fn webhook(&self, url: String, event: &str) {
+    /// Registers a webhook; its id.
+    pub(crate) async fn webhook(&self, url: String, event: &str) -> String {
         let message = CreateWebhookRequest { url, events: vec![event.to_owned()], description: None };
         let mut client = WebhookServiceClient::new(self.channels[0].clone());
-        client.create_webhook(self.signed(message)).await.expect("a webhook");
+        let created = client.create_webhook(self.signed(message)).await.expect("a webhook");
+        created.into_inner().webhook.expect("a webhook").id
+    }
+
+    /// Changes the description of a webhook.
+    pub(crate) async fn describe(&self, id: String, description: String) {
+        let webhook = Some(WebhookUpdate { description: Some(description), ..Default::default() });
+        let update_mask = Some(prost_types::FieldMask { paths: vec!["description".to_owned()] });
+        let message = UpdateWebhookRequest { id, webhook, update_mask };
+        let mut client = WebhookServiceClient::new(self.channels[0].clone());
+        client.update_webhook(self.signed(message)).await.expect("it is changed");
+    }
+
+    /// Opens live streams, and reads them for ever.
+    pub(crate) async fn watch(&self, streams: usize) {
+        for number in 0..streams {
+            let mut client = DeliveryServiceClient::new(self.channels[number % CONNECTIONS].clone());
+            let opened = client.watch_deliveries(self.signed(WatchDeliveriesRequest::default())).await;
+            let mut changes = opened.expect("a stream").into_inner();
+            tokio::spawn(async move { while let Ok(Some(_)) = changes.message().await {} });
+        }
     }
 
     /// Registers `count` webhooks, many at a time.

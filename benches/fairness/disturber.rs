@@ -31,6 +31,8 @@ pub(crate) enum Role {
     Receive { slow: Duration, recovery: Recovery },
     /// Publishes as fast as it can, and at most so many events.
     Flood { base: String, key: String, most: usize },
+    /// Watches with so many streams, divided among so many organisations.
+    Watch { base: String, key: String, streams: usize, organizations: usize },
 }
 
 /// A process that disturbs; it ends when this is dropped.
@@ -68,6 +70,14 @@ pub(crate) async fn run(role: &str) {
     match serde_json::from_str(role).expect("a role") {
         Role::Receive { slow, recovery } => {
             println!("{}", serve(&Manners::new(now(), slow, recovery)).await);
+            end_of_input().await;
+        }
+        Role::Watch { base, key, streams, organizations } => {
+            for number in 0..organizations {
+                let watcher = Caller::connect(&base, &key, &format!("watcher{number}")).await;
+                watcher.watch(streams / organizations).await;
+            }
+            println!("watching");
             end_of_input().await;
         }
         Role::Flood { base, key, most } => {

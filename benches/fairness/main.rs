@@ -1,5 +1,5 @@
 //! Whether anybody's receivers or events slow the others down: `cargo bench --bench fairness [-- short] [SCENARIO…]`,
-//! with the scenarios `dead`, `slow`, `flood`, `recovery` and `outage`; on PostgreSQL with
+//! with the scenarios `dead`, `slow`, `flood`, `recovery`, `outage`, `watched` and `changed`; on PostgreSQL with
 //! `SHORTKIT_BENCH_POSTGRES=postgres://…`, which must name an empty database.
 //!
 //! The service runs in a process of its own. Organisation `others` publishes at a steady pace to a receiver that answers
@@ -10,6 +10,7 @@
 //!
 //! Prints a line for each bar, PASS or FAIL, and one JSON line. Ends with 1 when a bar is missed.
 
+mod bystanders;
 mod caller;
 mod disturber;
 mod receiver;
@@ -128,7 +129,7 @@ impl Stage {
         stage
     }
 
-    async fn caller(&self, organization: &'static str) -> Caller {
+    async fn caller(&self, organization: &str) -> Caller {
         Caller::connect(&self.service.base, &self.service.service_key, organization).await
     }
 
@@ -325,7 +326,7 @@ async fn main() -> ExitCode {
     }
     let given = |name: &str| arguments.iter().any(|argument| argument == name);
     let size = if given("short") { SHORT } else { LONG };
-    let all = !["dead", "slow", "flood", "recovery", "outage"].into_iter().any(given);
+    let all = !["dead", "slow", "flood", "recovery", "outage", "watched", "changed"].into_iter().any(given);
     println!("{:9} {:12} {:>10} {:>10} {:>7} {:>5}", "scenario", "figure", "without", "with", "ratio", "bar");
     let began: Instant = now();
     let mut reports = Vec::new();
@@ -343,6 +344,12 @@ async fn main() -> ExitCode {
     }
     if all || given("outage") {
         reports.push(recovery(&size, "outage", size.outage, size.outage).await);
+    }
+    if all || given("watched") {
+        reports.push(bystanders::watched(&size).await);
+    }
+    if all || given("changed") {
+        reports.push(bystanders::changed(&size).await);
     }
     let missed: usize = reports.iter().map(|report| report.missed).sum();
     let lines: Vec<Value> = reports.into_iter().flat_map(|report| report.lines).collect();

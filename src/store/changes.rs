@@ -7,12 +7,14 @@ use tokio::sync::broadcast;
 
 use super::{Error, Store, entity::change, keys::tenant, log, sql::Sql};
 use crate::{
-    feed::Batch,
+    feed::Watching,
     webhook::{Change, DeliveryStatus, Tenant},
 };
 
-/// One read takes at most this many rows of the log, each of a bounded number of changes; a watcher holds no more.
+/// A watcher that reads the log takes at most this many rows of it, each of a bounded number of changes, and holds no more.
 const MAX_READ: u64 = 2;
+/// Who reads it for all watchers takes so many: there is a row for each organisation in a commit.
+const MAX_FOLLOWED: u64 = 64;
 /// How often the log is looked at for changes of other nodes, while somebody watches.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -52,7 +54,7 @@ pub struct Watch {
     caught_up: bool,
     /// The feed has gone on from here.
     behind: i64,
-    live: broadcast::Receiver<Batch>,
+    live: Watching,
     pending: VecDeque<Change>,
 }
 
@@ -60,7 +62,7 @@ impl Store {
     /// Watches changes from now on, or right after number `after`.
     pub async fn watch(&self, filter: ChangeFilter, after: Option<i64>) -> Result<Watch, WatchError> {
         // First the feed, then the log: what is committed in between is in both, and skipped the second time.
-        let live = self.0.feed.subscribe();
+        let live = self.0.feed.subscribe(filter.tenant.clone());
         let position = match after {
             Some(position) => {
                 if self.edge("min").await?.is_some_and(|oldest| log::row(position) + 1 < oldest) {
@@ -94,19 +96,21 @@ impl Store {
                 // Says where the feed begins, so that a watcher who saw less reads the log.
                 None => {
                     let newest = self.end().await?;
-                    self.0.feed.send(Batch { after: newest, upto: newest, changes: [].into() });
+                    self.0.feed.begin(newest);
                     newest
                 }
             };
             loop {
-                let rows = self.read_changes(None, after).await?;
+                let rows = self.read_changes(None, after, MAX_FOLLOWED).await?;
                 if rows.is_empty() {
                     break;
                 }
                 for row in rows {
-                    let upto = log::end(row.seq);
-                    self.0.feed.send(Batch { after, upto, changes: placed(&row, after)?.into() });
-                    after = upto;
+                    let (before, tenant) = (after, tenant(&row.organization, &row.environment)?);
+                    after = log::end(row.seq);
+                    if self.0.feed.pass(after, &tenant) {
+                        self.0.feed.show(&tenant, after, log::changes(&row, before)?);
+                    }
                 }
             }
             position = Some(after);
@@ -126,7 +130,7 @@ impl Store {
     }
 
     /// The first rows with changes after a place, and perhaps some before it.
-    async fn read_changes(&self, of: Option<&Tenant>, after: i64) -> Result<Vec<change::Model>, Error> {
+    async fn read_changes(&self, of: Option<&Tenant>, after: i64, most: u64) -> Result<Vec<change::Model>, Error> {
         // The place after the last change of a row may be that of a row read to its end.
         let mut rows = change::Entity::find().filter(change::Column::Seq.gte(log::row(after + 1)));
         if let Some(tenant) = of {
@@ -134,7 +138,7 @@ impl Store {
                 .filter(change::Column::Organization.eq(tenant.organization()))
                 .filter(change::Column::Environment.eq(tenant.environment().as_str()));
         }
-        Ok(rows.order_by_asc(change::Column::Seq).limit(MAX_READ).all(&self.0.read).await?)
+        Ok(rows.order_by_asc(change::Column::Seq).limit(most).all(&self.0.read).await?)
     }
 }
 
@@ -154,23 +158,21 @@ impl Watch {
     }
 
     async fn read_log(&mut self) -> Result<(), WatchError> {
-        let rows = self.store.read_changes(Some(&self.filter.tenant), self.position).await?;
+        let rows = self.store.read_changes(Some(&self.filter.tenant), self.position, MAX_READ).await?;
         self.caught_up = rows.is_empty();
         if self.caught_up {
             // What the log was read for is of other tenants: it need not be read for again.
             self.position = self.position.max(self.behind);
         }
         for row in rows {
-            for (tenant, change) in placed(&row, self.position)? {
-                self.take(&tenant, change);
-            }
+            log::changes(&row, self.position)?.into_iter().for_each(|change| self.take(&change));
             self.position = log::end(row.seq);
         }
         Ok(())
     }
 
     async fn read_live(&mut self) -> Result<(), WatchError> {
-        let batch = match self.live.recv().await {
+        let batch = match self.live.next().await {
             Ok(batch) => batch,
             Err(broadcast::error::RecvError::Lagged(_)) => return Err(WatchError::TooSlow),
             Err(broadcast::error::RecvError::Closed) => return Err(Error::Closed.into()),
@@ -182,28 +184,19 @@ impl Watch {
         }
         let before = self.position;
         if batch.after <= before {
-            for (tenant, change) in batch.changes.iter().filter(|(_, change)| change.seq > before) {
-                self.take(tenant, change.clone());
-            }
+            batch.changes.iter().filter(|change| change.seq > before).for_each(|change| self.take(change));
             self.position = before.max(batch.upto);
         }
         Ok(())
     }
 
-    fn take(&mut self, tenant: &Tenant, change: Change) {
+    fn take(&mut self, change: &Change) {
         let filter = &self.filter;
-        if *tenant == filter.tenant
-            && filter.webhook_id.as_ref().is_none_or(|id| *id == change.webhook_id)
+        if filter.webhook_id.as_ref().is_none_or(|id| *id == change.webhook_id)
             && filter.status.is_none_or(|status| status == change.status)
             && filter.event_type.as_ref().is_none_or(|event_type| *event_type == change.event_type)
         {
-            self.pending.push_back(change);
+            self.pending.push_back(change.clone());
         }
     }
-}
-
-/// The changes of a row after a place, each with its tenant.
-fn placed(row: &change::Model, after: i64) -> Result<Vec<(Tenant, Change)>, Error> {
-    let tenant = tenant(&row.organization, &row.environment)?;
-    Ok(log::changes(row, after)?.into_iter().map(|change| (tenant.clone(), change)).collect())
 }
