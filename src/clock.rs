@@ -6,7 +6,7 @@
 use std::{
     sync::{
         LazyLock, Mutex, PoisonError,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -64,12 +64,13 @@ pub fn stopwatch() -> Instant {
 pub struct Seldom {
     every: Duration,
     last: Mutex<Option<Instant>>,
+    reasons: AtomicU64,
 }
 
 impl Seldom {
     /// Once in this time.
-    pub fn new(every: Duration) -> Self {
-        Self { every, last: Mutex::new(None) }
+    pub const fn new(every: Duration) -> Self {
+        Self { every, last: Mutex::new(None), reasons: AtomicU64::new(0) }
     }
 
     /// Whether to do it now: it was not done for so long.
@@ -80,6 +81,12 @@ impl Seldom {
             *last = Some(stopwatch());
         }
         is_time
+    }
+
+    /// How many reasons there were, this one included, since it was done; none when it is not time to do it.
+    pub fn reasons(&self) -> Option<u64> {
+        self.reasons.fetch_add(1, Ordering::Relaxed);
+        self.is_time().then(|| self.reasons.swap(0, Ordering::Relaxed))
     }
 }
 

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use ipnet::IpNet;
 
 pub use self::settings::read_master_keys;
-use self::settings::{Settings, backlog, boolean, certificates, duration, environment, list, range};
+use self::settings::{Settings, backlog, boolean, certificates, count, duration, environment, list, range};
 use crate::{
     listen::{Limits, Tls},
     vault::Vault,
@@ -16,6 +16,9 @@ use crate::{
 
 /// A request may take at most this long; a longer setting is refused, since a lease lasts as long.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+
+/// With fewer connections to the database, there would be none for tenants beside those of the engine.
+const MIN_DATABASE_CONNECTIONS: u32 = 6;
 
 /// Everything that `serve` needs to know, valid.
 #[derive(Debug, Clone)]
@@ -50,6 +53,10 @@ pub struct Config {
     pub environments: Vec<Environment>,
     /// Attempts under way to one webhook at a time.
     pub max_in_flight_per_webhook: usize,
+    /// Connections to the database.
+    pub database_connections: u32,
+    /// Webhooks that an organisation may have in each of its environments.
+    pub max_webhooks: u64,
     /// Deliveries that may be pending before publishing is refused.
     pub max_backlog: u64,
     /// The same for one organisation.
@@ -139,6 +146,12 @@ pub struct ServeArgs {
     /// Attempts under way to one webhook at a time; 1 to 1024 [default: 32]
     #[arg(long, env = "SHORTKIT_MAX_IN_FLIGHT", value_name = "COUNT")]
     max_in_flight: Option<String>,
+    /// Connections to the database; all nodes together need fewer than PostgreSQL's max_connections, less 3. 6 to 1000 [default: 16]
+    #[arg(long, env = "SHORTKIT_DATABASE_CONNECTIONS", value_name = "COUNT")]
+    database_connections: Option<String>,
+    /// Webhooks that each organization may have, in each environment; with as many, another is answered 409. An event for all of them is one commit, for which everybody waits; 1 to 1000000 [default: 1000]
+    #[arg(long, env = "SHORTKIT_MAX_WEBHOOKS", value_name = "COUNT")]
+    max_webhooks: Option<String>,
     /// Deliveries that may be pending in all; while there are as many, publishing is answered 503 [default: 10000000]
     #[arg(long, env = "SHORTKIT_MAX_BACKLOG", value_name = "COUNT")]
     max_backlog: Option<String>,
@@ -252,10 +265,11 @@ impl ServeArgs {
                 none if none.is_empty() => Err("must name live, test or both".to_owned()),
                 some => Ok(some),
             }),
-            max_in_flight_per_webhook: settings.read("max-in-flight", self.max_in_flight, |text| {
-                let count = text.parse().ok().filter(|count| (1..=1024).contains(count));
-                count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to 1024"))
+            max_in_flight_per_webhook: settings.read("max-in-flight", self.max_in_flight, |text| count(text, 1..=1024)),
+            database_connections: settings.read("database-connections", self.database_connections, |text| {
+                count(text, MIN_DATABASE_CONNECTIONS..=1000)
             }),
+            max_webhooks: settings.read("max-webhooks", self.max_webhooks, |text| count(text, 1..=1_000_000)),
             max_backlog: settings.read("max-backlog", self.max_backlog, backlog),
             max_backlog_per_organization: settings.read(
                 "max-backlog-per-organization",
@@ -269,10 +283,7 @@ impl ServeArgs {
             reflection: settings.read("reflection", self.reflection, boolean),
             health: settings.read("health", self.health, boolean),
             limits: Limits {
-                connections: settings.read("max-connections", self.max_connections, |text| {
-                    let count = text.parse().ok().filter(|count| (1..=1_000_000).contains(count));
-                    count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to 1000000"))
-                }),
+                connections: settings.read("max-connections", self.max_connections, |text| count(text, 1..=1_000_000)),
                 ..Limits::default()
             },
             tls: settings.tls(self.tls_cert, self.tls_key, self.tls_client_ca),

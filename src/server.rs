@@ -58,6 +58,9 @@ pub enum Error {
     /// The annotations of the proto.
     #[error(transparent)]
     Rest(#[from] rest::StartError),
+    /// A task that goes on until the end is gone.
+    #[error("a task {0} has ended; see the log for why, and report it")]
+    Died(&'static str),
     /// Reflection.
     #[error("reflection cannot be served: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -80,7 +83,10 @@ pub async fn run(
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
     }
     store.limit_backlog(BacklogLimits { total: config.max_backlog, organization: config.max_backlog_per_organization });
-    store.look_at_backlog().await?;
+    if let Err(error) = store.look_at_backlog().await {
+        // With very many deliveries it may take longer than it may; publishing goes on by what this node adds.
+        tracing::warn!(%error, "the backlog could not be counted at the start; trying again");
+    }
     store.retain(config.retention);
     let open_files = raise_open_files();
     config.limits.connections = callers(config.limits.connections, open_files);
@@ -98,6 +104,7 @@ pub async fn run(
         store: store.clone(),
         client,
         event_types: config.event_types.clone(),
+        max_webhooks: config.max_webhooks,
         lease: Lease {
             length: dispatch::lease_length(config.request_timeout),
             first_wait: config.retry_schedule.first_wait(),
@@ -106,7 +113,7 @@ pub async fn run(
         shutdown: shutdown.clone(),
     }));
     let calls_ended = CancellationToken::new();
-    let engine = tokio::spawn(engine.run(shutdown.clone(), calls_ended.clone(), config.shutdown_grace));
+    let mut engine = tokio::spawn(engine.run(shutdown.clone(), calls_ended.clone(), config.shutdown_grace));
     let mut background = JoinSet::new();
     background.spawn(follow(store.clone()));
     background.spawn(learn(store.clone()));
@@ -123,11 +130,25 @@ pub async fn run(
     background.spawn(look(store.clone()));
     let stopping = shutdown.clone();
 
-    let served = serve(listener, &config, api, shutdown).await;
+    let mut serving = std::pin::pin!(serve(listener, &config, api, shutdown));
+    let died = async {
+        tokio::select! {
+            _ = &mut engine => "that sends deliveries",
+            () = store.writer_died() => "that writes to the database",
+            _ = background.join_next() => "in the background",
+        }
+    };
+    let served = tokio::select! {
+        served = &mut serving => served,
+        // None of these ends before the server does. What is accepted would not be delivered, or what is told not be true.
+        what = died => if stopping.is_cancelled() { serving.await } else { Err(Error::Died(what)) },
+    };
     // Also when the server failed: the engine then stops as at any other end.
     stopping.cancel();
     calls_ended.cancel();
-    let _ = engine.await;
+    if !engine.is_finished() {
+        let _ = engine.await;
+    }
     background.shutdown().await;
     if let Err(error) = store.write_used_keys().await {
         tracing::warn!(%error, "the last use of some keys is not written down");

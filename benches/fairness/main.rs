@@ -277,7 +277,7 @@ async fn flood(size: &Size) -> Report {
 /// A receiver that was down comes back when everything for it falls due at the same moment: a few webhooks with many
 /// deliveries each, or many with one.
 async fn recovery(size: &Size, scenario: &str, webhooks: usize, deliveries: usize) -> Report {
-    let mut stage = Stage::new(&["--retry-schedule", "0s,1s,1s"]).await;
+    let mut stage = Stage::new(&["--retry-schedule", "0s,1s,1s", "--max-webhooks", "1000000"]).await;
     let without = stage.median(size.measure, PACE).await;
     let recovery = Recovery { down: size.down, refusals: deliveries };
     let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery }).await;

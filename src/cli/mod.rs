@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{DatabaseArgs, Invalid, ServeArgs},
     server,
-    store::{self, Store, sqlite_path},
+    store::{self, DEFAULT_CONNECTIONS, Store, sqlite_path},
     telemetry,
 };
 
@@ -170,11 +170,11 @@ async fn migrate(args: DatabaseArgs) -> Result<(), Error> {
 async fn open(args: DatabaseArgs) -> Result<Store, Error> {
     let config = args.load()?;
     telemetry::start(&config.log);
-    connect(&config.database_url).await
+    connect(&config.database_url, DEFAULT_CONNECTIONS).await
 }
 
-async fn connect(database_url: &str) -> Result<Store, Error> {
-    let opened = Store::connect(database_url).await;
+async fn connect(database_url: &str, connections: u32) -> Result<Store, Error> {
+    let opened = Store::connect_with(database_url, connections).await;
     opened.map_err(|error| match error {
         store::Error::Failed(_) if sqlite_path(database_url).is_some() => Error::NotOpened(error),
         error => error.into(),

@@ -34,7 +34,7 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     let dev = args.dev();
     let mut config = args.load()?;
     telemetry::start(&config.log);
-    let store = connect(&config.database_url).await?;
+    let store = connect(&config.database_url, config.database_connections).await?;
     // Before anything is changed or promised.
     store.take_exclusively(&config.database_url)?;
     store.migrate().await?;

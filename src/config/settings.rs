@@ -1,7 +1,10 @@
 //! Settings by their names: from a flag, the environment or the file, read into their types, with all faults collected.
 
 use std::{
+    fmt::Display,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
+    str::FromStr,
     time::Duration,
 };
 
@@ -24,10 +27,11 @@ const MAX_RETENTION: Duration = Duration::from_secs(100 * 31_557_600);
 const MAX_BACKLOG: u64 = 1_000_000_000_000;
 
 /// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
-pub(super) const SETTINGS: [(&str, &str); 25] = [
+pub(super) const SETTINGS: [(&str, &str); 27] = [
     ("database-url", "sqlite://shortkit.db?mode=rwc"),
     ("log", "info"),
     ("master-key-file", ""),
+    ("database-connections", "16"),
     ("listen", "127.0.0.1:8080"),
     ("egress-allow", ""),
     ("egress-ca", ""),
@@ -38,6 +42,7 @@ pub(super) const SETTINGS: [(&str, &str); 25] = [
     ("rate-limit", "1000/min"),
     ("environments", "live,test"),
     ("max-in-flight", "32"),
+    ("max-webhooks", "1000"),
     ("max-backlog", "10000000"),
     ("max-backlog-per-organization", "1000000"),
     ("retain", "forever"),
@@ -220,8 +225,12 @@ pub(super) fn boolean(text: &str) -> Result<bool, String> {
 }
 
 pub(super) fn backlog(text: &str) -> Result<u64, String> {
-    let count = text.parse().ok().filter(|count| (1..=MAX_BACKLOG).contains(count));
-    count.ok_or_else(|| format!("`{text}` is not a whole number from 1 to {MAX_BACKLOG}"))
+    count(text, 1..=MAX_BACKLOG)
+}
+
+pub(super) fn count<T: FromStr + PartialOrd + Display>(text: &str, of: RangeInclusive<T>) -> Result<T, String> {
+    let count = text.parse().ok().filter(|count| of.contains(count));
+    count.ok_or_else(|| format!("`{text}` is not a whole number from {} to {}", of.start(), of.end()))
 }
 
 pub(super) fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {

@@ -7,7 +7,8 @@ use tokio::sync::mpsc;
 
 use super::{Engine, pace::Ended};
 use crate::{
-    clock, egress, failpoint,
+    clock::{self, Seldom},
+    egress, failpoint,
     store::{Finished, Leased, Store, Target},
     webhook::{self, Answer, Attempt, Outcome, Timestamp, WebhookStatus},
 };
@@ -25,6 +26,12 @@ const STANDARD_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signatur
 const TO_RECORD: Duration = Duration::from_secs(5);
 /// Between tries to record a result while the database cannot be reached.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
+/// What a database that fails does to thousands of attempts is said once in this time.
+const SAY_AGAIN: Duration = Duration::from_secs(1);
+static NOT_READ: Seldom = Seldom::new(SAY_AGAIN);
+static NOT_GIVEN_BACK: Seldom = Seldom::new(SAY_AGAIN);
+static NOT_RECORDED: Seldom = Seldom::new(SAY_AGAIN);
+static LOST: Seldom = Seldom::new(SAY_AGAIN);
 /// Before a delivery that could not be attempted here is given back. It keeps its place meanwhile: not all that wait are
 /// to try in vain.
 const NO_ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
@@ -89,7 +96,9 @@ impl Engine {
         let target = match self.store.target(&leased.webhook_id).await {
             Ok(target) => target,
             Err(error) => {
-                tracing::warn!(%error, "the webhook could not be read; the lease is given back");
+                if let Some(count) = NOT_READ.reasons() {
+                    tracing::warn!(%error, count, "webhooks could not be read; leases are given back");
+                }
                 tokio::time::sleep(NO_ATTEMPT_PAUSE).await;
                 return self.give_back(leased, clock::now()).await;
             }
@@ -142,7 +151,9 @@ impl Engine {
                 tracing::warn!(%error, "the lease could not be given back; it will run out");
                 return;
             }
-            tracing::warn!(%error, "the lease could not be given back; trying again");
+            if let Some(count) = NOT_GIVEN_BACK.reasons() {
+                tracing::warn!(%error, count, "leases could not be given back; trying again");
+            }
             tokio::time::sleep(RECORD_AGAIN).await;
         }
     }
@@ -185,14 +196,23 @@ impl Engine {
             match self.store.record(Arc::clone(finished)).await {
                 Ok(true) => return,
                 Ok(false) => {
-                    tracing::warn!("the lease was lost before the result was recorded; the result is dropped");
+                    if let Some(count) = LOST.reasons() {
+                        tracing::warn!(
+                            count,
+                            "leases were lost before results were recorded, or these had been; they are dropped"
+                        );
+                    }
                     return;
                 }
                 Err(error) if clock::now().after(RECORD_AGAIN) >= expires_at => {
                     tracing::error!(%error, "the result could not be recorded while the lease lasted");
                     return;
                 }
-                Err(error) => tracing::warn!(%error, "the result could not be recorded; trying again"),
+                Err(error) => {
+                    if let Some(count) = NOT_RECORDED.reasons() {
+                        tracing::warn!(%error, count, "results could not be recorded; trying again");
+                    }
+                }
             }
             tokio::time::sleep(RECORD_AGAIN).await;
         }

@@ -64,6 +64,8 @@ pub struct Parts {
     pub client: egress::Client,
     /// The event types that exist.
     pub event_types: EventTypes,
+    /// Webhooks that each tenant may have.
+    pub max_webhooks: u64,
     /// Seals cursors and resume tokens.
     pub tokens: Tokens,
     /// What a published delivery is leased for.

@@ -8,6 +8,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use super::services::MAX_MESSAGE_BYTES;
 use crate::{
+    clock::Seldom,
     egress::UrlError,
     store::{self, RetryError, WatchError},
     webhook::{EventDataError, Fault},
@@ -17,6 +18,10 @@ use crate::{
 const DOMAIN: &str = "shortkit.dev";
 /// When to ask again after the database failed to answer.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Calls that are refused for that reason are said to be once in this time.
+const SAY_AGAIN: Duration = Duration::from_secs(1);
+static NO_ANSWER: Seldom = Seldom::new(SAY_AGAIN);
 
 /// When to publish again after too much was pending: the counts are looked at more often, but what is pending takes time.
 const RETRY_AFTER_BACKLOG: Duration = Duration::from_secs(5);
@@ -165,7 +170,9 @@ fn unavailable_for(wait: Duration, message: &str) -> Status {
 pub(crate) fn store(error: store::Error) -> Status {
     match error {
         store::Error::Unavailable(_) => {
-            tracing::warn!(%error, "the database does not answer");
+            if let Some(count) = NO_ANSWER.reasons() {
+                tracing::warn!(%error, count, "calls are refused: the database does not answer");
+            }
             unavailable("the service is not available for the moment; try again")
         }
         store::Error::Overloaded => unavailable("too many requests are waiting; try again"),
@@ -176,6 +183,10 @@ pub(crate) fn store(error: store::Error) -> Status {
         }
         store::Error::Backlog => {
             unavailable_for(RETRY_AFTER_BACKLOG, "too many deliveries are pending; publish again later")
+        }
+        store::Error::TooManyWebhooks(_) => {
+            let message = format!("{error}; delete one first");
+            coded(Code::FailedPrecondition, "CONFLICT", message, ErrorDetails::new())
         }
         store::Error::TooManyDeliveries(max) => {
             let message = format!("events would make more than {max} deliveries together; publish fewer in a call");

@@ -40,7 +40,8 @@ impl proto::webhook_service_server::WebhookService for Api {
         let by = actor(&request)?;
         let keep = keep(&request, created);
         let new = self.new_webhook(request.into_inner()).await?;
-        let done = self.store.create_webhook(&tenant, new, &by, keep).await.map_err(status::store)?;
+        let created_one = self.store.create_webhook(&tenant, new, self.max_webhooks, &by, keep).await;
+        let done = created_one.map_err(status::store)?;
         Ok(Response::new(created(&done)))
     }
 

@@ -144,7 +144,9 @@ impl Store {
             WHERE c.status = 'pending' AND c.total > 0 AND w.deleted_at_ms IS NULL GROUP BY w.organization";
         let began = clock::stopwatch();
         self.0.backlog.begin();
-        let rows = self.0.read.query_all_raw(Sql::new(PENDING).build(self.0.read.get_database_backend())).await?;
+        let reader = &self.0.engine_read;
+        let statement = Sql::new(PENDING).build(reader.get_database_backend());
+        let rows = self.heard(async { Ok(reader.query_all_raw(statement).await?) }).await?;
         let mut found = Counts::default();
         for row in rows {
             let (organization, count): (String, i64) = row.try_get_many_by_index()?;

@@ -14,11 +14,13 @@ use super::{
     Error,
     parameter::{for_postgres, for_sqlite},
     script::{Expected, Outcome, Script, outcome},
+    silence::{MAX_COMMIT, Silence},
 };
 use crate::clock;
 
-/// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time.
-const MAX_KEPT: Duration = Duration::from_secs(10 * 60);
+/// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time, and asks it whether it is
+/// there.
+const MAX_KEPT: Duration = Duration::from_secs(60);
 
 /// A checkpoint waits no longer than this for the connection, which the pool has back a moment after a commit.
 const MAX_WAIT_FOR_CHECKPOINT: Duration = Duration::from_millis(10);
@@ -28,16 +30,18 @@ pub(super) enum Commits {
     /// The connection that all write by.
     Sqlite(sqlx::SqlitePool),
     /// A pool of one, and its connection between two commits: the pool would ask the database about it each time.
-    Postgres(sqlx::PgPool, Idle),
+    Postgres(sqlx::PgPool, Idle, Silence),
 }
 
 /// A connection, and since when it has been out of its pool.
 type Idle = Mutex<Option<(PoolConnection<Postgres>, Instant)>>;
 
 impl Commits {
-    pub(super) fn new(connection: &DatabaseConnection) -> Self {
+    pub(super) fn new(connection: &DatabaseConnection, silence: Silence) -> Self {
         match connection.get_database_backend() {
-            DbBackend::Postgres => Self::Postgres(connection.get_postgres_connection_pool().clone(), Mutex::default()),
+            DbBackend::Postgres => {
+                Self::Postgres(connection.get_postgres_connection_pool().clone(), Mutex::default(), silence)
+            }
             _ => Self::Sqlite(connection.get_sqlite_connection_pool().clone()),
         }
     }
@@ -51,11 +55,16 @@ impl Commits {
         if script.is_empty() {
             return Ok(Outcome::Done);
         }
-        let done = match self {
-            Self::Sqlite(pool) => on_sqlite(pool, script).await,
-            Self::Postgres(pool, idle) => on_postgres(pool, idle, script).await,
+        let ended = |done: Result<(), sqlx::Error>| {
+            outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
         };
-        outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
+        match self {
+            Self::Sqlite(pool) => ended(on_sqlite(pool, script).await),
+            Self::Postgres(pool, idle, silence) => {
+                let commit = async { ended(on_postgres(pool, idle, silence, script).await) };
+                silence.heard(MAX_COMMIT, commit).await
+            }
+        }
     }
 
     /// Brings what is in SQLite's log into the database, as far as nobody reads what it replaces, unless somebody else is
@@ -86,11 +95,11 @@ async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::
 }
 
 /// A statement is a transaction.
-async fn on_postgres(pool: &sqlx::PgPool, idle: &Idle, script: Script) -> Result<(), sqlx::Error> {
+async fn on_postgres(pool: &sqlx::PgPool, idle: &Idle, silence: &Silence, script: Script) -> Result<(), sqlx::Error> {
     let (text, parameters) = script.on_postgres();
     let arguments = for_postgres(&parameters)?;
     let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let (connection, since) = match kept.filter(|(_, since)| since.elapsed() < MAX_KEPT) {
+    let (connection, since) = match kept.and_then(|kept| usable(kept, silence)) {
         Some(kept) => kept,
         None => (pool.acquire().await?, clock::stopwatch()),
     };
@@ -102,6 +111,19 @@ async fn on_postgres(pool: &sqlx::PgPool, idle: &Idle, script: Script) -> Result
             connection.0.take().map(|connection| (connection, since));
     }
     done.map(drop)
+}
+
+/// A connection that was kept, unless it is time for its pool to have it.
+fn usable(
+    (connection, since): (PoolConnection<Postgres>, Instant),
+    silence: &Silence,
+) -> Option<(PoolConnection<Postgres>, Instant)> {
+    if silence.concerns(since.elapsed()) {
+        // The pool would ask it whether it is there.
+        drop(Unfinished(Some(connection)));
+        return None;
+    }
+    (since.elapsed() < MAX_KEPT).then_some((connection, since))
 }
 
 /// A connection that something is under way on. Should that never be heard of, it is closed, and not used again.

@@ -2,34 +2,55 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectOptions, Database, DatabaseConnection, DbErr};
+use sea_orm::{
+    ConnectOptions, Database, DatabaseConnection, DbErr,
+    sqlx::{self, Connection, PgConnection},
+};
 
-/// Connections for reading, and on PostgreSQL, less one for commits, for everything.
-const MAX_CONNECTIONS: u32 = 16;
+use super::silence::Silence;
+
+/// Of all connections, one is for commits, and so many for what else the engine needs to go on, whatever tenants ask for; the
+/// others are for what they do.
+const ENGINE_CONNECTIONS: u32 = 4;
+/// There are at least so many …
+const MIN_CONNECTIONS: u32 = ENGINE_CONNECTIONS + 2;
+/// … and so many, when nobody says otherwise.
+pub const DEFAULT_CONNECTIONS: u32 = 16;
 /// A call waits this long for a connection, then ends with [`super::Error::Unavailable`]. A publish may wait behind another that
 /// waits, and is to be refused within five seconds.
 const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
+/// What is not used for this long is closed: other nodes may need it, and firewalls forget connections in silence.
+const MAX_IDLE: Duration = Duration::from_secs(60);
+/// A connection that comes back, perhaps from somebody who gave up, is closed unless it answers within this time.
+const MAX_PING: Duration = Duration::from_secs(1);
 
 /// The ways to one database.
 pub(super) struct Connections {
     pub(super) read: DatabaseConnection,
     /// On SQLite the one connection that writes; on PostgreSQL the same pool.
     pub(super) write: DatabaseConnection,
+    /// As `read` and `write`, for the engine.
+    pub(super) engine_read: DatabaseConnection,
+    pub(super) engine_write: DatabaseConnection,
     /// For one commit after another: on SQLite the one that writes, on PostgreSQL one whose plans are kept.
     pub(super) commits: DatabaseConnection,
 }
 
 impl Connections {
-    pub(super) async fn open(url: &str) -> Result<Self, DbErr> {
+    pub(super) async fn open(url: &str, most: u32, silence: &Silence) -> Result<Self, DbErr> {
+        let others = most.max(MIN_CONNECTIONS) - ENGINE_CONNECTIONS - 1;
+        let connect = |connections, plans| Database::connect(options(url, connections, plans, silence.clone()));
         if url.starts_with("sqlite:") {
             // The writer first: it makes the file.
-            let write = Database::connect(options(url, 1, Plans::New)).await?;
-            let read = Database::connect(options(url, MAX_CONNECTIONS, Plans::New)).await?;
-            Ok(Self { read, commits: write.clone(), write })
+            let write = connect(1, Plans::New).await?;
+            let read = connect(others, Plans::New).await?;
+            let engine_read = connect(ENGINE_CONNECTIONS, Plans::New).await?;
+            Ok(Self { read, engine_read, engine_write: write.clone(), commits: write.clone(), write })
         } else {
-            let pool = Database::connect(options(url, MAX_CONNECTIONS - 1, Plans::New)).await?;
-            let commits = Database::connect(options(url, 1, Plans::Kept)).await?;
-            Ok(Self { read: pool.clone(), write: pool, commits })
+            let pool = connect(others, Plans::New).await?;
+            let engine = connect(ENGINE_CONNECTIONS, Plans::New).await?;
+            let commits = connect(1, Plans::Kept).await?;
+            Ok(Self { read: pool.clone(), write: pool, engine_read: engine.clone(), engine_write: engine, commits })
         }
     }
 }
@@ -45,11 +66,23 @@ enum Plans {
     Kept,
 }
 
-fn options(url: &str, connections: u32, plans: Plans) -> ConnectOptions {
+impl Plans {
+    /// With which time limit for a statement: what is planned anew may go through much.
+    const fn settings(self) -> (&'static str, &'static str) {
+        match self {
+            Self::New => ("force_custom_plan", "30s"),
+            Self::Kept => ("force_generic_plan", "6s"),
+        }
+    }
+}
+
+fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> ConnectOptions {
+    let (plan_cache_mode, statement_timeout) = plans.settings();
     let mut options = ConnectOptions::new(url);
     options
         .max_connections(connections)
         .acquire_timeout(MAX_WAIT_FOR_CONNECTION)
+        .idle_timeout(MAX_IDLE)
         .test_before_acquire(false)
         .sqlx_logging(false)
         // A node that freezes with a transaction open must not hold up the others for longer than this.
@@ -57,21 +90,22 @@ fn options(url: &str, connections: u32, plans: Plans) -> ConnectOptions {
             postgres.options([
                 ("idle_in_transaction_session_timeout", "5s"),
                 ("lock_timeout", "5s"),
-                ("statement_timeout", "30s"),
+                ("statement_timeout", statement_timeout),
                 // Every statement is made for an index. PostgreSQL would plan some otherwise while tables are small or
                 // their statistics old, and keep such a plan while they grow.
                 ("enable_seqscan", "off"),
                 ("enable_hashjoin", "off"),
                 ("enable_mergejoin", "off"),
                 ("jit", "off"),
-                (
-                    "plan_cache_mode",
-                    match plans {
-                        Plans::New => "force_custom_plan",
-                        Plans::Kept => "force_generic_plan",
-                    },
-                ),
+                ("plan_cache_mode", plan_cache_mode),
             ])
+        })
+        .map_sqlx_postgres_pool_opts(|pool| {
+            let pool = pool.after_connect(|connection, _| Box::pin(takes_writes(connection)));
+            pool.after_release(|connection, _| Box::pin(answers(connection)))
+        })
+        .map_sqlx_postgres_before_acquire(move |_, connection| {
+            Box::pin(std::future::ready(Ok(!silence.concerns(connection.age))))
         })
         .map_sqlx_sqlite_opts(|sqlite| {
             sqlite
@@ -85,10 +119,23 @@ fn options(url: &str, connections: u32, plans: Plans) -> ConnectOptions {
         // When a disk is full, SQLite may end a transaction by itself. The pool does not notice, its next "transaction"
         // would be a savepoint in one that never ends, and what is acknowledged would not be on disk.
         .map_sqlx_sqlite_before_acquire(|connection, _| {
-            let clean = !sea_orm::sqlx::Connection::is_in_transaction(connection);
+            let clean = !Connection::is_in_transaction(connection);
             Box::pin(std::future::ready(Ok(clean)))
         });
     options
+}
+
+/// Refuses a server that only reads: a replica, or one that was the primary until a moment ago and still has its name.
+async fn takes_writes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    const READS_ONLY: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean";
+    if sqlx::query_scalar(READS_ONLY).fetch_one(connection).await? {
+        return Err(sqlx::Error::Configuration("the database takes no writes: is it a replica?".into()));
+    }
+    Ok(())
+}
+
+async fn answers(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    Ok(tokio::time::timeout(MAX_PING, connection.ping()).await.is_ok_and(|answered| answered.is_ok()))
 }
 
 /// The file of a SQLite URL; none for PostgreSQL and for a database in memory.

@@ -246,7 +246,9 @@ impl Store {
             sql.row(request.place().map(Into::into));
         }
         sql.text(")");
-        let rows = self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await?;
+        let reader = &self.0.engine_read;
+        let statement = sql.build(reader.get_database_backend());
+        let rows = self.heard(async { Ok(reader.query_all_raw(statement).await?) }).await?;
         let mut done = HashSet::new();
         for row in rows {
             let place: (String, String, String, String) = row.try_get_many_by_index()?;

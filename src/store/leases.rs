@@ -164,7 +164,7 @@ impl Store {
             return Ok(Claimed { count: 0, more: false });
         }
         let expires_at = now.after(length);
-        let (claimed, events) = self.claim_up_to(&wanted, now, expires_at).await.inspect_err(|_| {
+        let (claimed, events) = self.heard(self.claim_up_to(&wanted, now, expires_at)).await.inspect_err(|_| {
             for Wanted { webhook_id, places, .. } in &wanted {
                 self.0.handoff.give_back(webhook_id, *places);
                 list.again(webhook_id);
@@ -247,7 +247,7 @@ impl Store {
         failpoint::reached("claim", "before commit");
         let (mut claimed, mut events) = (Vec::new(), HashMap::new());
         for statement in rows.statements(CLAIM_ON_POSTGRES) {
-            for row in self.0.write.query_all_raw(statement).await? {
+            for row in self.0.engine_write.query_all_raw(statement).await? {
                 let delivery = delivery::Model::from_query_result(&row, "")?;
                 if let Some(data) = row.try_get("", "data")? {
                     let created_at = Timestamp::from_millis(row.try_get("", "published_at_ms")?);
@@ -325,9 +325,12 @@ impl Store {
     pub async fn release(&self, leased: &[Leased]) -> Result<(), Error> {
         let now = clock::now();
         let releases: Vec<Release> = leased.iter().map(|leased| Release::of(leased, now)).collect();
-        let transaction = self.write().await?;
-        Script::default().with(RELEASE, self.releases(releases.iter())).run(&transaction).await?;
-        Ok(transaction.commit().await?)
+        self.heard(async {
+            let transaction = self.write_by(&self.0.engine_write).await?;
+            Script::default().with(RELEASE, self.releases(releases.iter())).run(&transaction).await?;
+            Ok(transaction.commit().await?)
+        })
+        .await
     }
 
     /// Gives one lease back unused, together with others that are given back at the same time. Whoever does it again, because

@@ -32,6 +32,7 @@ mod revisions;
 mod rows;
 mod script;
 mod secrets;
+mod silence;
 mod sql;
 mod targets;
 mod turns;
@@ -39,7 +40,7 @@ mod waiting;
 mod webhooks;
 mod writer;
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait, Set, SqliteTransactionMode,
@@ -52,7 +53,7 @@ pub use self::{
     audit::{Actor, AuditAction, AuditEntry, AuditFilter},
     backlog::BacklogLimits,
     changes::{ChangeFilter, Watch, WatchError},
-    connections::sqlite_path,
+    connections::{DEFAULT_CONNECTIONS, sqlite_path},
     counts::Stats,
     deliveries::{DeliveryDetail, DeliveryFilter, ListedDelivery, Page, RetryError},
     handoff::News,
@@ -67,7 +68,13 @@ pub use self::{
     webhooks::Rotated,
 };
 use self::{
-    backlog::Backlog, commits::Commits, connections::Connections, handoff::Handoff, targets::Targets, writer::Writer,
+    backlog::Backlog,
+    commits::Commits,
+    connections::Connections,
+    handoff::Handoff,
+    silence::{MAX_WAIT, Silence},
+    targets::Targets,
+    writer::Writer,
 };
 use crate::{
     clock,
@@ -87,6 +94,10 @@ struct Inner {
     read: DatabaseConnection,
     /// On SQLite the one connection that writes; on PostgreSQL the same pool.
     write: DatabaseConnection,
+    /// The same for the engine.
+    engine_read: DatabaseConnection,
+    engine_write: DatabaseConnection,
+    silence: Silence,
     /// For what publishing and sending write, one commit after another: on SQLite the same; on PostgreSQL a connection whose
     /// plans are kept.
     commits: Commits,
@@ -101,7 +112,7 @@ struct Inner {
     known_keys: known_keys::KnownKeys,
     revisions: revisions::Revisions,
     /// A permit for each byte of event data that waits for its commit.
-    publishing: tokio::sync::Semaphore,
+    publishing: Arc<tokio::sync::Semaphore>,
     /// Deliveries leased to this node, on their way to `dispatch`.
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
@@ -150,6 +161,9 @@ pub enum Error {
     /// As many deliveries are pending as may be.
     #[error("too many deliveries are pending")]
     Backlog,
+    /// The organisation has as many webhooks as it may.
+    #[error("the organization has {0} webhooks, as many as it may")]
+    TooManyWebhooks(u64),
     /// Events published together would make more deliveries than they may.
     #[error("the events would make more than {0} deliveries together")]
     TooManyDeliveries(usize),
@@ -179,12 +193,22 @@ impl From<sea_orm::DbErr> for Error {
 impl Store {
     /// Opens `sqlite://…` or `postgres://…`; the schema is brought up to date by [`Store::migrate`].
     pub async fn connect(url: &str) -> Result<Self, Error> {
-        let Connections { read, write, commits } = Connections::open(url).await?;
+        Self::connect_with(url, DEFAULT_CONNECTIONS).await
+    }
+
+    /// The same with at most so many connections, and at least six.
+    pub async fn connect_with(url: &str, connections: u32) -> Result<Self, Error> {
+        let silence = Silence::of(url);
+        let Connections { read, write, engine_read, engine_write, commits } =
+            Connections::open(url, connections, &silence).await?;
         let (ready, ready_out) = mpsc::unbounded_channel();
         let store = Self(Arc::new(Inner {
             read,
             write,
-            commits: Commits::new(&commits),
+            engine_read,
+            engine_write,
+            commits: Commits::new(&commits, silence.clone()),
+            silence,
             node: clock::new_id("node"),
             feed: Feed::default(),
             handoff: Handoff::default(),
@@ -194,7 +218,7 @@ impl Store {
             writer: std::sync::OnceLock::new(),
             known_keys: known_keys::KnownKeys::default(),
             revisions: revisions::Revisions::default(),
-            publishing: tokio::sync::Semaphore::new(publish::MAX_WAITING_BYTES as usize),
+            publishing: Arc::new(tokio::sync::Semaphore::new(publish::MAX_WAITING_BYTES as usize)),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),
@@ -240,7 +264,11 @@ impl Store {
             return Ok(());
         }
         let asked = clock::stopwatch();
-        let row = self.0.read.query_one_raw(sql::Sql::new(NOW).build(DbBackend::Postgres)).await?;
+        let now = async {
+            let statement = sql::Sql::new(NOW).build(DbBackend::Postgres);
+            Ok(self.0.engine_read.query_one_raw(statement).await?)
+        };
+        let row = self.heard(now).await?;
         let took = asked.elapsed();
         if let Some(row) = row.filter(|_| took <= MAX_CLOCK_ROUND_TRIP) {
             clock::follow(Timestamp::from_millis(row.try_get_by_index(0)?), asked + took / 2);
@@ -299,6 +327,14 @@ impl Store {
         self.0.writer.get().is_some_and(Writer::is_shared)
     }
 
+    /// Ends when nothing is written any more because of a fault in the code.
+    pub async fn writer_died(&self) {
+        match self.0.writer.get() {
+            Some(writer) => writer.died().await,
+            None => std::future::pending().await,
+        }
+    }
+
     fn writer(&self) -> Result<&Writer, Error> {
         self.0.writer.get().ok_or(Error::Closed)
     }
@@ -307,12 +343,21 @@ impl Store {
         self.0.write.get_database_backend() == DbBackend::Sqlite
     }
 
+    /// What `work` comes to, which asks the database, unless that has gone without a word.
+    async fn heard<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        self.0.silence.heard(MAX_WAIT, work).await
+    }
+
     /// Begins a transaction that will write.
     async fn write(&self) -> Result<DatabaseTransaction, Error> {
+        self.write_by(&self.0.write).await
+    }
+
+    async fn write_by(&self, connection: &DatabaseConnection) -> Result<DatabaseTransaction, Error> {
         // A SQLite transaction that reads before it writes would be refused when another one wrote in between.
         let mode = self.sqlite().then_some(SqliteTransactionMode::Immediate);
         let options = TransactionOptions { sqlite_transaction_mode: mode, ..Default::default() };
-        Ok(self.0.write.begin_with_options(options).await?)
+        Ok(connection.begin_with_options(options).await?)
     }
 }
 
@@ -329,9 +374,9 @@ fn passes(error: &sea_orm::DbErr) -> bool {
         SqlxError::Database(error) => error.code().unwrap_or_default().into_owned(),
         cause => return matches!(cause, SqlxError::Io(_) | SqlxError::PoolTimedOut | SqlxError::PoolClosed),
     };
-    // SQLSTATE: connection trouble, no resources, shutting down, chosen to wait, took too long. SQLite: busy, locked,
-    // full; an extended code has the plain one in its low byte.
-    let classes = ["08", "53", "57", "40", "55P03", "25P03"];
+    // SQLSTATE: connection trouble, no resources, shutting down, chosen to wait, took too long, takes no writes any more.
+    // SQLite: busy, locked, full; an extended code has the plain one in its low byte.
+    let classes = ["08", "53", "57", "40", "55P03", "25P03", "25006"];
     let plain = code.parse::<i32>().map(|code| code & 0xff);
     // Not what took too long by itself, whose batch is tried again piece by piece.
     (code.len() == 5 && code != "57014" && classes.iter().any(|class| code.starts_with(class)))

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use sea_orm::DbBackend;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{
     Error, Leased, Store,
@@ -82,6 +82,8 @@ pub(super) struct Publish {
     test: Option<Test>,
     /// For a named request.
     keep: Option<Keep<Vec<Published>>>,
+    /// Its share of [`MAX_WAITING_BYTES`], held until it is stored or refused, whether or not its caller still waits.
+    room: Option<OwnedSemaphorePermit>,
 }
 
 struct Test {
@@ -100,6 +102,7 @@ pub(super) struct Draft {
     plan: Plan,
     done: Option<oneshot::Sender<Attempt>>,
     keep: Option<Keep<Vec<Published>>>,
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 struct DraftEvent {
@@ -128,8 +131,8 @@ impl Store {
         self.0.backlog.admit(tenant.organization(), 0)?;
         let bytes = |event: &NewEvent| u32::try_from(event.data.as_str().len()).unwrap_or(u32::MAX).max(MIN_BYTES);
         let bytes = events.iter().map(bytes).fold(0, u32::saturating_add).min(MAX_WAITING_BYTES);
-        let _room = self.0.publishing.try_acquire_many(bytes).map_err(|_| Error::Overloaded)?;
-        self.submit(Publish { tenant, events, lease, test: None, keep }).await
+        let room = Arc::clone(&self.0.publishing).try_acquire_many_owned(bytes).map_err(|_| Error::Overloaded)?;
+        self.submit(Publish { tenant, events, lease, test: None, keep, room: Some(room) }).await
     }
 
     /// Stores a test event as a delivery of its own and has it attempted at once, whatever else is under way; answers
@@ -145,7 +148,7 @@ impl Store {
         let (event_id, mut delivery_ids) = clock::new_ids("evt", "del", 1);
         let delivery_id = delivery_ids.remove(0);
         let test = Test { webhook_id: webhook_id.into(), event_id, delivery_id: delivery_id.clone(), done };
-        self.submit(Publish { tenant, events: vec![event], lease, test: Some(test), keep: None }).await?;
+        self.submit(Publish { tenant, events: vec![event], lease, test: Some(test), keep: None, room: None }).await?;
         Ok((delivery_id, attempted))
     }
 
@@ -160,7 +163,7 @@ impl Store {
         publish: Publish,
         subscribers: &HashMap<Subscription, Subscribers>,
     ) -> Result<Draft, Error> {
-        let Publish { tenant, events, lease, test, keep } = publish;
+        let Publish { tenant, events, lease, test, keep, room } = publish;
         let webhooks: Vec<Subscribers> = match &test {
             Some(test) => vec![Arc::new([Arc::clone(&test.webhook_id)])],
             None => {
@@ -199,6 +202,7 @@ impl Store {
             plan: if test.is_some() { Plan::Once } else { Plan::Schedule },
             done: test.map(|test| test.done),
             keep,
+            _room: room,
         })
     }
 }

@@ -86,7 +86,7 @@ impl Store {
 
     /// The ids of those deliveries whose leases this node still has.
     pub(super) async fn holds(&self, finished: &[&Finished]) -> Result<HashSet<String>, Error> {
-        let connection = &self.0.write;
+        let connection = &self.0.engine_write;
         let mut rows = Rows::new(connection.get_database_backend(), LEASES);
         for finished in finished {
             let (webhook_id, node) = (&*finished.webhook_id, self.0.node.as_str());
@@ -94,7 +94,7 @@ impl Store {
         }
         let mut holds = HashSet::new();
         for statement in rows.statements(HOLDS) {
-            for row in connection.query_all_raw(statement).await? {
+            for row in self.heard(async { Ok(connection.query_all_raw(statement).await?) }).await? {
                 holds.insert(row.try_get_by_index::<String>(0)?);
             }
         }

@@ -54,8 +54,12 @@ impl Store {
     /// Brings back deliveries whose lease has expired, or all leased ones when `all`: on SQLite no other node can hold
     /// a lease, so those found at the start are from a process that is gone. Answers how many there were.
     pub async fn rescue(&self, all: bool, schedule: &RetrySchedule) -> Result<usize, Error> {
+        self.heard(self.try_rescue(all, schedule)).await
+    }
+
+    async fn try_rescue(&self, all: bool, schedule: &RetrySchedule) -> Result<usize, Error> {
         let now = clock::now();
-        let transaction = self.write().await?;
+        let transaction = self.write_by(&self.0.engine_write).await?;
         let mut find = delivery::Entity::find().filter(delivery::Column::LeaseExpiresAtMs.is_not_null());
         if !all {
             find = find.filter(delivery::Column::LeaseExpiresAtMs.lte(now.millis()));

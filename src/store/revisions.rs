@@ -13,7 +13,7 @@ use std::{
 use sea_orm::{ConnectionTrait, DatabaseTransaction};
 use tokio::sync::watch;
 
-use super::{Error, Store, sql::Sql};
+use super::{Error, Store, silence::MAX_SILENCE, sql::Sql};
 use crate::clock;
 
 /// Between two readings of the counters.
@@ -67,7 +67,7 @@ impl Store {
         loop {
             interval.tick().await;
             let asked_at = clock::stopwatch();
-            let read = self.read_revisions().await?;
+            let read = self.0.silence.heard(MAX_SILENCE, self.read_revisions()).await?;
             for subject in Subject::ALL {
                 let number =
                     |of: &[(String, i64)]| of.iter().find(|(name, _)| name == subject.as_str()).map(|(_, n)| *n);
@@ -101,7 +101,8 @@ impl Store {
 
     async fn read_revisions(&self) -> Result<Vec<(String, i64)>, Error> {
         let sql = Sql::new("SELECT name, number FROM revisions");
-        let rows = self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await?;
+        let reader = &self.0.engine_read;
+        let rows = reader.query_all_raw(sql.build(reader.get_database_backend())).await?;
         Ok(rows.iter().map(sea_orm::QueryResult::try_get_many_by_index).collect::<Result<_, _>>()?)
     }
 

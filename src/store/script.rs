@@ -191,6 +191,7 @@ mod tests {
     use crate::store::{
         commits::Commits,
         rows::{Cell, Column, int_or_null, text},
+        silence::Silence,
     };
 
     const COLUMNS: &[Column] = &[text("id"), int_or_null("at")];
@@ -278,7 +279,7 @@ mod tests {
         options.max_connections(1);
         let database = sea_orm::Database::connect(options).await.unwrap();
         database.execute_unprepared("CREATE TABLE t (id TEXT PRIMARY KEY, at INTEGER)").await.unwrap();
-        let commits = Commits::new(&database);
+        let commits = Commits::new(&database, Silence::of("sqlite:"));
         let twice = script(DbBackend::Sqlite, [1, 0, 0]).with(INSERT, {
             let mut rows = Rows::new(DbBackend::Sqlite, COLUMNS);
             rows.push(["a".into(), Cell::Null]);

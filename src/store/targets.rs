@@ -128,11 +128,8 @@ impl Store {
         let ids = asked.keys().cycle().take(asked.len().next_power_of_two());
         // Nothing is said of deleted ones: before it has statistics, PostgreSQL takes those that are not for few, and would
         // rather go through all of them.
-        let rows = webhook::Entity::find()
-            .filter(webhook::Column::Id.is_in(ids.map(|id| &**id)))
-            .all(&self.0.read)
-            .await
-            .map_err(Error::from);
+        let find = webhook::Entity::find().filter(webhook::Column::Id.is_in(ids.map(|id| &**id)));
+        let rows = self.heard(async { Ok(find.all(&self.0.engine_read).await?) }).await;
         let found = rows.and_then(|rows| {
             let vault = self.vault()?;
             let there = rows.into_iter().filter(|row| row.deleted_at_ms.is_none());
@@ -189,7 +186,7 @@ impl Store {
             return Ok(found);
         }
         let asked_at = clock::stopwatch();
-        self.read_subscribers(&mut unknown).await?;
+        self.heard(self.read_subscribers(&mut unknown)).await?;
         let mut known = self.0.targets.lock();
         if known.subscribers.len() >= MAX_ENTRIES {
             known.subscribers.clear();
@@ -218,7 +215,8 @@ impl Store {
             sql.row([tenant.organization().into(), tenant.environment().as_str().into(), event_type.as_str().into()]);
         }
         sql.text(") ORDER BY s.webhook_id");
-        for row in self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await? {
+        let reader = &self.0.engine_read;
+        for row in reader.query_all_raw(sql.build(reader.get_database_backend())).await? {
             let (organization, environment, event_type, webhook_id): (String, String, String, String) =
                 row.try_get_many_by_index()?;
             let tenant = super::keys::tenant(&organization, &environment)?;

@@ -239,10 +239,10 @@ impl Store {
              WHERE d.webhook_id = queue.webhook_id AND d.next_attempt_at_ms IS NOT NULL \
              ORDER BY d.next_attempt_at_ms LIMIT 1) AS due_at_ms \
             FROM queue WHERE webhook_id IS NOT NULL ORDER BY number";
-        let reader = &self.0.read;
+        let reader = &self.0.engine_read;
         let values = [Value::from(&*list.swept), MAX_LOOK.into()];
         let statement = Statement::from_sql_and_values(reader.get_database_backend(), LEAP, values);
-        let rows = reader.query_all_raw(statement).await?;
+        let rows = self.heard(async { Ok(reader.query_all_raw(statement).await?) }).await?;
         let ended = rows.len() < usize::try_from(MAX_LOOK).unwrap_or(usize::MAX);
         let mut same = Arc::<str>::default();
         for row in rows {
@@ -271,13 +271,13 @@ impl Store {
         webhooks: &[(Arc<str>, Arc<str>)],
         after: Timestamp,
     ) -> Result<Vec<Waiting>, Error> {
-        let mut rows = Rows::new(self.0.read.get_database_backend(), WEBHOOKS);
+        let mut rows = Rows::new(self.0.engine_read.get_database_backend(), WEBHOOKS);
         for (webhook_id, organization) in webhooks {
             rows.push([webhook_id.into(), organization.into(), after.millis().into()]);
         }
         let mut waiting = Vec::new();
         for statement in rows.statements(FIRST) {
-            for row in self.0.read.query_all_raw(statement).await? {
+            for row in self.heard(async { Ok(self.0.engine_read.query_all_raw(statement).await?) }).await? {
                 let (webhook_id, organization, due_at): (Option<String>, Option<String>, Option<i64>) =
                     row.try_get_many_by_index()?;
                 // SQLite has a row of NULL for each place that is not used.

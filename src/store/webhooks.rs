@@ -34,11 +34,13 @@ pub struct Rotated {
 }
 
 impl Store {
-    /// Registers a webhook, makes its secret, and keeps what `keep` keeps.
+    /// Registers a webhook, makes its secret, and keeps what `keep` keeps, unless the tenant has `most` of them. Of those
+    /// that are made at the same moment, a few more may get by.
     pub async fn create_webhook(
         &self,
         tenant: &Tenant,
         new: NewWebhook,
+        most: u64,
         by: &Actor,
         keep: Option<Keep<(Webhook, Secret)>>,
     ) -> Result<(Webhook, Secret), Error> {
@@ -69,6 +71,9 @@ impl Store {
             master_key_id: Set(Some(sealed.master_key_id)),
         };
         let transaction = self.write().await?;
+        if webhook::Entity::find().filter(of(tenant)).count(&transaction).await? >= most {
+            return Err(Error::TooManyWebhooks(most));
+        }
         let done = (webhook, secret);
         self.keep_answers(&transaction, keep.iter().map(|keep| keep.of(&done)).collect()).await?;
         webhook::Entity::insert(row).exec_without_returning(&transaction).await?;

@@ -32,6 +32,9 @@ const MAX_BATCH: usize = 256;
 /// them writes waits for the commit that is under way, which is to be short then, however much another has.
 const MIN_SHARED_BATCH: usize = 8;
 const MAX_SHARED_BATCH: usize = 128;
+/// When one item of a batch that was refused takes the database this long by itself, the others are given up with it: each
+/// would take as long, and everybody waits behind them.
+const STALLED: Duration = Duration::from_secs(5);
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
 
@@ -140,6 +143,11 @@ impl Writer {
         self.shared.load(Ordering::Relaxed)
     }
 
+    /// Ends when the task has.
+    pub(super) async fn died(&self) {
+        self.queue.closed().await;
+    }
+
     /// Has `write` made, which gets its answer through the other end of the channel.
     pub(super) async fn submit<T>(&self, write: impl FnOnce(Answer<T>) -> Write) -> Result<T, Error> {
         let (answer, written) = oneshot::channel();
@@ -154,6 +162,8 @@ impl Store {
         let (mut batch, mut publishes) = (Batch::default(), Vec::new());
         for write in writes {
             match write {
+                // Whoever left was promised nothing.
+                Write::Publish(_, answer) if answer.is_closed() => {}
                 Write::Publish(publish, answer) => publishes.push((publish, answer)),
                 Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
                 Write::Release(release, answer) => batch.releases.push((release, answer)),
@@ -186,11 +196,7 @@ impl Store {
                 self.answer(batch, &lost);
                 return took;
             }
-            Err(Error::Failed(_)) if batch.len() > 1 => {
-                for alone in batch.split() {
-                    Box::pin(self.settle(alone)).await;
-                }
-            }
+            Err(Error::Failed(_)) if batch.len() > 1 => self.settle_apart(batch).await,
             Err(Error::Repeated) => {
                 match self.repeated(batch.drafts.iter().filter_map(|(draft, _)| draft.kept())).await {
                     Ok(repeated) => {
@@ -205,6 +211,21 @@ impl Store {
             Err(error) => self.fail(batch, &error),
         }
         None
+    }
+
+    /// Each item for itself, unless the database is too slow for one: then it is for all, who are not to wait one by one.
+    async fn settle_apart(&self, batch: Batch) {
+        let mut stalled = None;
+        for alone in batch.split() {
+            match &stalled {
+                Some(error) => self.fail(alone, error),
+                None => {
+                    let began = clock::stopwatch();
+                    Box::pin(self.settle(alone)).await;
+                    stalled = (began.elapsed() >= STALLED).then_some(Error::Overloaded);
+                }
+            }
+        }
     }
 
     /// Writes all of a batch, or nothing. Results whose leases were lost are left out, and answered with, by place.

@@ -29,6 +29,7 @@ mod rest_layer;
 mod retention;
 mod sealed_secrets;
 mod several_nodes;
+mod silent_database;
 mod tenants;
 mod tls;
 mod transport;

@@ -3,13 +3,14 @@
 use http::Method;
 use shortkit_webhooks::{
     clock,
+    config::Config,
     store::{KeyKind, NewKey},
     webhook::Environment,
 };
 
 use crate::support::{Database, TestServer, config, on_both_databases};
 
-on_both_databases!(keys_open_what_they_may, other_environments_are_refused);
+on_both_databases!(keys_open_what_they_may, other_environments_are_refused, a_tenant_has_as_many_webhooks_as_it_may);
 
 async fn code(server: &TestServer, key: &str, organization: Option<&str>) -> (u16, String) {
     let mut request = server.anonymous(Method::GET, "/v1/webhooks");
@@ -54,10 +55,27 @@ async fn keys_open_what_they_may(database: Database) {
 }
 
 async fn other_environments_are_refused(database: Database) {
-    let config = shortkit_webhooks::config::Config { environments: vec![Environment::Live], ..config(&database) };
+    let config = Config { environments: vec![Environment::Live], ..config(&database) };
     let server = TestServer::with(config).await;
     assert_eq!(code(&server, &server.key, None).await, (403, "ENVIRONMENT_MISMATCH".to_owned()));
     let live = server.new_key(Some("acme"), KeyKind::Secret, Environment::Live).await;
     assert_eq!(code(&server, &live, None).await.0, 200);
+    server.stop().await;
+}
+
+async fn a_tenant_has_as_many_webhooks_as_it_may(database: Database) {
+    let server = TestServer::with(Config { max_webhooks: 2, ..config(&database) }).await;
+    let create =
+        async || server.post("/v1/webhooks", r#"{"url":"http://127.0.0.1:9000/","events":["content.ready"]}"#).await;
+    let id = create().await.data()["id"].as_str().unwrap().to_owned();
+    assert_eq!(create().await.status, 201);
+    let refused = create().await;
+    assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (409, Some("CONFLICT")));
+    assert!(refused.text.contains("2 webhooks, as many as it may"), "{}", refused.text);
+    let live = server.new_key(Some("acme"), KeyKind::Secret, Environment::Live).await;
+    let elsewhere = server.anonymous(Method::GET, "/v1/webhooks").bearer_auth(live);
+    assert_eq!(server.send(elsewhere).await.json()["meta"]["total"], 0, "each environment has its own");
+    server.delete(&format!("/v1/webhooks/{id}")).await;
+    assert_eq!(create().await.status, 201);
     server.stop().await;
 }

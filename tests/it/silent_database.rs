@@ -1,0 +1,99 @@
+//! A PostgreSQL whose connections go silent: nobody says that they have ended.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use shortkit_webhooks::{
+    clock,
+    store::{Error, Store},
+};
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+use crate::support::{Database, Kind, Receiver, TestServer, config};
+
+/// A call that meets the silence is refused within this time, and one is accepted after twice as long.
+const REFUSED: Duration = Duration::from_secs(8);
+
+/// A way to the database that can go silent.
+struct Way {
+    address: SocketAddr,
+    /// How often it has.
+    silences: watch::Sender<usize>,
+}
+
+impl Way {
+    async fn to(database: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (silences, silence) = watch::channel(0);
+        let database = database.to_owned();
+        tokio::spawn(async move {
+            while let Ok((mut from, _)) = listener.accept().await {
+                let (mut silence, database) = (silence.clone(), database.clone());
+                silence.mark_unchanged();
+                tokio::spawn(async move {
+                    let mut to = TcpStream::connect(database).await.unwrap();
+                    tokio::select! {
+                        _ = copy_bidirectional(&mut from, &mut to) => {}
+                        // Both ends stay as they are: nothing is said of it.
+                        _ = silence.changed() => std::future::pending().await,
+                    }
+                });
+            }
+        });
+        Self { address, silences }
+    }
+
+    /// What is connected hears nothing more; who connects from now on does.
+    fn go_silent(&self) {
+        self.silences.send_modify(|count| *count += 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_go_silent_are_given_up() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let (server, name) = database.url["postgres://postgres@".len()..].split_once('/').unwrap();
+    let way = Way::to(server).await;
+    let mut config = config(&database);
+    config.database_url = format!("postgres://postgres@{}/{name}", way.address);
+    let receiver = Receiver::start().await;
+    let server = TestServer::with(config).await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let publish = async || {
+        let began = clock::stopwatch();
+        let answer = server.post("/v1/events", r#"{"event":"content.ready","data":{}}"#).await;
+        assert!(began.elapsed() < REFUSED, "{} after {:?}", answer.status, began.elapsed());
+        assert!(matches!(answer.status, 202 | 503), "{}", answer.text);
+        answer.status == 202
+    };
+    let accepted_after = async |moment: Instant| {
+        while !publish().await {
+            assert!(moment.elapsed() < 2 * REFUSED, "refused for {:?}", moment.elapsed());
+        }
+    };
+    for turn in 1..=2 {
+        assert!(publish().await);
+        receiver.wait_for(2 * turn - 1).await;
+        way.go_silent();
+        accepted_after(clock::stopwatch()).await;
+        receiver.wait_for(2 * turn).await;
+        assert_eq!(server.get("/v1/webhooks").await.status, 200);
+    }
+    server.stop().await;
+}
+
+/// As a primary that has just become a replica does, while its name still leads there.
+#[tokio::test]
+async fn a_database_that_takes_no_writes_is_refused() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let (_, name) = database.url.rsplit_once('/').unwrap();
+    database.execute(&format!("ALTER DATABASE {name} SET default_transaction_read_only = on")).await;
+    assert!(matches!(Store::connect(&database.url).await, Err(Error::Unavailable(_))));
+}
