@@ -335,3 +335,36 @@ pub(super) fn deliveries<'a>(backend: DbBackend, node: &str, drafts: impl Iterat
     }
     rows
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use sea_orm::EntityTrait;
+
+    use super::*;
+    use crate::{store::entity::event, webhook::Environment};
+
+    /// Also what a caller who has left published counts until it is settled, and is not stored then.
+    #[tokio::test]
+    async fn who_leaves_does_not_make_room() {
+        let (_directory, store) = Store::fresh().await;
+        let tenant = Tenant::new("acme", Environment::Live).unwrap();
+        let publish = |bytes: usize| {
+            let data = EventData::parse(&format!("{{\"a\":\"{}\"}}", "x".repeat(bytes))).unwrap();
+            let lease = Lease { length: std::time::Duration::from_secs(60), first_wait: std::time::Duration::ZERO };
+            let event = NewEvent { event_type: "content.ready".to_owned(), data };
+            store.publish(tenant.clone(), vec![event], lease, None)
+        };
+        // Nothing is stored meanwhile.
+        let busy = store.write().await.unwrap();
+        let most = MAX_WAITING_BYTES as usize;
+        assert!(publish(most / 2).now_or_never().is_none());
+        assert!(publish(most / 4).now_or_never().is_none());
+        assert!(matches!(publish(most / 2).now_or_never(), Some(Err(Error::Overloaded))));
+        drop(busy);
+        let last = publish(10).await.unwrap();
+        let stored = event::Entity::find().all(&store.0.read).await.unwrap();
+        assert_eq!(stored.into_iter().map(|event| event.id).collect::<Vec<_>>(), [last[0].event_id.clone()]);
+        assert!(publish(most / 2).await.is_ok());
+    }
+}
