@@ -153,9 +153,9 @@ impl Store {
         let mut wanted = Vec::new();
         while wanted.len() < most_webhooks
             && !self.0.handoff.is_full()
-            && let Some((webhook_id, due_at)) = list.next()
+            && let Some((organization, webhook_id, due_at)) = list.next()
         {
-            match self.0.handoff.take_for_waiting(&webhook_id, share) {
+            match self.0.handoff.take_for_waiting(&organization, &webhook_id, share) {
                 0 => list.put_aside(webhook_id),
                 places => wanted.push(Wanted { webhook_id, places, due_at }),
             }

@@ -190,7 +190,9 @@ impl Store {
                 id,
                 webhook_id: Arc::clone(webhook_id),
                 // A test takes no place: somebody waits for it.
-                leased: test.is_some() || lease.first_wait.is_zero() && self.0.handoff.try_take(webhook_id, bytes),
+                leased: test.is_some()
+                    || lease.first_wait.is_zero()
+                        && self.0.handoff.try_take(tenant.shared_organization(), webhook_id, bytes),
             });
             DraftEvent { deliveries: new.collect(), event }
         });

@@ -137,12 +137,12 @@ impl Waitlist {
         self.due.len()
     }
 
-    /// Whose turn it is, and since when something of it is due.
-    pub(super) fn next(&mut self) -> Option<(Arc<str>, Timestamp)> {
+    /// Whose turn it is, organisation and webhook, and since when something of it is due.
+    pub(super) fn next(&mut self) -> Option<(Arc<str>, Arc<str>, Timestamp)> {
         let webhook_id = self.due.pop()?;
         let known = self.webhooks.get_mut(&webhook_id)?;
         known.place = Place::Out;
-        Some((webhook_id, known.due_at))
+        Some((Arc::clone(&known.organization), webhook_id, known.due_at))
     }
 
     /// One that had its turn has another one, after the others.
@@ -304,7 +304,7 @@ mod tests {
     }
 
     fn turn(list: &mut Waitlist) -> Option<String> {
-        list.next().map(|(webhook_id, _)| webhook_id.to_string())
+        list.next().map(|(_, webhook_id, _)| webhook_id.to_string())
     }
 
     #[test]
@@ -319,7 +319,7 @@ mod tests {
         assert_eq!((list.due(), list.next_due_at()), (4, Some(at(10))));
         let mut turns = Vec::new();
         for _ in 0..6 {
-            let (webhook_id, _) = list.next().unwrap();
+            let (_, webhook_id, _) = list.next().unwrap();
             list.again(&webhook_id);
             turns.push(webhook_id.to_string());
         }
@@ -336,17 +336,17 @@ mod tests {
         let mut list = Waitlist::default();
         ["a", "b"].into_iter().for_each(|webhook_id| list.add(waiting("acme", webhook_id, 5)));
         list.fall_due(at(5));
-        let (a, _) = list.next().unwrap();
+        let (acme, a, _) = list.next().unwrap();
         list.put_aside(Arc::clone(&a));
         list.add(waiting("acme", "a", 3));
         assert_eq!((turn(&mut list).as_deref(), turn(&mut list)), (Some("b"), None));
         list.has_room(&"b".into());
         assert_eq!(turn(&mut list), None, "it was not put aside");
         list.has_room(&a);
-        assert_eq!(list.next(), Some((Arc::clone(&a), at(3))));
+        assert_eq!(list.next(), Some((Arc::clone(&acme), Arc::clone(&a), at(3))));
         list.put_aside(Arc::clone(&a));
         list.may_have_room();
-        assert_eq!(list.next(), Some((Arc::clone(&a), at(3))));
+        assert_eq!(list.next(), Some((Arc::clone(&acme), Arc::clone(&a), at(3))));
         assert_eq!((list.caught_up(&a).as_deref(), list.known()), (Some("acme"), 1));
     }
 
