@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, Value};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QueryResult, Value,
+};
 
 use super::{
     Error, Store,
@@ -20,13 +22,19 @@ use crate::{
     webhook::{Answer, Attempt, ChangeKind, Delivery, DeliveryStatus, EventData, Timestamp},
 };
 
-/// The data of the deliveries on a page is at most this long together; then the page ends early, and another follows.
+/// The data of the deliveries on a page is at most this long together, unless it is that of one; then the page ends early,
+/// and another follows. What is left out is not read: a page costs this much memory, however long the data of the next is.
 const MAX_PAGE_BYTES: usize = 4 * 1024 * 1024;
 
 /// The columns of a list: all but `response`, which may be long and is shown by [`Store::get_delivery`] only.
 const LISTED: &str = "webhook_id, id, organization, environment, event_id, event_type, status, attempts, granted, once, \
     lost_leases, next_attempt_at_ms, lease_node, lease_expires_at_ms, status_code, response_time_ms, last_error, \
     last_attempt_at_ms, created_at_ms, NULL AS response";
+
+/// How long the data of an event is, which both databases know without reading it: SQLite from the head of the row,
+/// PostgreSQL from the pointer to where long values are.
+const DATA_BYTES: &str = "(SELECT CAST(octet_length(data) AS BIGINT) FROM events WHERE events.id = page.event_id) \
+    AS data_bytes";
 
 /// Which deliveries of a webhook to list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -64,6 +72,13 @@ pub struct DeliveryDetail {
     pub listed: ListedDelivery,
     /// The attempts that ended, the first one first.
     pub attempts: Vec<Attempt>,
+}
+
+/// A delivery whose data has not been read.
+struct Found {
+    row: delivery::Model,
+    /// How long its data is; 0 once retention removed it.
+    data_bytes: usize,
 }
 
 /// Why a delivery cannot be retried by hand.
@@ -123,10 +138,12 @@ impl Store {
             vec![None]
         };
         let statement = newest(webhook_id, &ranges, after, limit + 1).build(self.0.read.get_database_backend());
-        let rows = delivery::Entity::find().from_raw_sql(statement).all(&self.0.read).await?;
-        let mut page = Page::cut(self.with_data(rows).await?, limit, total);
-        page.more |= cut_to_bytes(&mut page.items);
-        Ok(page)
+        let found = self.0.read.query_all_raw(statement).await?;
+        let found = found.iter().map(Found::read).collect::<Result<_, Error>>()?;
+        let Page { items: mut found, total, mut more } = Page::cut(found, limit, total);
+        more |= cut_to_bytes(&mut found);
+        let items = self.with_data(found.into_iter().map(|found| found.row).collect()).await?;
+        Ok(Page { items, total, more })
     }
 
     /// One delivery with every attempt.
@@ -189,7 +206,7 @@ impl Store {
         Ok(delivery(row)?)
     }
 
-    /// Reads the data of all events of a page in one query.
+    /// Reads the data of all events of a page in one query, each once.
     async fn with_data(&self, rows: Vec<delivery::Model>) -> Result<Vec<ListedDelivery>, Error> {
         let ids = rows.iter().map(|row| Value::from(row.event_id.clone()));
         let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(&self.0.read).await?;
@@ -204,10 +221,21 @@ impl Store {
     }
 }
 
-/// The newest deliveries of a webhook in some ranges, each of a type and a state, or in all, that are older than `after`.
+impl Found {
+    fn read(row: &QueryResult) -> Result<Self, Error> {
+        let bytes: Option<i64> = row.try_get("", "data_bytes")?;
+        let data_bytes = usize::try_from(bytes.unwrap_or(0)).unwrap_or(usize::MAX);
+        Ok(Self { row: delivery::Model::from_query_result(row, "")?, data_bytes })
+    }
+}
+
+/// The newest deliveries of a webhook in some ranges, each of a type and a state, or in all, that are older than `after`,
+/// with the lengths of their data.
 fn newest(webhook_id: &str, ranges: &[Option<(String, DeliveryStatus)>], after: Option<&str>, most: u64) -> Sql {
     let most = i64::try_from(most).unwrap_or(i64::MAX);
-    let mut sql = Sql::new("SELECT * FROM (");
+    // Cut first, so that no length is looked up for what is not on the page.
+    let mut sql = Sql::new("SELECT page.*, ");
+    sql.text(DATA_BYTES).text(" FROM (SELECT * FROM (");
     for (index, range) in ranges.iter().enumerate() {
         sql.text(if index > 0 { " UNION ALL " } else { "" });
         sql.text(&format!("SELECT * FROM (SELECT {LISTED} FROM deliveries WHERE webhook_id = ")).value(webhook_id);
@@ -224,20 +252,20 @@ fn newest(webhook_id: &str, ranges: &[Option<(String, DeliveryStatus)>], after: 
         }
         sql.text(" ORDER BY id DESC LIMIT ").value(most).text(&format!(") AS r{index}"));
     }
-    sql.text(") AS merged ORDER BY id DESC LIMIT ").value(most);
+    sql.text(") AS merged ORDER BY id DESC LIMIT ").value(most).text(") AS page ORDER BY id DESC");
     sql
 }
 
-/// Keeps as many deliveries as fit into [`MAX_PAGE_BYTES`], at least one; true when some did not.
-fn cut_to_bytes(items: &mut Vec<ListedDelivery>) -> bool {
-    let mut bytes = 0;
-    let fits = |listed: &ListedDelivery| {
-        bytes += listed.data.as_ref().map_or(0, |data| data.as_str().len());
+/// Keeps as many deliveries as fit with their data into [`MAX_PAGE_BYTES`], at least one; true when some did not.
+fn cut_to_bytes(found: &mut Vec<Found>) -> bool {
+    let mut bytes = 0_usize;
+    let fits = |found: &Found| {
+        bytes = bytes.saturating_add(found.data_bytes);
         bytes <= MAX_PAGE_BYTES
     };
-    let kept = items.iter().map(fits).take_while(|fits| *fits).count().max(1);
-    let cut = items.len() > kept;
-    items.truncate(kept);
+    let kept = found.iter().map(fits).take_while(|fits| *fits).count().max(1);
+    let cut = found.len() > kept;
+    found.truncate(kept);
     cut
 }
 
@@ -296,6 +324,47 @@ mod tests {
     use sea_orm::DbBackend;
 
     use super::*;
+
+    /// Which of the deliveries with data of these lengths are on the page, and whether some are not.
+    fn cut(bytes: &[usize]) -> (usize, bool) {
+        let row = |id: usize| delivery::Model {
+            webhook_id: "whk_1".into(),
+            id: format!("del_{id}"),
+            organization: "acme".into(),
+            environment: "test".into(),
+            event_id: "evt_1".into(),
+            event_type: "content.ready".into(),
+            status: "success".into(),
+            attempts: 1,
+            granted: false,
+            once: false,
+            lost_leases: 0,
+            next_attempt_at_ms: None,
+            lease_node: None,
+            lease_expires_at_ms: None,
+            status_code: None,
+            response_time_ms: None,
+            last_error: None,
+            last_attempt_at_ms: None,
+            created_at_ms: 0,
+            response: None,
+        };
+        let mut found: Vec<_> =
+            bytes.iter().enumerate().map(|(id, bytes)| Found { row: row(id), data_bytes: *bytes }).collect();
+        let cut = cut_to_bytes(&mut found);
+        assert!(found.iter().enumerate().all(|(id, found)| found.row.id == format!("del_{id}")), "the first ones");
+        (found.len(), cut)
+    }
+
+    #[test]
+    fn a_page_has_what_fits_and_at_least_one() {
+        assert_eq!(cut(&[]), (0, false));
+        assert_eq!(cut(&[MAX_PAGE_BYTES + 1]), (1, false));
+        assert_eq!(cut(&[MAX_PAGE_BYTES + 1, 0]), (1, true));
+        assert_eq!(cut(&[MAX_PAGE_BYTES - 2, 0, 2, 0]), (4, false));
+        assert_eq!(cut(&[MAX_PAGE_BYTES - 2, 3, 0, 0]), (1, true), "none after one that does not fit");
+        assert_eq!(cut(&[1, usize::MAX, 1]), (1, true));
+    }
 
     /// However rare a state is, it has a range of an index.
     #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use sea_orm::{ConnectionTrait, DbBackend, Statement};
+use sea_orm::{ConnectOptions, ConnectionTrait, DbBackend, Statement};
 use serde_json::{Value, json};
 
 use crate::support::{Database, Kind, Receiver, Reply, TestServer, config, on_both_databases, soon};
@@ -11,6 +11,7 @@ on_both_databases!(
     totals_agree_and_pages_hold_still,
     webhooks_are_paged,
     cursors_are_bound,
+    a_page_ends_at_its_bytes_and_reads_no_data_that_it_does_not_show,
     a_database_of_before_the_smaller_indexes_is_brought_up_to_date,
 );
 
@@ -172,6 +173,79 @@ async fn a_database_of_before_the_smaller_indexes_is_brought_up_to_date(database
         assert_eq!(list.data().as_array().unwrap().len(), count.min(100), "{status}");
     }
     server.stop().await;
+}
+
+/// Ten deliveries that succeeded, each of an event of its own with this data.
+async fn fill_with_data(database: &Database, webhook_id: &str, data: &str) {
+    const TEN: &str = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10)";
+    let insert = "INSERT INTO events (id, event_type, data, created_at_ms)";
+    let events = format!("{insert} {TEN} SELECT 'evt_' || (100 + i), 'content.ready', '{data}', 1 FROM n");
+    let deliveries = format!(
+        "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, \
+         granted, once, lost_leases, created_at_ms) {TEN} SELECT '{webhook_id}', 'del_' || (100 + i), 'acme', 'test', \
+         'evt_' || (100 + i), 'content.ready', 'success', 1, FALSE, FALSE, 0, 1 FROM n"
+    );
+    let count = format!(
+        "INSERT INTO delivery_counts (webhook_id, event_type, status, total) \
+         VALUES ('{webhook_id}', 'content.ready', 'success', 10)"
+    );
+    for statement in [events, deliveries, count] {
+        database.execute(&statement).await;
+    }
+}
+
+/// How often PostgreSQL has fetched a long value of an event, once nobody else is connected, which is when all is counted.
+async fn long_values_read(database: &Database) -> i64 {
+    const OTHERS: &str = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() \
+        AND backend_type = 'client backend' AND pid <> pg_backend_pid()";
+    const READ: &str = "SELECT CAST(sum(idx_scan) AS BIGINT) FROM pg_stat_all_indexes \
+        WHERE relid = (SELECT reltoastrelid FROM pg_class WHERE relname = 'events')";
+    // One connection, which is not among the others.
+    let mut alone = ConnectOptions::new(&database.url);
+    alone.max_connections(1);
+    let connection = sea_orm::Database::connect(alone).await.unwrap();
+    let rows =
+        async |sql: &str| connection.query_all_raw(Statement::from_string(DbBackend::Postgres, sql)).await.unwrap();
+    soon("that all others have gone", async { while !rows(OTHERS).await.is_empty() {} }).await;
+    rows(READ).await[0].try_get_by_index(0).unwrap()
+}
+
+async fn a_page_ends_at_its_bytes_and_reads_no_data_that_it_does_not_show(database: Database) {
+    let server = TestServer::start(&database).await;
+    let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    server.stop().await;
+    let data = format!("{{\"x\":\"{}\"}}", "x".repeat(1_000_000));
+    fill_with_data(&database, &id, &data).await;
+    let sqlite = database.url.starts_with("sqlite:");
+    let read_before = if sqlite { 0 } else { long_values_read(&database).await };
+
+    let server = TestServer::start(&database).await;
+    let path = format!("/v1/webhooks/{id}/deliveries?limit=100");
+    if sqlite {
+        // What is on other pages is no text, so reading it would fail.
+        let spoil = "UPDATE events SET data = CAST(replace(data, 'x', x'ff') AS TEXT) WHERE id <= 'evt_106'";
+        assert_eq!(database.execute(spoil).await, 6);
+        let page = server.get(&path).await;
+        assert_eq!((page.data().as_array().unwrap().len(), &page.json()["meta"]["total"]), (4, &json!(10)));
+        database.execute(&format!("UPDATE events SET data = '{data}'")).await;
+    }
+    let mut on_pages = Vec::new();
+    let mut next = path.clone();
+    loop {
+        let page = server.get(&next).await.json();
+        let items = page["data"].as_array().unwrap();
+        assert!(items.iter().all(|item| item["payload"]["data"]["x"].as_str().unwrap().len() == 1_000_000));
+        on_pages.push(items.iter().map(|item| item["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>());
+        let Some(cursor) = page["meta"].get("nextCursor").and_then(Value::as_str) else { break };
+        next = format!("{path}&cursor={cursor}");
+    }
+    let expected = [107..=110, 103..=106, 101..=102]
+        .map(|ids| ids.rev().map(|number| format!("del_{number}")).collect::<Vec<_>>());
+    assert_eq!(on_pages, expected, "four of a megabyte fit into four MiB");
+    server.stop().await;
+    if !sqlite {
+        assert_eq!(long_values_read(&database).await - read_before, 10, "each once, for the page that shows it");
+    }
 }
 
 /// However much there is, what is rare is not looked for among all the rest.
