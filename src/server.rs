@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use http::Method;
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
+use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -18,7 +18,7 @@ use crate::{
     egress,
     gateway::Gateway,
     grpc::{
-        Api, DESCRIPTORS, MAX_TESTS, Parts, Services, Tokens,
+        Api, DESCRIPTORS, Parts, Services, Tokens,
         proto::{
             audit_service_server::AuditServiceServer, delivery_service_server::DeliveryServiceServer,
             webhook_service_server::WebhookServiceServer,
@@ -109,7 +109,6 @@ pub async fn run(
             length: dispatch::lease_length(config.request_timeout),
             first_wait: config.retry_schedule.first_wait(),
         },
-        tests: Semaphore::new(MAX_TESTS),
         shutdown: shutdown.clone(),
     }));
     let calls_ended = CancellationToken::new();

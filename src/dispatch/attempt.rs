@@ -138,7 +138,7 @@ impl Engine {
         });
         self.record(&finished, leased.expires_at).await;
         if let Some((done, attempt)) = told {
-            let _ = done.send(attempt);
+            done.tell(attempt);
         }
     }
 

@@ -41,9 +41,6 @@ pub mod proto {
 /// `proto/` as descriptors, with every option: for REST and for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
-/// Test events under way at a time on this node; one more is refused as unavailable.
-pub const MAX_TESTS: usize = 128;
-
 /// Calls that are one transaction, which keeps their answer when their caller named the request.
 pub(crate) const KEEPS_ITS_ANSWER: [&str; 4] = [
     "/shortkit.webhooks.v1.DeliveryService/PublishEvent",
@@ -70,8 +67,6 @@ pub struct Parts {
     pub tokens: Tokens,
     /// What a published delivery is leased for.
     pub lease: Lease,
-    /// A permit for each test event that may be under way.
-    pub tests: tokio::sync::Semaphore,
     /// Ends open streams.
     pub shutdown: CancellationToken,
 }

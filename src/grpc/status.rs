@@ -97,11 +97,6 @@ pub(super) fn interrupted() -> Status {
     unavailable("the test event was not sent, because the webhook was deleted or the server is shutting down")
 }
 
-/// More test events than [`super::MAX_TESTS`].
-pub(super) fn too_many_tests() -> Status {
-    unavailable("too many test events are under way; try again")
-}
-
 /// Something that cannot be; the detail goes to the log only.
 pub(crate) fn internal(detail: &str) -> Status {
     tracing::error!(detail, "internal error");
@@ -188,6 +183,12 @@ pub(crate) fn store(error: store::Error) -> Status {
             let message = format!("{error}; delete one first");
             coded(Code::FailedPrecondition, "CONFLICT", message, ErrorDetails::new())
         }
+        store::Error::OrganizationTests => {
+            let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+            let message = "too many test events of this organization are under way; try again when one has ended";
+            coded(Code::ResourceExhausted, "RATE_LIMITED", message, details)
+        }
+        store::Error::Tests => unavailable("too many test events are under way; try again"),
         store::Error::TooManyDeliveries(max) => {
             let message = format!("events would make more than {max} deliveries together; publish fewer in a call");
             invalid("events", "too_many_deliveries", message)

@@ -3,7 +3,6 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use sea_orm::{ColumnTrait, ConnectionTrait, DbBackend, EntityTrait, FromQueryResult, QueryFilter, Value};
-use tokio::sync::oneshot;
 
 use super::{
     Error, Store,
@@ -12,12 +11,13 @@ use super::{
     rows::{Cell, Column, Rows, int, text},
     script::Script,
     sql::Sql,
+    test_events::TestCaller,
     waiting::{Waiting, Waitlist},
     writer::Write,
 };
 use crate::{
     clock, failpoint,
-    webhook::{Attempt, Event, EventData, Plan, Tenant, Timestamp},
+    webhook::{Event, EventData, Plan, Tenant, Timestamp},
 };
 
 /// One claim takes at most this many deliveries; the rest is in the next, and what others write comes between.
@@ -84,7 +84,7 @@ pub struct Leased {
     /// When another node may take it.
     pub expires_at: Timestamp,
     /// Somebody waits for this very attempt, which therefore goes out ahead of all others.
-    pub done: Option<oneshot::Sender<Attempt>>,
+    pub done: Option<TestCaller>,
 }
 
 /// A lease to give back.
@@ -384,7 +384,7 @@ mod tests {
     use super::*;
     use crate::{
         store::{Actor, Finished, NewEvent},
-        webhook::{DeliveryStatus, Environment, RetrySchedule, Transition, WebhookStatus, WebhookUpdate},
+        webhook::{Attempt, DeliveryStatus, Environment, RetrySchedule, Transition, WebhookStatus, WebhookUpdate},
     };
 
     const WEBHOOK: &str = "INSERT INTO webhooks (id, organization, environment, url, description, events, status, secret, \

@@ -35,6 +35,7 @@ mod secrets;
 mod silence;
 mod sql;
 mod targets;
+mod test_events;
 mod turns;
 mod waiting;
 mod webhooks;
@@ -64,6 +65,7 @@ pub use self::{
     record::Finished,
     secrets::Resealed,
     targets::Target,
+    test_events::TestCaller,
     waiting::{Waiting, Waitlist},
     webhooks::Rotated,
 };
@@ -74,6 +76,7 @@ use self::{
     handoff::Handoff,
     silence::{MAX_WAIT, Silence},
     targets::Targets,
+    test_events::TestEvents,
     writer::Writer,
 };
 use crate::{
@@ -106,6 +109,7 @@ struct Inner {
     feed: Feed,
     handoff: Handoff,
     backlog: Backlog,
+    test_events: TestEvents,
     targets: Targets,
     target_reader: std::sync::OnceLock<targets::TargetReader>,
     writer: std::sync::OnceLock<Writer>,
@@ -164,6 +168,12 @@ pub enum Error {
     /// The organisation has as many webhooks as it may.
     #[error("the organization has {0} webhooks, as many as it may")]
     TooManyWebhooks(u64),
+    /// As many test events of the organisation are under way as may be.
+    #[error("too many test events of the organization are under way")]
+    OrganizationTests,
+    /// As many test events are under way as may be.
+    #[error("too many test events are under way")]
+    Tests,
     /// Events published together would make more deliveries than they may.
     #[error("the events would make more than {0} deliveries together")]
     TooManyDeliveries(usize),
@@ -213,6 +223,7 @@ impl Store {
             feed: Feed::default(),
             handoff: Handoff::default(),
             backlog: Backlog::default(),
+            test_events: TestEvents::default(),
             targets: Targets::default(),
             target_reader: std::sync::OnceLock::new(),
             writer: std::sync::OnceLock::new(),

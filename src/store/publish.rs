@@ -14,6 +14,7 @@ use super::{
     log::{Entry, Log},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
     targets::{Subscribers, Subscription},
+    test_events::TestCaller,
     waiting::Waiting,
     writer::Write,
 };
@@ -90,7 +91,7 @@ struct Test {
     webhook_id: Arc<str>,
     event_id: String,
     delivery_id: String,
-    done: oneshot::Sender<Attempt>,
+    done: TestCaller,
 }
 
 /// Events and their deliveries, about to be stored.
@@ -100,7 +101,7 @@ pub(super) struct Draft {
     first_attempt_at: Timestamp,
     leased_until: Timestamp,
     plan: Plan,
-    done: Option<oneshot::Sender<Attempt>>,
+    done: Option<TestCaller>,
     keep: Option<Keep<Vec<Published>>>,
     _room: Option<OwnedSemaphorePermit>,
 }
@@ -135,8 +136,8 @@ impl Store {
         self.submit(Publish { tenant, events, lease, test: None, keep, room: Some(room) }).await
     }
 
-    /// Stores a test event as a delivery of its own and has it attempted at once, whatever else is under way; answers
-    /// with its id and the attempt.
+    /// Stores a test event as a delivery of its own and has it attempted at once, whatever else is under way but other
+    /// tests; answers with its id and the attempt.
     pub async fn publish_test(
         &self,
         tenant: Tenant,
@@ -144,7 +145,7 @@ impl Store {
         event: NewEvent,
         lease: Lease,
     ) -> Result<(String, oneshot::Receiver<Attempt>), Error> {
-        let (done, attempted) = oneshot::channel();
+        let (done, attempted) = self.0.test_events.admit(tenant.shared_organization())?;
         let (event_id, mut delivery_ids) = clock::new_ids("evt", "del", 1);
         let delivery_id = delivery_ids.remove(0);
         let test = Test { webhook_id: webhook_id.into(), event_id, delivery_id: delivery_id.clone(), done };

@@ -31,6 +31,7 @@ mod sealed_secrets;
 mod several_nodes;
 mod silent_database;
 mod tenants;
+mod test_events;
 mod tls;
 mod transport;
 mod watching;

@@ -1,0 +1,115 @@
+//! Test events under way on this node: how many there may be, and who waits for them.
+//!
+//! A test goes out at once, outside the shares of the engine, so it has limits of its own. It counts until its attempt has
+//! ended and not only until its caller leaves: leaving costs a caller nothing, and the attempt goes on without it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::oneshot;
+
+use super::Error;
+use crate::webhook::Attempt;
+
+/// Test events under way at a time on this node; one more is refused with [`Error::Tests`].
+const MAX_TESTS: usize = 128;
+/// Those of one organisation; one more is refused with [`Error::OrganizationTests`], so that receivers that hang leave room
+/// for the tests of others.
+const MAX_TESTS_PER_ORGANIZATION: usize = MAX_TESTS / 4;
+
+/// The books about what is under way.
+#[derive(Default)]
+pub(super) struct TestEvents(Arc<Mutex<UnderWay>>);
+
+#[derive(Default)]
+struct UnderWay {
+    total: usize,
+    /// Those that have any.
+    organizations: HashMap<Arc<str>, usize>,
+}
+
+/// Who waits for the attempt of a test event, which counts as under way until this is dropped.
+pub struct TestCaller {
+    to: oneshot::Sender<Attempt>,
+    place: Place,
+}
+
+struct Place {
+    under_way: Arc<Mutex<UnderWay>>,
+    organization: Arc<str>,
+}
+
+impl TestEvents {
+    /// Lets a test event in, or refuses it when too many are under way; where its attempt is awaited.
+    pub(super) fn admit(&self, organization: &Arc<str>) -> Result<(TestCaller, oneshot::Receiver<Attempt>), Error> {
+        let mut under_way = lock(&self.0);
+        if under_way.organizations.get(organization).is_some_and(|count| *count >= MAX_TESTS_PER_ORGANIZATION) {
+            return Err(Error::OrganizationTests);
+        }
+        if under_way.total >= MAX_TESTS {
+            return Err(Error::Tests);
+        }
+        under_way.total += 1;
+        *under_way.organizations.entry(Arc::clone(organization)).or_default() += 1;
+        let (to, attempted) = oneshot::channel();
+        let place = Place { under_way: Arc::clone(&self.0), organization: Arc::clone(organization) };
+        Ok((TestCaller { to, place }, attempted))
+    }
+}
+
+impl TestCaller {
+    /// The attempt has ended. Whoever has left in the meantime misses only that.
+    pub(crate) fn tell(self, attempt: Attempt) {
+        // First, so that a caller who sends the next test has room for it.
+        drop(self.place);
+        let _ = self.to.send(attempt);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut under_way = lock(&self.under_way);
+        under_way.total -= 1;
+        if let Some(count) = under_way.organizations.get_mut(&self.organization) {
+            *count -= 1;
+            if *count == 0 {
+                under_way.organizations.remove(&self.organization);
+            }
+        }
+    }
+}
+
+fn lock(under_way: &Mutex<UnderWay>) -> MutexGuard<'_, UnderWay> {
+    under_way.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_books_balance() {
+        let tests = TestEvents::default();
+        let mut callers = Vec::new();
+        for (name, room) in [("a", 32), ("b", 32), ("c", 32), ("d", 31)] {
+            let organization = Arc::from(name);
+            callers.extend((0..room).map(|_| tests.admit(&organization).ok().unwrap().0));
+            let refused = tests.admit(&organization).err();
+            assert_eq!(room == 32, matches!(refused, Some(Error::OrganizationTests)), "{name}: {refused:?}");
+        }
+        let (one, other) = (Arc::from("d"), Arc::from("e"));
+        callers.push(tests.admit(&one).ok().unwrap().0);
+        assert!(
+            matches!(tests.admit(&one).err(), Some(Error::OrganizationTests)),
+            "its own limit, when both are reached"
+        );
+        assert!(matches!(tests.admit(&other).err(), Some(Error::Tests)));
+        callers.pop();
+        assert!(tests.admit(&other).is_ok());
+        callers.clear();
+        let under_way = lock(&tests.0);
+        assert!(under_way.total == 0 && under_way.organizations.is_empty());
+    }
+}
