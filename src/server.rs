@@ -11,7 +11,6 @@ use tower::ServiceBuilder;
 
 use crate::{
     auth::Auth,
-    clock,
     config::{Config, read_master_keys},
     deadline::Deadline,
     dispatch::{self, Engine},
@@ -43,8 +42,8 @@ const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 const KEEP_TIME: Duration = Duration::from_secs(2);
 /// Between rounds of tidying up.
 const TIDY: Duration = Duration::from_secs(10);
-/// Between two steps of a round, so many times as long as the step took: whoever publishes has the rest of the database.
-const REST: u32 = 4;
+/// Between two notes of which keys were used, whatever there is to tidy up.
+const NOTE_KEYS: Duration = Duration::from_secs(10);
 
 /// Why the server ends.
 #[derive(Debug, thiserror::Error)]
@@ -117,6 +116,7 @@ pub async fn run(
     background.spawn(follow(store.clone()));
     background.spawn(learn(store.clone()));
     background.spawn(tidy(store.clone()));
+    background.spawn(note_keys(store.clone()));
     background.spawn(remove_old(store.clone()));
     background.spawn(remove_deleted(store.clone()));
     if let Some(tls) = config.tls.clone() {
@@ -314,16 +314,22 @@ async fn keep_time(store: Store) {
     }
 }
 
+/// Forgets old changes and answers.
 async fn tidy(store: Store) {
     loop {
-        let began = clock::stopwatch();
-        match store.purge().await {
-            Ok(true) => tokio::time::sleep(began.elapsed() * REST).await,
-            Ok(false) => tokio::time::sleep(TIDY).await,
-            Err(error) => {
-                tracing::warn!(%error, "tidying up failed; trying again");
-                tokio::time::sleep(TIDY).await;
-            }
+        if let Err(error) = store.purge().await {
+            tracing::warn!(%error, "tidying up failed; trying again");
+        }
+        tokio::time::sleep(TIDY).await;
+    }
+}
+
+/// Writes down which keys were used.
+async fn note_keys(store: Store) {
+    loop {
+        tokio::time::sleep(NOTE_KEYS).await;
+        if let Err(error) = store.write_used_keys().await {
+            tracing::warn!(%error, "the last use of some keys is not written down");
         }
     }
 }

@@ -26,8 +26,6 @@ use crate::{
 const KEEP: Duration = Duration::from_secs(24 * 60 * 60);
 /// An answer is at most this long; the longest there is, that of a test event, has 16 KiB of the receiver's.
 const MAX_ANSWER_BYTES: usize = 64 * 1024;
-/// One step of tidying up removes at most this many.
-const MAX_STEP: i64 = 500;
 
 const COLUMNS: &[Column] = &[
     text("organization"),
@@ -255,18 +253,6 @@ impl Store {
             done.insert(<[String; 4]>::from(place));
         }
         Ok(requests.iter().map(|request| !done.insert(request.place().map(str::to_owned))).collect())
-    }
-
-    /// Removes what has expired, the oldest first; true when there is more.
-    pub(super) async fn forget_answers(&self) -> Result<bool, Error> {
-        let now = clock::now().millis();
-        let mut sql = Sql::new("DELETE FROM idempotency_keys WHERE expires_at_ms <= ");
-        sql.value(now).text(
-            " AND (organization, environment, call, idempotency_key) IN \
-             (SELECT organization, environment, call, idempotency_key FROM idempotency_keys WHERE expires_at_ms <= ",
-        );
-        sql.value(now).text(" ORDER BY expires_at_ms LIMIT ").value(MAX_STEP).text(")");
-        Ok(self.change_keys(sql).await? == MAX_STEP.unsigned_abs())
     }
 
     /// An answer as it is stored: some carry a secret.

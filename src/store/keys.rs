@@ -9,7 +9,9 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use ring::digest::{SHA256, digest};
-use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::Expr};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::Expr,
+};
 use zeroize::Zeroizing;
 
 use super::{
@@ -17,6 +19,7 @@ use super::{
     audit::{Actor, AuditAction, Record},
     entity::api_key::{ActiveModel, Column, Entity, Model},
     revisions::Subject,
+    rows::{self, MAX_ROWS, Rows},
 };
 use crate::{
     clock,
@@ -31,6 +34,11 @@ const CHECKSUM_CHARS: usize = 6;
 const MAX_KEY_BYTES: usize = 64;
 /// How much of a key is kept to recognise it by.
 const PREFIX_CHARS: usize = 12;
+
+const USES: &[rows::Column] = &[rows::text("id"), rows::int("at")];
+/// A time never goes back: another node may have seen the key later.
+const NOTE_USES: &str = "UPDATE api_keys SET last_used_at_ms = rows.at FROM {rows} WHERE api_keys.id = rows.id \
+    AND (api_keys.last_used_at_ms IS NULL OR api_keys.last_used_at_ms < rows.at)";
 
 /// What a key may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -235,12 +243,16 @@ impl Store {
         }
     }
 
-    /// Writes down which keys were used since the last time.
+    /// Writes down which keys were used since the last time, [`MAX_ROWS`] in a statement.
     pub async fn write_used_keys(&self) -> Result<(), Error> {
         let used = std::mem::take(&mut *self.0.used_keys.0.lock().unwrap_or_else(PoisonError::into_inner));
-        for (id, at) in used {
-            let update = Entity::update_many().col_expr(Column::LastUsedAtMs, Expr::value(at.millis()));
-            update.filter(Column::Id.eq(id)).exec(&self.0.write).await?;
+        let mut used: Vec<(String, Timestamp)> = used.into_iter().collect();
+        // In one order on all nodes: two that wait for each other's rows would wait for ever.
+        used.sort_unstable();
+        let mut rows = Rows::new(self.0.write.get_database_backend(), USES);
+        used.iter().for_each(|(id, at)| rows.push([id.into(), at.millis().into()]));
+        for statement in rows.pieces(MAX_ROWS).flat_map(|piece| piece.statements(NOTE_USES)) {
+            self.0.write.execute_raw(statement).await?;
         }
         Ok(())
     }

@@ -16,7 +16,6 @@ mod deliveries;
 mod entity;
 mod handoff;
 mod idempotency;
-mod janitor;
 mod keys;
 mod known_keys;
 mod leases;

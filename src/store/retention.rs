@@ -1,5 +1,5 @@
 //! Retention: what is finished and old is removed, in steps so small that nobody waits for one. In the same steps, with longer
-//! pauses, goes what deleted webhooks left.
+//! pauses, goes what deleted webhooks left, and what is kept for a fixed time.
 //!
 //! Ids begin with the time at which they were made, so primary keys lead to what is old, and a round reads no further.
 //! Reading goes on beside the writers. What it finds due is removed a few rows at a time, each time in a transaction of
@@ -12,6 +12,7 @@
 
 mod deleted;
 mod events;
+mod janitor;
 
 use std::{
     collections::BTreeMap,
@@ -43,6 +44,7 @@ const STEP: Step = Step { most: 128, rest: 1 };
 /// There, publishes wait for it: a few milliseconds.
 const STEP_ON_SQLITE: Step = Step { most: 32, rest: 2 };
 
+const PAGE_BYTES: usize = 4096;
 /// One read looks at no more than this many rows.
 const MAX_READ: i64 = 5_000;
 /// Between rounds …
@@ -271,6 +273,16 @@ impl<'a> Round<'a> {
         Ok(())
     }
 
+    /// Removes what a statement names, as one step.
+    async fn remove_by(&self, sql: Sql) -> Result<(), Stop> {
+        let began = clock::stopwatch();
+        let transaction = self.begin().await?;
+        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+        transaction.commit().await?;
+        self.rest(began).await;
+        Ok(())
+    }
+
     /// Leaves the database to the others after a step.
     async fn rest(&self, began: Instant) {
         tokio::time::sleep(began.elapsed() * self.step.rest).await;
@@ -349,6 +361,11 @@ fn ended_before(sql: &mut Sql, old: Timestamp) -> &mut Sql {
 /// A delivery counts as one row for each of its attempts.
 fn weight(attempts: i32) -> usize {
     usize::try_from(attempts).unwrap_or(1).max(1)
+}
+
+/// A row with a text of so many bytes counts as one, and as one more for each page that it fills.
+fn pages(bytes: i32) -> usize {
+    1 + usize::try_from(bytes).unwrap_or(0) / PAGE_BYTES
 }
 
 /// Cuts what is to be removed, each with its weight, into steps.

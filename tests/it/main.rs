@@ -14,6 +14,7 @@ mod egress_namespace;
 mod errors;
 mod fairness;
 mod few_files;
+mod forgetting;
 mod fuzz_corpus;
 mod hostile_clients;
 mod hostile_receivers;

@@ -2,16 +2,15 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use sea_orm::{ConnectionTrait, QueryResult};
+use sea_orm::QueryResult;
 
-use super::{MAX_READ, Round, Stop, ended_before, steps};
+use super::{MAX_READ, Round, Stop, ended_before, pages, steps};
 use crate::{
     clock,
     store::{Error, sql::Sql},
     webhook::Timestamp,
 };
 
-const PAGE_BYTES: usize = 4096;
 /// Far more than there is between the time in the id of an event and that in the ids of its deliveries, which are made
 /// together.
 const SPREAD: Duration = Duration::from_secs(1);
@@ -45,8 +44,7 @@ impl Round<'_> {
         let began = clock::stopwatch();
         let needed = self.needed(&run[0].0, &run[run.len() - 1].0, old).await?;
         let due = run.iter().filter(|(id, _)| !needed.contains(id));
-        let pages = |bytes: &i32| 1 + usize::try_from(*bytes).unwrap_or(0) / PAGE_BYTES;
-        let due: Vec<(&str, usize)> = due.map(|(id, bytes)| (id.as_str(), pages(bytes))).collect();
+        let due: Vec<(&str, usize)> = due.map(|(id, bytes)| (id.as_str(), pages(*bytes))).collect();
         // What stays is looked at again each round.
         let stay = u32::try_from(run.len() - due.len()).unwrap_or(u32::MAX);
         self.in_vain += began.elapsed() * stay / u32::try_from(run.len()).unwrap_or(u32::MAX);
@@ -78,16 +76,11 @@ impl Round<'_> {
     }
 
     async fn remove_events_in(&self, step: &[(&str, usize)], old: Timestamp) -> Result<(), Stop> {
-        let began = clock::stopwatch();
-        let transaction = self.begin().await?;
         let mut sql = Sql::new("DELETE FROM events WHERE id IN ");
         sql.list("(", step.iter().map(|(id, _)| (*id).into()), ")");
         // A retry by hand needs what nobody needed when this was read.
         sql.text(" AND (retried_at_ms IS NULL OR retried_at_ms < ").value(old.millis()).text(")");
-        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
-        transaction.commit().await?;
-        self.rest(began).await;
-        Ok(())
+        self.remove_by(sql).await
     }
 }
 

@@ -1,5 +1,7 @@
 //! A fresh database for each test.
 
+use std::time::Duration;
+
 use sea_orm::{ConnectionTrait, Database as SeaOrm, DatabaseConnection, DbBackend, QueryResult, Statement};
 use shortkit_webhooks::clock;
 use tempfile::TempDir;
@@ -52,6 +54,19 @@ impl Database {
     /// How many rows a statement changed.
     pub(crate) async fn execute(&self, sql: &str) -> u64 {
         self.open().await.execute_unprepared(sql).await.unwrap().rows_affected()
+    }
+
+    /// Adds `count` rows to the log of changes, each with the failure of a delivery of the organisation's that is numbered
+    /// from 1, from so long ago.
+    pub(crate) async fn log_failures(&self, organization: &str, count: usize, age: Duration) {
+        let at = clock::now().before(age).millis();
+        let sql = format!(
+            r#"INSERT INTO changes (organization, environment, entries, occurred_at_ms)
+            WITH RECURSIVE numbers (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM numbers WHERE i < {count})
+            SELECT '{organization}', 'test', '[{{"k":"attempted","w":"whk_1","d":"del_' || CAST(i AS TEXT)
+            || '","e":"content.ready","s":"failed","n":1,"t":{at}}}]', {at} FROM numbers"#
+        );
+        assert_eq!(self.execute(&sql).await, count as u64);
     }
 
     /// All that a thief of the database gets: its files, or every row of every table.
