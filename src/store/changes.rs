@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect};
+use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect};
 use tokio::sync::broadcast;
 
 use super::{Error, Store, entity::change, keys::tenant, log, sql::Sql};
@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// A watcher that reads the log takes at most this many rows of it, each of a bounded number of changes, and holds no more.
-const MAX_READ: u64 = 2;
+const MAX_READ: i64 = 2;
 /// Who reads it for all watchers takes so many: there is a row for each organisation in a commit.
 const MAX_FOLLOWED: u64 = 64;
 /// How often the log is looked at for changes of other nodes, while somebody watches.
@@ -34,7 +34,7 @@ pub struct ChangeFilter {
 /// Why watching ends.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
-    /// The log no longer reaches back to where it should continue.
+    /// The log no longer has all that the tenant's would continue with.
     #[error("the resume token is too old")]
     TooOld,
     /// The reader fell behind further than the feed remembers.
@@ -64,15 +64,16 @@ impl Store {
         // First the feed, then the log: what is committed in between is in both, and skipped the second time.
         let live = self.0.feed.subscribe(filter.tenant.clone());
         let position = match after {
-            Some(position) => {
-                if self.edge("min").await?.is_some_and(|oldest| log::row(position) + 1 < oldest) {
-                    return Err(WatchError::TooOld);
-                }
-                position
-            }
+            Some(position) => position,
             None => self.end().await?,
         };
-        Ok(Watch { store: self.clone(), filter, position, caught_up: false, behind: 0, live, pending: VecDeque::new() })
+        let (store, pending) = (self.clone(), VecDeque::new());
+        let mut watch = Watch { store, filter, position, caught_up: false, behind: 0, live, pending };
+        if after.is_some() {
+            // So that the call itself is refused when something is missing.
+            watch.read_log().await?;
+        }
+        Ok(watch)
     }
 
     /// Reads new changes into the feed, as long as the process runs and somebody watches.
@@ -101,7 +102,7 @@ impl Store {
                 }
             };
             loop {
-                let rows = self.read_changes(None, after, MAX_FOLLOWED).await?;
+                let rows = self.read_changes(after).await?;
                 if rows.is_empty() {
                     break;
                 }
@@ -119,26 +120,36 @@ impl Store {
 
     /// The place after everything in the log.
     async fn end(&self) -> Result<i64, Error> {
-        Ok(self.edge("max").await?.map_or(0, log::end))
-    }
-
-    /// `min` or `max` of the numbers in the log.
-    async fn edge(&self, which: &str) -> Result<Option<i64>, Error> {
-        let sql = Sql::new(&format!("SELECT {which}(seq) FROM changes"));
+        let sql = Sql::new("SELECT max(seq) FROM changes");
         let row = self.0.read.query_one_raw(sql.build(self.0.read.get_database_backend())).await?;
-        Ok(row.map(|row| row.try_get_by_index::<Option<i64>>(0)).transpose()?.flatten())
+        let newest = row.map(|row| row.try_get_by_index::<Option<i64>>(0)).transpose()?.flatten();
+        Ok(newest.map_or(0, log::end))
     }
 
     /// The first rows with changes after a place, and perhaps some before it.
-    async fn read_changes(&self, of: Option<&Tenant>, after: i64, most: u64) -> Result<Vec<change::Model>, Error> {
+    async fn read_changes(&self, after: i64) -> Result<Vec<change::Model>, Error> {
         // The place after the last change of a row may be that of a row read to its end.
-        let mut rows = change::Entity::find().filter(change::Column::Seq.gte(log::row(after + 1)));
-        if let Some(tenant) = of {
-            rows = rows
-                .filter(change::Column::Organization.eq(tenant.organization()))
-                .filter(change::Column::Environment.eq(tenant.environment().as_str()));
+        let rows = change::Entity::find().filter(change::Column::Seq.gte(log::row(after + 1)));
+        Ok(rows.order_by_asc(change::Column::Seq).limit(MAX_FOLLOWED).all(&self.0.read).await?)
+    }
+
+    /// The same of one tenant, and the place of the last change of its that was removed, as it was at that moment.
+    async fn read_log(&self, tenant: &Tenant, after: i64) -> Result<(Option<i64>, Vec<change::Model>), Error> {
+        let (organization, environment) = (tenant.organization(), tenant.environment().as_str());
+        let mut sql = Sql::new(
+            "SELECT forgotten.place, log.seq, log.organization, log.environment, log.entries, log.occurred_at_ms \
+             FROM (SELECT max(place) AS place FROM forgotten_changes WHERE organization IN ('', ",
+        );
+        sql.value(organization).text(") AND environment IN ('', ").value(environment);
+        sql.text(")) AS forgotten LEFT JOIN (SELECT * FROM changes WHERE organization = ").value(organization);
+        sql.text(" AND environment = ").value(environment).text(" AND seq >= ").value(log::row(after + 1));
+        sql.text(" ORDER BY seq LIMIT ").value(MAX_READ).text(") AS log ON TRUE ORDER BY log.seq");
+        let (mut forgotten, mut rows) = (None, Vec::new());
+        for row in self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await? {
+            forgotten = row.try_get_by_index(0)?;
+            rows.extend(change::Model::from_query_result_optional(&row, "")?);
         }
-        Ok(rows.order_by_asc(change::Column::Seq).limit(most).all(&self.0.read).await?)
+        Ok((forgotten, rows))
     }
 }
 
@@ -158,7 +169,10 @@ impl Watch {
     }
 
     async fn read_log(&mut self) -> Result<(), WatchError> {
-        let rows = self.store.read_changes(Some(&self.filter.tenant), self.position, MAX_READ).await?;
+        let (forgotten, rows) = self.store.read_log(&self.filter.tenant, self.position).await?;
+        if forgotten.is_some_and(|place| place > self.position) {
+            return Err(WatchError::TooOld);
+        }
         self.caught_up = rows.is_empty();
         if self.caught_up {
             // What the log was read for is of other tenants: it need not be read for again.

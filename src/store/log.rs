@@ -3,7 +3,7 @@
 use std::{borrow::Cow, collections::HashMap};
 
 use sea_orm::DbBackend;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 
 use super::{
     Error,
@@ -144,6 +144,12 @@ fn place(seq: i64, index: usize) -> i64 {
     seq.saturating_mul(MAX_ENTRIES as i64).saturating_add(index)
 }
 
+/// The place of the last change of a row; of the last that it could have, when it cannot be read.
+pub(super) fn last(seq: i64, entries: &str) -> i64 {
+    let count = serde_json::from_str::<Vec<IgnoredAny>>(entries).map_or(MAX_ENTRIES, |entries| entries.len());
+    place(seq, count.saturating_sub(1))
+}
+
 /// The place after which row `seq` is read to its end.
 pub(super) fn end(seq: i64) -> i64 {
     place(seq, MAX_ENTRIES - 1)
@@ -195,6 +201,11 @@ mod tests {
         assert!(all.iter().map(|change| change.delivery_id.clone()).eq((0..300).map(|number| format!("del_{number}"))));
         assert!(all.is_sorted_by(|earlier, later| earlier.seq < later.seq));
         assert_eq!(all[0].last_error.as_deref(), Some("said \"no\""));
+        for row in &rows {
+            let places = all.iter().map(|change| change.seq).filter(|place| super::row(*place) == row.seq);
+            assert_eq!(Some(last(row.seq, &row.entries)), places.max());
+        }
+        assert_eq!(last(1, "?"), end(1));
         for (index, change) in all.iter().enumerate() {
             assert_eq!(read(change.seq), all[index + 1..]);
             assert!(change.seq <= end(row(change.seq)));

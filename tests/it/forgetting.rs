@@ -5,13 +5,19 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait, TransactionTrait};
 use shortkit_webhooks::{
     clock,
+    grpc::proto::WatchDeliveriesRequest,
     store::{KeyKind, NewKey, Store},
     webhook::Environment,
 };
+use tonic::Code;
 
-use crate::support::{Database, Kind, on_both_databases};
+use crate::support::{Database, Kind, Receiver, TestServer, Watch, on_both_databases};
 
-on_both_databases!(one_round_removes_all_that_is_old, uses_of_keys_are_noted_together);
+on_both_databases!(
+    one_round_removes_all_that_is_old,
+    a_token_is_refused_when_something_of_its_own_is_gone,
+    uses_of_keys_are_noted_together,
+);
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -47,6 +53,56 @@ async fn one_round_removes_all_that_is_old(database: Database) {
     database.execute("UPDATE changes SET occurred_at_ms = 0").await;
     store.purge().await.unwrap();
     assert_eq!((number(&database, changes).await, number(&database, newest).await), (1, before));
+}
+
+async fn resume(server: &TestServer, token: &str) -> Result<Watch, tonic::Status> {
+    let request = WatchDeliveriesRequest { resume_token: Some(token.to_owned()), ..Default::default() };
+    Ok(Watch(server.deliveries().watch_deliveries(request).await?.into_inner()))
+}
+
+async fn a_token_is_refused_when_something_of_its_own_is_gone(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    // Both of a call have a row of the log together.
+    let event = r#"{"event":"content.ready","data":{}}"#;
+    server.post("/v1/events/batch", &format!(r#"{{"events":[{event},{event}]}}"#)).await.data();
+    let mut tokens = Vec::new();
+    for _ in 0..4 {
+        tokens.push(watch.next().await.resume_token);
+    }
+    database.log_failures("other", 10, Duration::ZERO).await;
+    database.execute("UPDATE changes SET occurred_at_ms = 0").await;
+    database.log_failures("acme", 3, 2 * DAY).await;
+    server.store.purge().await.unwrap();
+    assert_eq!(number(&database, "SELECT count(*) FROM changes").await, 3);
+
+    // What was removed after its last one is another's.
+    let last = tokens.pop().unwrap();
+    let mut resumed = resume(&server, &last).await.unwrap();
+    for number in 1..=3 {
+        let change = resumed.next().await;
+        assert_eq!(change.delivery_id, format!("del_{number}"));
+        tokens.extend((number == 1).then_some(change.resume_token));
+    }
+    let first_left = tokens.pop().unwrap();
+    let refused = async |token: &str| {
+        let refused = resume(&server, token).await.err().unwrap();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().contains("too old"), "{refused}");
+    };
+    for token in &tokens {
+        refused(token).await;
+    }
+
+    // Before it was noted whose changes were removed, they may have been anybody's.
+    database.execute("DROP TABLE forgotten_changes").await;
+    database.execute("DELETE FROM seaql_migrations WHERE version = 'm0010_forgotten_changes'").await;
+    server.store.migrate().await.unwrap();
+    refused(&last).await;
+    assert_eq!(resume(&server, &first_left).await.unwrap().next().await.delivery_id, "del_2");
+    server.stop().await;
 }
 
 #[tokio::test]

@@ -1,17 +1,22 @@
 //! What is kept for a fixed time, whatever the operator says: the log of changes, and the answers to named requests.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use sea_orm::{ConnectionTrait, QueryResult};
 
 use super::{Round, Step, Stop, pages, steps};
 use crate::{
     clock,
-    store::{Error, Store, sql::Sql},
+    store::{
+        Error, Store, log,
+        rows::{Column, Rows, int, text},
+        script::Script,
+        sql::Sql,
+    },
     webhook::Timestamp,
 };
 
-/// How far the log of changes reaches back; older resume tokens are refused.
+/// How far the log of changes reaches back; a resume token after which something of its tenant was removed is refused.
 const KEEP_CHANGES: Duration = Duration::from_secs(3 * 24 * 60 * 60);
 /// One read looks at no more than this many rows; what follows is in the next.
 const MAX_READ: i64 = 1_024;
@@ -22,6 +27,18 @@ const STEP: Step = Step { most: 512, rest: 1 };
 const STEP_ON_SQLITE: Step = Step { most: 256, rest: 2 };
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes this.
 const LOCK: i64 = 0x736b_776c;
+
+const FORGOTTEN: &[Column] = &[text("organization"), text("environment"), int("place")];
+const NOTE_FORGOTTEN: &str = "INSERT INTO forgotten_changes (organization, environment, place) \
+    SELECT organization, environment, place FROM {rows} WHERE TRUE \
+    ON CONFLICT (organization, environment) DO UPDATE SET place = excluded.place \
+    WHERE excluded.place > forgotten_changes.place";
+
+/// A row of the log.
+struct Row {
+    seq: i64,
+    tenant: (String, String),
+}
 
 impl Store {
     /// Forgets changes and answers that are older than they are kept, in as many steps as it takes.
@@ -55,20 +72,53 @@ impl Round<'_> {
     /// newest one, which says where the log stands.
     async fn forget_changes(&self, after: Option<i64>, old: Timestamp) -> Result<Option<i64>, Stop> {
         let Some(after) = after else { return Ok(None) };
-        let mut sql = Sql::new("SELECT seq, octet_length(entries), occurred_at_ms FROM changes WHERE seq > ");
+        let mut sql = Sql::new(
+            "SELECT seq, organization, environment, octet_length(entries), occurred_at_ms FROM changes WHERE seq > ",
+        );
         sql.value(after).text(" AND seq < (SELECT max(seq) FROM changes) ORDER BY seq LIMIT ").value(MAX_READ);
-        let found = self.read(sql).await?;
-        let rows = found.iter().map(QueryResult::try_get_many_by_index);
-        let rows = rows.collect::<Result<Vec<(i64, i32, i64)>, _>>()?;
-        let due = rows.iter().filter(|(.., occurred_at_ms)| *occurred_at_ms < old.millis());
-        let due: Vec<(i64, usize)> = due.map(|(seq, bytes, _)| (*seq, pages(*bytes))).collect();
-        for step in steps(&due, self.step.most) {
-            let mut sql = Sql::new("DELETE FROM changes WHERE seq >= ");
-            sql.value(step[0].0).text(" AND seq <= ").value(step[step.len() - 1].0);
-            sql.text(" AND occurred_at_ms < ").value(old.millis());
-            self.remove_by(sql).await?;
+        let (mut due, mut read) = (Vec::new(), None);
+        for row in self.read(sql).await? {
+            let (seq, organization, environment, bytes, occurred_at_ms): (i64, String, String, i32, i64) =
+                row.try_get_many_by_index()?;
+            if occurred_at_ms < old.millis() {
+                due.push((Row { seq, tenant: (organization, environment) }, pages(bytes)));
+            }
+            read = Some(seq);
         }
-        Ok(rows.last().filter(|_| !due.is_empty()).map(|(seq, ..)| *seq))
+        for step in steps(&due, self.step.most) {
+            self.forget_changes_in(step, old).await?;
+        }
+        Ok(read.filter(|_| !due.is_empty()))
+    }
+
+    /// Removes changes as one step, and notes for each tenant how far that went: what was given out before can tell by it
+    /// that something is missing.
+    async fn forget_changes_in(&self, step: &[(Row, usize)], old: Timestamp) -> Result<(), Stop> {
+        let forgotten = self.last_of_each_tenant(step).await?;
+        let began = clock::stopwatch();
+        let transaction = self.begin().await?;
+        let mut sql = Sql::new("DELETE FROM changes WHERE seq >= ");
+        sql.value(step[0].0.seq).text(" AND seq <= ").value(step[step.len() - 1].0.seq);
+        sql.text(" AND occurred_at_ms < ").value(old.millis());
+        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+        Script::default().with(NOTE_FORGOTTEN, forgotten).run(&transaction).await?;
+        transaction.commit().await?;
+        self.rest(began).await;
+        Ok(())
+    }
+
+    /// The places of the last changes of a step. A row that has gone meanwhile was noted by whoever removed it.
+    async fn last_of_each_tenant(&self, step: &[(Row, usize)]) -> Result<Rows, Stop> {
+        let last: BTreeMap<_, i64> = step.iter().map(|(row, _)| (&row.tenant, row.seq)).collect();
+        let mut sql = Sql::new("SELECT organization, environment, seq, entries FROM changes WHERE seq IN ");
+        sql.list("(", last.into_values().map(Into::into), ")");
+        let mut rows = Rows::new(self.store.0.write.get_database_backend(), FORGOTTEN);
+        for row in self.read(sql).await? {
+            let (organization, environment, seq, entries): (String, String, i64, String) =
+                row.try_get_many_by_index()?;
+            rows.push([(&organization).into(), (&environment).into(), log::last(seq, &entries).into()]);
+        }
+        Ok(rows)
     }
 
     /// Removes the next answers that expired after a time and until `now`, and answers with where to go on. What expired
