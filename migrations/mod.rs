@@ -14,6 +14,7 @@ mod m0007_retention;
 mod m0008_expectations;
 mod m0009_smaller_indexes;
 mod m0010_forgotten_changes;
+mod m0011_webhook_changes;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -62,6 +63,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0008_expectations", schema: m0008_expectations::schema },
             Step { name: "m0009_smaller_indexes", schema: m0009_smaller_indexes::schema },
             Step { name: "m0010_forgotten_changes", schema: m0010_forgotten_changes::schema },
+            Step { name: "m0011_webhook_changes", schema: m0011_webhook_changes::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

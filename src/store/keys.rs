@@ -18,7 +18,7 @@ use super::{
     Error, Store,
     audit::{Actor, AuditAction, Record},
     entity::api_key::{ActiveModel, Column, Entity, Model},
-    revisions::Subject,
+    revisions::Changed,
     rows::{self, MAX_ROWS, Rows},
 };
 use crate::{
@@ -207,7 +207,7 @@ impl Store {
         let transaction = self.write().await?;
         let row = row.insert(&transaction).await?;
         record(AuditAction::KeyCreated, &row).write(&transaction, &Actor::command_line()).await?;
-        self.commit_change(transaction, Subject::Keys).await?;
+        self.commit_change(transaction, Changed::Keys).await?;
         Ok(CreatedKey { key, info: info(row)? })
     }
 
@@ -230,7 +230,7 @@ impl Store {
             return Ok(true);
         }
         record(AuditAction::KeyRevoked, &row).write(&transaction, &Actor::command_line()).await?;
-        self.commit_change(transaction, Subject::Keys).await?;
+        self.commit_change(transaction, Changed::Keys).await?;
         Ok(true)
     }
 

@@ -18,8 +18,8 @@ use crate::{
     webhook::{SigningKey, Tenant, Timestamp, WebhookStatus},
 };
 
-/// At most this many entries of each sort are kept; beyond, all are dropped and learned anew.
-const MAX_ENTRIES: usize = 10_000;
+/// At most this many webhooks, and tenants with what they subscribe to, are known; beyond, all are forgotten and learned anew.
+const MAX_ENTRIES: usize = 50_000;
 
 /// One query reads at most this many targets.
 const MAX_READ: usize = 256;
@@ -55,7 +55,8 @@ struct Known {
     generation: u64,
     /// With the moment before the database was asked.
     targets: HashMap<Arc<str>, (Instant, Option<Arc<Target>>)>,
-    subscribers: HashMap<Subscription, (Instant, Subscribers)>,
+    /// By tenant, then by event type.
+    subscribers: HashMap<Tenant, HashMap<String, (Instant, Subscribers)>>,
 }
 
 impl Target {
@@ -93,13 +94,36 @@ impl TargetReader {
     }
 }
 
+impl Known {
+    fn subscribers_of(&self, (tenant, event_type): &Subscription) -> Option<&(Instant, Subscribers)> {
+        self.subscribers.get(tenant)?.get(event_type)
+    }
+}
+
 impl Targets {
-    /// Forgets everything, because a webhook has changed.
+    /// Forgets everything, because webhooks have changed.
     pub(super) fn forget(&self) {
         let mut known = self.lock();
         known.generation += 1;
         known.targets.clear();
         known.subscribers.clear();
+    }
+
+    /// Forgets what is known of webhooks that have changed, and who subscribes to what of their tenants.
+    pub(super) fn forget_webhooks(&self, changed: &[(Tenant, Arc<str>)]) {
+        let mut known = self.lock();
+        known.generation += 1;
+        for (tenant, webhook_id) in changed {
+            known.targets.remove(webhook_id);
+            known.subscribers.remove(tenant);
+        }
+    }
+
+    /// Whether a webhook is known, and what its tenant subscribes to.
+    #[cfg(test)]
+    pub(super) fn know(&self, (tenant, webhook_id): &(Tenant, Arc<str>)) -> [bool; 2] {
+        let known = self.lock();
+        [known.targets.contains_key(webhook_id), known.subscribers.contains_key(tenant)]
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
@@ -161,7 +185,7 @@ impl Store {
     /// How many deliveries events make, as far as that is known.
     pub(super) fn known_deliveries(&self, wanted: impl Iterator<Item = Subscription>) -> usize {
         let known = self.0.targets.lock();
-        wanted.filter_map(|subscription| known.subscribers.get(&subscription)).map(|(_, ids)| ids.len()).sum()
+        wanted.filter_map(|subscription| known.subscribers_of(&subscription)).map(|(_, ids)| ids.len()).sum()
     }
 
     /// The active webhooks that each event goes to, in one query for those not known.
@@ -173,7 +197,7 @@ impl Store {
         let generation = {
             let known = self.0.targets.lock();
             for subscription in wanted {
-                match known.subscribers.get(&subscription) {
+                match known.subscribers_of(&subscription) {
                     Some((asked_at, ids)) if self.0.revisions.hold(*asked_at) => {
                         found.insert(subscription, Arc::clone(ids));
                     }
@@ -194,7 +218,8 @@ impl Store {
         for (subscription, ids) in unknown {
             let ids: Subscribers = ids.into();
             if known.generation == generation {
-                known.subscribers.insert(subscription.clone(), (asked_at, Arc::clone(&ids)));
+                let (tenant, event_type) = subscription.clone();
+                known.subscribers.entry(tenant).or_default().insert(event_type, (asked_at, Arc::clone(&ids)));
             }
             found.insert(subscription, ids);
         }

@@ -13,7 +13,7 @@ use super::{
     audit::{Actor, AuditAction, Record},
     entity::{subscription, webhook},
     idempotency::Keep,
-    revisions::Subject,
+    revisions::Changed,
     secrets::{self, OpenSecrets},
     sql::Sql,
 };
@@ -79,7 +79,7 @@ impl Store {
         webhook::Entity::insert(row).exec_without_returning(&transaction).await?;
         subscribe(&transaction, tenant, &done.0.id, &done.0.events).await?;
         Record::of_webhook(AuditAction::WebhookCreated, tenant, &done.0.id).write(&transaction, by).await?;
-        self.commit_change(transaction, Subject::Webhooks).await?;
+        self.commit_change(transaction, Changed::Webhook(tenant, &done.0.id)).await?;
         Ok(done)
     }
 
@@ -137,7 +137,7 @@ impl Store {
         let changed = row.update(&transaction).await?;
         let record = Record::of_webhook(AuditAction::WebhookUpdated, tenant, id);
         Record { changed_fields: &changed_fields, ..record }.write(&transaction, by).await?;
-        self.commit_change(transaction, Subject::Webhooks).await?;
+        self.commit_change(transaction, Changed::Webhook(tenant, id)).await?;
         if update.status == Some(WebhookStatus::Active) {
             // What it held is due, or will be. If this fails, the next sweep finds it.
             let webhook = (changed.id.as_str().into(), Arc::clone(tenant.shared_organization()));
@@ -160,7 +160,7 @@ impl Store {
         row.update(&transaction).await?;
         unsubscribe(&transaction, id).await?;
         Record::of_webhook(AuditAction::WebhookDeleted, tenant, id).write(&transaction, by).await?;
-        self.commit_change(transaction, Subject::Webhooks).await?;
+        self.commit_change(transaction, Changed::Webhook(tenant, id)).await?;
         Ok(true)
     }
 
@@ -190,7 +190,7 @@ impl Store {
         row.previous_secret_expires_at_ms = Set(Some(previous_expires_at.millis()));
         row.update(&transaction).await?;
         Record::of_webhook(AuditAction::SecretRotated, tenant, id).write(&transaction, by).await?;
-        self.commit_change(transaction, Subject::Webhooks).await?;
+        self.commit_change(transaction, Changed::Webhook(tenant, id)).await?;
         Ok(Some(rotated))
     }
 

@@ -43,6 +43,7 @@ struct Row {
 impl Store {
     /// Forgets changes and answers that are older than they are kept, in as many steps as it takes.
     pub async fn purge(&self) -> Result<(), Error> {
+        self.forget_webhook_changes().await?;
         let step = if self.sqlite() { STEP_ON_SQLITE } else { STEP };
         let round = Round { step, lock: LOCK, ..Round::new(self) };
         match round.purge(clock::now()).await {
