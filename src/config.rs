@@ -155,7 +155,7 @@ pub struct ServeArgs {
     /// Deliveries that may be pending in all; while there are as many, publishing is answered 503 [default: 10000000]
     #[arg(long, env = "SHORTKIT_MAX_BACKLOG", value_name = "COUNT")]
     max_backlog: Option<String>,
-    /// Deliveries of one organization that may be pending; while there are as many, its publishing is answered 429 [default: 1000000]
+    /// Deliveries of one organization that may be pending, fewer when little is free for others; while there are as many, its publishing is answered 429 [default: 1000000]
     #[arg(long, env = "SHORTKIT_MAX_BACKLOG_PER_ORGANIZATION", value_name = "COUNT")]
     max_backlog_per_organization: Option<String>,
     /// How long deliveries are kept after they ended, with everything that belongs to them; at least 1h [default: forever]

@@ -1,5 +1,21 @@
 //! How many deliveries are pending, of each organisation and in all, and when that is too many to accept more.
 //!
+//! Two fixed limits are not enough: ten organisations at theirs, whose receivers are dead, would fill the common one for 26
+//! hours and stop everybody. So the rule is that of dynamic thresholds (see `dispatch/shares.rs`): an organisation may have
+//! more pending only while it has less than a multiple α of what is *free* of the total. A few get all that they may have,
+//! many get less each, and something is always free for one that comes new:
+//!
+//! ```text
+//! free = total − reserve − all pending
+//! more, for one with n pending:  while n < its limit  and  all pending < total  and  (n < α × free  or  n < few)
+//! ```
+//!
+//! α is 1, or as much as it takes for one alone to reach its limit; with a limit that is not below the total, nine tenths of
+//! that. Those that come one after another could still halve what is free until nothing is: the reserve, the last tenth, or
+//! half of what one at its limit leaves if that is less, is only for those that have few. With the defaults of 10,000,000 and
+//! 1,000,000, eight organisations can reach their limit, ten have 818,000 each and leave as much beside the reserve, and
+//! that has 1,000 for each of 1,000 others.
+//!
 //! Nothing is counted when somebody publishes: the counts are read in the background, and what this node let in since is
 //! added to them. What was delivered since is not taken off, so for a moment the numbers are too high, never too low; of
 //! what other nodes let in, or what a commit stored that seemed to fail, each learns with its next look.
@@ -20,13 +36,18 @@ const LOOK: Duration = Duration::from_secs(1);
 /// … or this many times as long as the last one took, so that many webhooks do not keep the database busy.
 const REST: u32 = 20;
 
+/// Of what may be pending in all, one of so many is the reserve, which only organisations with few pending may use …
+const TOTAL_PER_RESERVE: u64 = 10;
+/// … and few are fewer than one of so many, or none. More are refused with [`Error::OrganizationBacklog`].
+const TOTAL_PER_FEW: u64 = 10_000;
+
 /// How many deliveries may be pending; publishing is refused while there are as many. An event that was let in makes all
 /// its deliveries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BacklogLimits {
     /// Of all organisations.
     pub total: u64,
-    /// Of one organisation.
+    /// Of one organisation, while there is room for others.
     pub organization: u64,
 }
 
@@ -60,18 +81,52 @@ impl Default for Backlog {
     }
 }
 
+impl BacklogLimits {
+    /// Whether an organisation may have more pending than `its`, when `all` are.
+    fn judge(&self, its: u64, all: u64) -> Result<(), Error> {
+        if its >= self.organization {
+            return Err(Error::OrganizationBacklog);
+        }
+        if all >= self.total {
+            return Err(Error::Backlog);
+        }
+        if its >= self.few() && its >= self.free(all).saturating_mul(self.multiple()) {
+            return Err(Error::OrganizationBacklog);
+        }
+        Ok(())
+    }
+
+    /// What one organisation alone may have.
+    fn most(&self) -> u64 {
+        if self.organization < self.total { self.organization } else { self.total - self.total / TOTAL_PER_RESERVE }
+    }
+
+    fn reserve(&self) -> u64 {
+        (self.total / TOTAL_PER_RESERVE).min((self.total - self.most()) / 2)
+    }
+
+    fn few(&self) -> u64 {
+        (self.total / TOTAL_PER_FEW).max(1)
+    }
+
+    fn free(&self, all: u64) -> u64 {
+        (self.total - self.reserve()).saturating_sub(all)
+    }
+
+    /// α.
+    fn multiple(&self) -> u64 {
+        self.most().div_ceil(self.free(self.most()).max(1)).max(1)
+    }
+}
+
 impl Backlog {
     /// Lets deliveries of the organisation in, or refuses them when too much is pending.
     pub(super) fn admit(&self, organization: &str, deliveries: usize) -> Result<(), Error> {
         let mut known = self.lock();
         let counts = [&known.found, &known.before, &known.since, &known.on_the_way];
         let of = |counts: &Counts| counts.organizations.get(organization).copied().unwrap_or(0);
-        if counts.into_iter().map(of).sum::<u64>() >= known.limits.organization {
-            return Err(Error::OrganizationBacklog);
-        }
-        if counts.into_iter().map(|counts| counts.total).sum::<u64>() >= known.limits.total {
-            return Err(Error::Backlog);
-        }
+        let (its, all) = (counts.into_iter().map(of).sum(), counts.into_iter().map(|counts| counts.total).sum());
+        known.limits.judge(its, all)?;
         if deliveries > 0 {
             known.on_the_way.add(organization, deliveries as u64);
         }
@@ -187,6 +242,58 @@ mod tests {
         backlog.begin();
         backlog.end(found(&[("loud", 2), ("other", 3)]));
         assert!(matches!(backlog.admit("quiet", 0), Err(Error::Backlog)));
+    }
+
+    /// What organisations have that come one after another and each take all they can.
+    fn fill(limits: BacklogLimits, organizations: usize) -> Vec<u64> {
+        let mut all = 0;
+        let take = |_| {
+            let its = (0..).find(|its| limits.judge(*its, all + its).is_err()).unwrap();
+            all += its;
+            its
+        };
+        (0..organizations).map(take).collect()
+    }
+
+    #[test]
+    fn one_alone_reaches_its_limit() {
+        for (total, organization, most) in [
+            (100_000, 10_000, 10_000),
+            (100_000, 60_000, 60_000),
+            (100_000, 99_999, 99_999),
+            (10, 9, 9),
+            (2, 1, 1),
+            // No limit of its own leaves room for others all the same.
+            (100_000, 100_000, 90_000),
+            (100_000, u64::MAX, 90_000),
+            (10, 10, 9),
+        ] {
+            assert_eq!(fill(BacklogLimits { total, organization }, 1), [most], "{total} {organization}");
+        }
+    }
+
+    #[test]
+    fn few_have_their_limit_and_many_leave_room() {
+        // A hundredth of the defaults.
+        let limits = BacklogLimits { total: 100_000, organization: 10_000 };
+        assert_eq!(fill(limits, 8), [10_000; 8]);
+        let mut its = [0; 10];
+        while let Some(least) = its.iter().min()
+            && limits.judge(*least, its.iter().sum()).is_ok()
+        {
+            *its.iter_mut().min().unwrap() += 1;
+        }
+        assert!(its.iter().all(|its| (8_181..=8_182).contains(its)), "{its:?}");
+        assert!(limits.judge(8_000, its.iter().sum()).is_ok(), "one that has less than they");
+    }
+
+    #[test]
+    fn those_that_come_last_have_few_but_not_none() {
+        let limits = BacklogLimits { total: 100_000, organization: 10_000 };
+        let its = fill(limits, 1_000);
+        assert!(its.iter().all(|its| *its >= limits.few()), "{its:?}");
+        assert!(its.iter().sum::<u64>() <= limits.total);
+        assert!(matches!(limits.judge(0, limits.total), Err(Error::Backlog)), "the total is hard");
     }
 
     #[test]

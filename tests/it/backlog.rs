@@ -17,6 +17,7 @@ use crate::support::{Answer, Database, Receiver, Reply, TestServer, config, on_b
 on_both_databases!(
     an_organisation_with_too_much_pending_is_refused_until_it_has_less,
     too_much_in_all_is_refused_to_everybody_and_reads_go_on,
+    organisations_with_much_pending_leave_room_for_the_others,
 );
 
 const EVENT: &str = r#"{"event":"content.ready","data":{}}"#;
@@ -93,5 +94,61 @@ async fn too_much_in_all_is_refused_to_everybody_and_reads_go_on(database: Datab
     let message = PublishEventRequest { event: "content.ready".to_owned(), data: "{}".to_owned() };
     assert_eq!(server.deliveries().publish_event(message).await.unwrap_err().code(), Code::Unavailable);
     assert_eq!(server.get(&format!("/v1/webhooks/{id}/deliveries?status=pending")).await.json()["meta"]["total"], 1);
+    server.stop().await;
+}
+
+/// A key of an organisation with a webhook, and the webhook's id.
+async fn organization(server: &TestServer, name: &str, receiver: &Receiver) -> (String, String) {
+    let key = server.new_key(Some(name), KeyKind::Secret, Environment::Test).await;
+    let body = json!({ "url": receiver.url(), "events": ["content.ready"] }).to_string();
+    let made = server.send(as_json(server, &key, "/v1/webhooks", body)).await.data();
+    (key, made["id"].as_str().unwrap().to_owned())
+}
+
+fn as_json(server: &TestServer, key: &str, path: &str, body: String) -> reqwest::RequestBuilder {
+    let request = server.anonymous(http::Method::POST, path).bearer_auth(key);
+    request.header("content-type", "application/json").body(body)
+}
+
+/// Publishes so many events; what is counted twice during a look at the counts is refused for a moment.
+async fn publish_as(server: &TestServer, key: &str, count: usize) {
+    for number in 0..count {
+        let accepted = async {
+            while server.send(as_json(server, key, "/v1/events", EVENT.to_owned())).await.status != 202 {
+                tokio::task::yield_now().await;
+            }
+        };
+        soon(&format!("that event number {number} is accepted"), accepted).await;
+    }
+}
+
+/// Of 20, the first organisation gets the 10 that are its limit; others get less the less is free, and the last two places
+/// are for those that have nothing.
+async fn organisations_with_much_pending_leave_room_for_the_others(database: Database) {
+    let server = TestServer::with(limited(&database, 20, 10)).await;
+    let receiver = Receiver::scripted(|_, _| Reply::status(500)).await;
+    let mut keys = Vec::new();
+    for (name, room) in [("first", 10), ("second", 6), ("third", 2), ("fourth", 1), ("fifth", 1)] {
+        let (key, id) = organization(&server, name, &receiver).await;
+        publish_as(&server, &key, room).await;
+        if name != "fifth" {
+            assert_refused(
+                &server.send(as_json(&server, &key, "/v1/events", EVENT.to_owned())).await,
+                429,
+                "RATE_LIMITED",
+            );
+        }
+        keys.push((key, id));
+    }
+    let (late, _) = organization(&server, "late", &receiver).await;
+    let refused = server.send(as_json(&server, &late, "/v1/events", EVENT.to_owned())).await;
+    assert_refused(&refused, 503, "SERVICE_UNAVAILABLE");
+
+    // Only what is free counts: when the first has nothing any more, there is room for all, and for it.
+    let (first, id) = &keys[0];
+    let delete = server.anonymous(http::Method::DELETE, &format!("/v1/webhooks/{id}")).bearer_auth(first);
+    server.send(delete).await.data();
+    publish_as(&server, &late, 3).await;
+    publish_as(&server, &keys[3].0, 2).await;
     server.stop().await;
 }
