@@ -14,10 +14,7 @@ mod deleted;
 mod events;
 mod janitor;
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, future::Future, time::Duration};
 
 use sea_orm::{ConnectionTrait, DatabaseTransaction, QueryResult, TransactionTrait};
 
@@ -26,6 +23,7 @@ use super::{
     entity::delivery,
     rows::{Column, Rows, int, text},
     script::Script,
+    silence::MAX_WAIT,
     sql::Sql,
 };
 use crate::{
@@ -239,7 +237,10 @@ impl<'a> Round<'a> {
 
     /// Removes what is to go of the deliveries in `runs`, as one step.
     async fn remove(&self, what: What, runs: &[Run<'_>]) -> Result<(), Stop> {
-        let began = clock::stopwatch();
+        self.step(self.try_remove(what, runs)).await
+    }
+
+    async fn try_remove(&self, what: What, runs: &[Run<'_>]) -> Result<(), Stop> {
         let transaction = self.begin().await?;
         let backend = transaction.get_database_backend();
         let mut attempts = Rows::new(backend, DELIVERY_IDS);
@@ -268,24 +269,25 @@ impl<'a> Round<'a> {
             }
         }
         Script::default().with(REMOVE_ATTEMPTS, attempts).with(COUNT_REMOVED, counts).run(&transaction).await?;
-        transaction.commit().await?;
-        self.rest(began).await;
-        Ok(())
+        Ok(transaction.commit().await?)
     }
 
     /// Removes what a statement names, as one step.
     async fn remove_by(&self, sql: Sql) -> Result<(), Stop> {
-        let began = clock::stopwatch();
-        let transaction = self.begin().await?;
-        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
-        transaction.commit().await?;
-        self.rest(began).await;
-        Ok(())
+        self.step(async {
+            let transaction = self.begin().await?;
+            transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+            Ok(transaction.commit().await?)
+        })
+        .await
     }
 
-    /// Leaves the database to the others after a step.
-    async fn rest(&self, began: Instant) {
+    /// Does a step, and leaves the database to the others after it.
+    async fn step(&self, step: impl Future<Output = Result<(), Stop>>) -> Result<(), Stop> {
+        let began = clock::stopwatch();
+        self.heard(step).await?;
         tokio::time::sleep(began.elapsed() * self.step.rest).await;
+        Ok(())
     }
 
     /// The next webhooks, after one, that have deliveries whose ids are from `from` to before `to`.
@@ -318,11 +320,18 @@ impl<'a> Round<'a> {
         if self.store.sqlite() {
             return Ok(read.query_all_raw(statement).await?);
         }
-        let transaction = read.begin().await?;
-        transaction.execute_unprepared(BY_KEY).await?;
-        let rows = transaction.query_all_raw(statement).await?;
-        transaction.commit().await?;
-        Ok(rows)
+        self.heard(async {
+            let transaction = read.begin().await?;
+            transaction.execute_unprepared(BY_KEY).await?;
+            let rows = transaction.query_all_raw(statement).await?;
+            transaction.commit().await?;
+            Ok(rows)
+        })
+        .await
+    }
+
+    async fn heard<T>(&self, work: impl Future<Output = Result<T, Stop>>) -> Result<T, Stop> {
+        self.store.0.silence.heard(MAX_WAIT, work).await
     }
 
     async fn mark(&self, name: &str) -> Result<Timestamp, Stop> {
@@ -337,8 +346,7 @@ impl<'a> Round<'a> {
         let mut sql = Sql::new("INSERT INTO settings (name, value) VALUES ");
         sql.row([name.into(), at.millis().to_string().into()]);
         sql.text(" ON CONFLICT (name) DO UPDATE SET value = excluded.value");
-        self.store.run(sql).await?;
-        Ok(())
+        self.heard(async { Ok(self.store.run(sql).await.map(drop)?) }).await
     }
 }
 

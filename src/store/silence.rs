@@ -37,11 +37,11 @@ impl Silence {
     }
 
     /// What `work` comes to, unless there is no answer for so long, or the database is found silent by somebody else.
-    pub(super) async fn heard<T>(
+    pub(super) async fn heard<T, E: From<Error>>(
         &self,
         most: Duration,
-        work: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Error> {
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
         let Some(silence) = &self.0 else { return work.await };
         let mut found = silence.subscribe();
         tokio::select! {
@@ -49,7 +49,7 @@ impl Silence {
             _ = found.changed() => {}
             () = tokio::time::sleep(most) => drop(silence.send_replace(Some(clock::stopwatch()))),
         }
-        Err(Error::Unavailable(Arc::new(DbErr::Conn(RuntimeErr::Internal("it does not answer".to_owned())))))
+        Err(E::from(Error::Unavailable(Arc::new(DbErr::Conn(RuntimeErr::Internal("it does not answer".to_owned()))))))
     }
 }
 
@@ -64,11 +64,11 @@ mod tests {
         let silence = Silence::of("postgres://db");
         let made = clock::stopwatch();
         assert!(!silence.concerns(made.elapsed()));
-        let [waits, asks] = [MAX_WAIT, Duration::ZERO].map(|most| silence.heard(most, pending::<Result<(), _>>()));
+        let [waits, asks] = [MAX_WAIT, Duration::ZERO].map(|most| silence.heard(most, pending::<Result<(), Error>>()));
         let (waited, asked) = tokio::join!(waits, asks);
         assert!(matches!((waited, asked), (Err(Error::Unavailable(_)), Err(Error::Unavailable(_)))));
         assert!(silence.concerns(made.elapsed()));
         assert!(!silence.concerns(Duration::ZERO), "one that is made now");
-        assert!(silence.heard(MAX_WAIT, ready(Ok(()))).await.is_ok(), "it is there again");
+        assert!(silence.heard(MAX_WAIT, ready(Ok::<_, Error>(()))).await.is_ok(), "it is there again");
     }
 }

@@ -73,15 +73,15 @@ impl Round<'_> {
         if !self.read(left).await?.is_empty() {
             return Ok(());
         }
-        let began = clock::stopwatch();
-        let transaction = self.begin().await?;
-        for statement in ["DELETE FROM delivery_counts WHERE webhook_id = ", "DELETE FROM webhooks WHERE id = "] {
-            let mut sql = Sql::new(statement);
-            sql.value(webhook_id);
-            transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
-        }
-        transaction.commit().await?;
-        self.rest(began).await;
-        Ok(())
+        self.step(async {
+            let transaction = self.begin().await?;
+            for statement in ["DELETE FROM delivery_counts WHERE webhook_id = ", "DELETE FROM webhooks WHERE id = "] {
+                let mut sql = Sql::new(statement);
+                sql.value(webhook_id);
+                transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+            }
+            Ok(transaction.commit().await?)
+        })
+        .await
     }
 }

@@ -43,7 +43,7 @@ struct Row {
 impl Store {
     /// Forgets changes and answers that are older than they are kept, in as many steps as it takes.
     pub async fn purge(&self) -> Result<(), Error> {
-        self.forget_webhook_changes().await?;
+        self.heard(self.forget_webhook_changes()).await?;
         let step = if self.sqlite() { STEP_ON_SQLITE } else { STEP };
         let round = Round { step, lock: LOCK, ..Round::new(self) };
         match round.purge(clock::now()).await {
@@ -96,16 +96,16 @@ impl Round<'_> {
     /// that something is missing.
     async fn forget_changes_in(&self, step: &[(Row, usize)], old: Timestamp) -> Result<(), Stop> {
         let forgotten = self.last_of_each_tenant(step).await?;
-        let began = clock::stopwatch();
-        let transaction = self.begin().await?;
-        let mut sql = Sql::new("DELETE FROM changes WHERE seq >= ");
-        sql.value(step[0].0.seq).text(" AND seq <= ").value(step[step.len() - 1].0.seq);
-        sql.text(" AND occurred_at_ms < ").value(old.millis());
-        transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
-        Script::default().with(NOTE_FORGOTTEN, forgotten).run(&transaction).await?;
-        transaction.commit().await?;
-        self.rest(began).await;
-        Ok(())
+        self.step(async {
+            let transaction = self.begin().await?;
+            let mut sql = Sql::new("DELETE FROM changes WHERE seq >= ");
+            sql.value(step[0].0.seq).text(" AND seq <= ").value(step[step.len() - 1].0.seq);
+            sql.text(" AND occurred_at_ms < ").value(old.millis());
+            transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+            Script::default().with(NOTE_FORGOTTEN, forgotten).run(&transaction).await?;
+            Ok(transaction.commit().await?)
+        })
+        .await
     }
 
     /// The places of the last changes of a step. A row that has gone meanwhile was noted by whoever removed it.
