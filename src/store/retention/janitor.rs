@@ -22,8 +22,8 @@ const KEEP_CHANGES: Duration = Duration::from_secs(3 * 24 * 60 * 60);
 const MAX_READ: i64 = 1_024;
 /// There, a step is mostly trips, and nobody waits for it.
 const STEP: Step = Step { most: 512, rest: 1 };
-/// A few milliseconds there too, since these rows are smaller than those of deliveries and have fewer indexes: three times
-/// 10,000 a second when nobody writes.
+/// A few milliseconds there too, since these rows are smaller than those of deliveries and have fewer indexes: 16,000 small
+/// ones a second, of a thousand tenants in turns, when nobody writes.
 const STEP_ON_SQLITE: Step = Step { most: 256, rest: 2 };
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes this.
 const LOCK: i64 = 0x736b_776c;
