@@ -13,8 +13,10 @@ use tokio::sync::{Notify, broadcast};
 
 use crate::webhook::{Change, Tenant};
 
-/// A watcher may be this many batches behind, each of at most 128 changes; then its stream ends and it resumes by its token.
+/// A watcher may be this many batches behind, each of at most 128 changes; then it is told that it missed some.
 const MAX_BEHIND: usize = 256;
+/// An organisation may watch so many times on a node, in all of its environments; once more is refused.
+const MAX_STREAMS: usize = 256;
 
 /// Connects commits with watchers. Cheap to clone.
 #[derive(Clone, Default)]
@@ -44,6 +46,8 @@ pub(crate) struct Watching {
 #[derive(Default)]
 struct Rings {
     of: HashMap<Tenant, Ring>,
+    /// How many times each organisation watches.
+    streams: HashMap<Arc<str>, usize>,
     /// Everything up to this place was read, and is not to come again.
     place: i64,
 }
@@ -95,15 +99,20 @@ impl Feed {
         }
     }
 
-    /// Watches a tenant from now on, and wakes the task that reads.
-    pub(crate) fn subscribe(&self, tenant: Tenant) -> Watching {
+    /// Watches a tenant from now on, and wakes the task that reads. None when its organisation has [`MAX_STREAMS`].
+    pub(crate) fn subscribe(&self, tenant: Tenant) -> Option<Watching> {
         let mut rings = self.lock();
+        let streams = rings.streams.entry(Arc::clone(tenant.shared_organization())).or_default();
+        if *streams >= MAX_STREAMS {
+            return None;
+        }
+        *streams += 1;
         let place = rings.place;
         let new = || Ring { batches: broadcast::channel(MAX_BEHIND).0, upto: place };
         let batches = rings.of.entry(tenant.clone()).or_insert_with(new).batches.subscribe();
         drop(rings);
         self.announce();
-        Watching { feed: self.clone(), tenant, batches }
+        Some(Watching { feed: self.clone(), tenant, batches })
     }
 
     fn lock(&self) -> MutexGuard<'_, Rings> {
@@ -124,6 +133,11 @@ impl Watching {
     pub(crate) async fn next(&mut self) -> Result<Batch, broadcast::error::RecvError> {
         self.batches.recv().await
     }
+
+    /// Goes on with what comes from now on, after some was missed: what is left would be missed one by one as more comes.
+    pub(crate) fn skip(&mut self) {
+        self.batches = self.batches.resubscribe();
+    }
 }
 
 impl Drop for Watching {
@@ -131,6 +145,13 @@ impl Drop for Watching {
         let mut rings = self.feed.lock();
         if rings.of.get(&self.tenant).is_some_and(|ring| ring.batches.receiver_count() == 1) {
             rings.of.remove(&self.tenant);
+        }
+        let organization = self.tenant.shared_organization();
+        if let Some(streams) = rings.streams.get_mut(organization) {
+            *streams -= 1;
+            if *streams == 0 {
+                rings.streams.remove(organization);
+            }
         }
     }
 }
@@ -146,7 +167,7 @@ mod tests {
     fn who_watches_is_woken_by_what_is_for_it() {
         let [acme, other] = ["acme", "other"].map(|name| Tenant::new(name, Environment::Live).unwrap());
         let feed = Feed::default();
-        let mut first = feed.subscribe(acme.clone());
+        let mut first = feed.subscribe(acme.clone()).unwrap();
         feed.begin(10);
         let next = |watching: &mut Watching| watching.next().now_or_never().map(Result::unwrap);
         let places = |batch: Option<Batch>| batch.map(|batch| (batch.after, batch.upto));
@@ -154,8 +175,8 @@ mod tests {
 
         assert!(!feed.pass(20, &other) && feed.pass(30, &acme));
         // Between the two, somebody comes who reads what was passed elsewhere.
-        let mut second = feed.subscribe(acme.clone());
-        let mut third = feed.subscribe(other.clone());
+        let mut second = feed.subscribe(acme.clone()).unwrap();
+        let mut third = feed.subscribe(other.clone()).unwrap();
         feed.show(&acme, 30, Vec::new());
         assert!(feed.pass(40, &other));
         feed.show(&other, 40, Vec::new());
@@ -171,5 +192,21 @@ mod tests {
         assert!(!feed.pass(60, &acme) && feed.is_watched());
         drop(third);
         assert!(!feed.is_watched());
+    }
+
+    #[test]
+    fn an_organisation_has_so_many_streams() {
+        let feed = Feed::default();
+        let watch = |name, environment| feed.subscribe(Tenant::new(name, environment).unwrap());
+        let mut streams: Vec<_> = (1..MAX_STREAMS).filter_map(|_| watch("acme", Environment::Live)).collect();
+        streams.extend(watch("acme", Environment::Test));
+        assert_eq!(streams.len(), MAX_STREAMS);
+        assert!(watch("acme", Environment::Live).is_none() && watch("acme", Environment::Test).is_none());
+        assert!(watch("other", Environment::Live).is_some());
+        streams.pop();
+        streams.extend(watch("acme", Environment::Live));
+        assert!(streams.len() == MAX_STREAMS && watch("acme", Environment::Live).is_none());
+        drop(streams);
+        assert!(feed.lock().streams.is_empty());
     }
 }

@@ -26,6 +26,9 @@ static NO_ANSWER: Seldom = Seldom::new(SAY_AGAIN);
 /// When to publish again after too much was pending: the counts are looked at more often, but what is pending takes time.
 const RETRY_AFTER_BACKLOG: Duration = Duration::from_secs(5);
 
+/// When to watch again after an organisation had as many streams as it may: one has to end first.
+const RETRY_AFTER_STREAMS: Duration = Duration::from_secs(5);
+
 /// An error with a code of the documented table.
 fn coded(code: Code, reason: &str, message: impl Into<String>, mut details: ErrorDetails) -> Status {
     details.set_error_info(reason, DOMAIN, HashMap::new());
@@ -227,6 +230,10 @@ pub(super) fn retry(error: RetryError) -> Status {
 pub(super) fn watch(error: WatchError) -> Status {
     match error {
         WatchError::TooOld => invalid_parameter("resume_token", "too_old", error.to_string()),
+        WatchError::TooMany => {
+            let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER_STREAMS));
+            coded(Code::ResourceExhausted, "RATE_LIMITED", error.to_string(), details)
+        }
         WatchError::TooSlow => coded(Code::Aborted, "SLOW_READER", error.to_string(), ErrorDetails::new()),
         WatchError::Store(error) => store(error),
     }

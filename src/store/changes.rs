@@ -1,18 +1,28 @@
 //! The log of changes: written with what it tells of, read by watchers.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect};
 use tokio::sync::broadcast;
 
 use super::{Error, Store, entity::change, keys::tenant, log, sql::Sql};
 use crate::{
+    clock,
     feed::Watching,
     webhook::{Change, DeliveryStatus, Tenant},
 };
 
-/// A watcher that reads the log takes at most this many rows of it, each of a bounded number of changes, and holds no more.
-const MAX_READ: i64 = 2;
+/// A watcher that reads the log takes at most this many rows of it at a time …
+const MAX_READ: i64 = 64;
+/// … and none after so many bytes, which are some 300 changes; what follows is in the next read. It holds no more than that
+/// and the last row, which has 128 changes at most.
+const MAX_READ_BYTES: i64 = 64 * 1024;
+/// A reader that took nothing for so long, while more came than the feed remembers, is too slow: its stream ends. Whoever is
+/// behind for another reason reads on in the log.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// Who reads it for all watchers takes so many: there is a row for each organisation in a commit.
 const MAX_FOLLOWED: u64 = 64;
 /// How often the log is looked at for changes of other nodes, while somebody watches.
@@ -34,10 +44,13 @@ pub struct ChangeFilter {
 /// Why watching ends.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
-    /// The log no longer has all that the tenant's would continue with.
+    /// Something of the tenant's was removed from the log after where it should continue.
     #[error("the resume token is too old")]
     TooOld,
-    /// The reader fell behind further than the feed remembers.
+    /// The organisation has as many streams on this node as it may.
+    #[error("too many streams of the organization are open")]
+    TooMany,
+    /// The reader paused, and fell behind further than the feed remembers.
     #[error("the stream is read too slowly; resume with the last token")]
     TooSlow,
     /// The database failed.
@@ -56,19 +69,32 @@ pub struct Watch {
     behind: i64,
     live: Watching,
     pending: VecDeque<Change>,
+    /// When the reader was given the last change, until it comes for the next.
+    given_at: Option<Instant>,
+    /// How long it took at most to come, since something was read for it.
+    paused: Duration,
 }
 
 impl Store {
     /// Watches changes from now on, or right after number `after`.
     pub async fn watch(&self, filter: ChangeFilter, after: Option<i64>) -> Result<Watch, WatchError> {
         // First the feed, then the log: what is committed in between is in both, and skipped the second time.
-        let live = self.0.feed.subscribe(filter.tenant.clone());
+        let live = self.0.feed.subscribe(filter.tenant.clone()).ok_or(WatchError::TooMany)?;
         let position = match after {
             Some(position) => position,
             None => self.end().await?,
         };
-        let (store, pending) = (self.clone(), VecDeque::new());
-        let mut watch = Watch { store, filter, position, caught_up: false, behind: 0, live, pending };
+        let mut watch = Watch {
+            store: self.clone(),
+            filter,
+            position,
+            caught_up: false,
+            behind: 0,
+            live,
+            pending: VecDeque::new(),
+            given_at: None,
+            paused: Duration::ZERO,
+        };
         if after.is_some() {
             // So that the call itself is refused when something is missing.
             watch.read_log().await?;
@@ -141,9 +167,15 @@ impl Store {
              FROM (SELECT max(place) AS place FROM forgotten_changes WHERE organization IN ('', ",
         );
         sql.value(organization).text(") AND environment IN ('', ").value(environment);
-        sql.text(")) AS forgotten LEFT JOIN (SELECT * FROM changes WHERE organization = ").value(organization);
-        sql.text(" AND environment = ").value(environment).text(" AND seq >= ").value(log::row(after + 1));
-        sql.text(" ORDER BY seq LIMIT ").value(MAX_READ).text(") AS log ON TRUE ORDER BY log.seq");
+        // Only lengths are read of the rows that there is no room for.
+        sql.text(
+            ")) AS forgotten LEFT JOIN (SELECT seq, sum(bytes) OVER (ORDER BY seq) - bytes AS before \
+             FROM (SELECT seq, octet_length(entries) AS bytes FROM changes WHERE organization = ",
+        );
+        sql.value(organization).text(" AND environment = ").value(environment);
+        sql.text(" AND seq >= ").value(log::row(after + 1)).text(" ORDER BY seq LIMIT ").value(MAX_READ);
+        sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES);
+        sql.text(" LEFT JOIN changes AS log ON log.seq = sized.seq ORDER BY log.seq");
         let (mut forgotten, mut rows) = (None, Vec::new());
         for row in self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await? {
             forgotten = row.try_get_by_index(0)?;
@@ -156,8 +188,12 @@ impl Store {
 impl Watch {
     /// The next change, when there is one. Dropping the call in the middle loses nothing.
     pub async fn next(&mut self) -> Result<Change, WatchError> {
+        if let Some(given_at) = self.given_at.take() {
+            self.paused = self.paused.max(given_at.elapsed());
+        }
         loop {
             if let Some(change) = self.pending.pop_front() {
+                self.given_at = Some(clock::stopwatch());
                 return Ok(change);
             }
             if self.caught_up {
@@ -173,6 +209,7 @@ impl Watch {
         if forgotten.is_some_and(|place| place > self.position) {
             return Err(WatchError::TooOld);
         }
+        self.paused = Duration::ZERO;
         self.caught_up = rows.is_empty();
         if self.caught_up {
             // What the log was read for is of other tenants: it need not be read for again.
@@ -188,9 +225,16 @@ impl Watch {
     async fn read_live(&mut self) -> Result<(), WatchError> {
         let batch = match self.live.next().await {
             Ok(batch) => batch,
+            Err(broadcast::error::RecvError::Lagged(_)) if self.paused < MAX_PAUSE => {
+                // It was busy with the log, or very much came at once. First the feed, then the log, as at the beginning.
+                self.live.skip();
+                self.caught_up = false;
+                return Ok(());
+            }
             Err(broadcast::error::RecvError::Lagged(_)) => return Err(WatchError::TooSlow),
             Err(broadcast::error::RecvError::Closed) => return Err(Error::Closed.into()),
         };
+        self.paused = Duration::ZERO;
         if batch.after > self.position {
             // Something came between the log as read and the feed's beginning.
             self.caught_up = false;
@@ -212,5 +256,120 @@ impl Watch {
         {
             self.pending.push_back(change.clone());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::webhook::Environment;
+
+    fn tenant() -> Tenant {
+        Tenant::new("acme", Environment::Test).unwrap()
+    }
+
+    /// Adds rows with so many changes each to the log.
+    async fn log(store: &Store, rows: usize, changes: usize) {
+        let entry = concat!(
+            r#"{"k":"attempted","w":"whk_1","d":"del_1","e":"content.ready","s":"failed","n":1,"t":0,"#,
+            r#""x":"Connection timeout"}"#
+        );
+        let entries = format!("[{}]", vec![entry; changes].join(","));
+        for _ in 0..rows {
+            let mut sql = Sql::new("INSERT INTO changes (organization, environment, entries, occurred_at_ms) VALUES ");
+            sql.row(["acme".into(), "test".into(), entries.as_str().into(), 0.into()]);
+            store.0.write.execute_raw(sql.build(store.0.write.get_database_backend())).await.unwrap();
+        }
+    }
+
+    /// Does what [`Store::follow_changes`] does with all there is after a place.
+    async fn show(store: &Store, mut after: i64) {
+        loop {
+            let rows = store.read_changes(after).await.unwrap();
+            let Some(last) = rows.last() else { return };
+            for row in &rows {
+                assert!(store.0.feed.pass(log::end(row.seq), &tenant()));
+                store.0.feed.show(&tenant(), log::end(row.seq), log::changes(row, 0).unwrap());
+            }
+            after = log::end(last.seq);
+        }
+    }
+
+    async fn watch(store: &Store, after: Option<i64>) -> Watch {
+        let filter = ChangeFilter { tenant: tenant(), webhook_id: None, status: None, event_type: None };
+        store.watch(filter, after).await.unwrap()
+    }
+
+    /// Reads the next changes, which are those of rows `from` to `to`.
+    async fn read(watch: &mut Watch, from: i64, to: i64) {
+        for row in from..=to {
+            assert_eq!(log::row(watch.next().await.unwrap().seq), row);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_read_of_the_log_is_bounded() {
+        let (_directory, store) = Store::fresh().await;
+        log(&store, 100, 1).await;
+        log(&store, 20, 128).await;
+        let (mut after, mut reads) = (0, Vec::new());
+        while let (_, rows) = store.read_log(&tenant(), after).await.unwrap()
+            && let Some(last) = rows.last()
+        {
+            after = log::end(last.seq);
+            let bytes = rows[..rows.len() - 1].iter().map(|row| row.entries.len()).sum::<usize>();
+            assert!(bytes < usize::try_from(MAX_READ_BYTES).unwrap());
+            reads.push(rows.len());
+        }
+        assert_eq!((reads.iter().sum::<usize>(), reads[0], log::row(after)), (120, 64, 120));
+        assert!(reads[2..reads.len() - 1].iter().all(|rows| (3..=6).contains(rows)), "{reads:?}");
+    }
+
+    /// A watcher that reads the log is not too slow because much comes meanwhile, however far it is.
+    #[tokio::test]
+    async fn who_reads_the_log_catches_up() {
+        let (_directory, store) = Store::fresh().await;
+        store.0.feed.begin(0);
+        log(&store, 100, 1).await;
+        let mut watch = watch(&store, Some(0)).await;
+        read(&mut watch, 1, 1).await;
+        show(&store, 0).await;
+        log(&store, 400, 1).await;
+        show(&store, log::end(100)).await;
+        read(&mut watch, 2, 500).await;
+        watch.read_log().await.unwrap();
+        assert!(watch.caught_up);
+        // The feed has forgotten some; then it goes on with it.
+        for (next, caught_up) in [(501, false), (502, true)] {
+            log(&store, 1, 1).await;
+            show(&store, log::end(next - 1)).await;
+            read(&mut watch, next, next).await;
+            assert_eq!(watch.caught_up, caught_up);
+            watch.read_log().await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn only_who_takes_nothing_is_too_slow() {
+        let (_directory, store) = Store::fresh().await;
+        store.0.feed.begin(0);
+        let mut slow = watch(&store, None).await;
+        let mut quick = watch(&store, None).await;
+        for watch in [&mut slow, &mut quick] {
+            // As it is while nothing comes.
+            watch.read_log().await.unwrap();
+            assert!(watch.caught_up);
+        }
+        log(&store, 1, 2).await;
+        show(&store, 0).await;
+        for watch in [&mut slow, &mut quick] {
+            read(watch, 1, 1).await;
+        }
+        log(&store, 400, 1).await;
+        show(&store, log::end(1)).await;
+        slow.given_at = slow.given_at.map(|at| at - MAX_PAUSE);
+        read(&mut slow, 1, 1).await;
+        assert!(matches!(slow.next().await, Err(WatchError::TooSlow)));
+        read(&mut quick, 1, 401).await;
     }
 }

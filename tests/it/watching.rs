@@ -1,13 +1,30 @@
 //! The live stream, over gRPC and as Server-Sent Events.
 
-use shortkit_webhooks::grpc::proto::{DeliveryChange, DeliveryStatus, WatchDeliveriesRequest};
+use std::time::Duration;
+
+use shortkit_webhooks::{
+    grpc::proto::{
+        DeliveryChange, DeliveryStatus, WatchDeliveriesRequest, delivery_service_client::DeliveryServiceClient,
+    },
+    store::{ChangeFilter, KeyKind, NewKey},
+    webhook::{Environment, Tenant},
+};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio_stream::StreamExt;
 use tokio_util::io::StreamReader;
+use tonic::{Code, transport::Endpoint};
+use tonic_types::StatusExt;
 
-use crate::support::{Database, Receiver, TestServer, on_both_databases, soon};
+use crate::support::{Bearer, Database, Receiver, TestServer, Watch, on_both_databases, soon};
 
-on_both_databases!(every_change_in_order, resumes_after_a_restart, filters, server_sent_events, ends_on_shutdown);
+on_both_databases!(
+    every_change_in_order,
+    resumes_after_a_restart,
+    catches_up_with_what_comes_meanwhile,
+    filters,
+    server_sent_events,
+    ends_on_shutdown,
+);
 
 async fn every_change_in_order(database: Database) {
     let server = TestServer::start(&database).await;
@@ -47,6 +64,36 @@ async fn resumes_after_a_restart(database: Database) {
     let missed: Vec<_> = soon("7 changes", stream.take(7).collect::<Result<Vec<_>, _>>()).await.unwrap();
     let attempted = missed.iter().filter(|change| change.change() == DeliveryChange::Attempted).count();
     assert_eq!((missed.len(), attempted), (7, 4));
+    server.stop().await;
+}
+
+async fn catches_up_with_what_comes_meanwhile(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    server.publish("content.ready", "{}").await;
+    let resume_token = Some(watch.next().await.resume_token);
+    watch.until(1, |change| change.response_time.is_some()).await;
+    database.log_failures("acme", 1_000, Duration::ZERO).await;
+    let request = WatchDeliveriesRequest { resume_token, ..Default::default() };
+    // A window that some hundred changes fill.
+    let small = Endpoint::from_shared(format!("http://{}", server.address)).unwrap().initial_stream_window_size(65_535);
+    let mut small = DeliveryServiceClient::with_interceptor(small.connect_lazy(), Bearer(server.key.clone()));
+    let mut resumed = Watch(small.watch_deliveries(request).await.unwrap().into_inner());
+    let attempted = resumed.next().await;
+    assert_eq!(attempted.change(), DeliveryChange::Attempted);
+    // It reads no further while as many come once more, which another sees as they come.
+    database.log_failures("acme", 1_000, Duration::ZERO).await;
+    server.publish("content.ready", "{}").await;
+    watch.until(1, |change| change.response_time.is_some()).await;
+    for number in (1..=1_000).chain(1..=1_000) {
+        assert_eq!(resumed.next().await.delivery_id, format!("del_{number}"));
+    }
+    resumed.until(1, |change| change.response_time.is_some()).await;
+    // From here on it sees what comes as it comes.
+    server.publish("content.ready", "{}").await;
+    assert_eq!(resumed.next().await.change(), DeliveryChange::Created);
     server.stop().await;
 }
 
@@ -95,6 +142,64 @@ async fn server_sent_events(database: Database) {
     let forged = server.request(http::Method::GET, &path).header("last-event-id", "x");
     let refused = server.send(forged).await;
     assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (400, Some("INVALID_PARAMETER")));
+    server.stop().await;
+}
+
+/// An organisation has so many streams on a node, and one that ends in any way makes room.
+#[tokio::test]
+async fn an_organisation_has_so_many_streams() {
+    let server = TestServer::on_sqlite().await;
+    let tenant = Tenant::new("acme", Environment::Live).unwrap();
+    let filter = ChangeFilter { tenant, webhook_id: None, status: None, event_type: None };
+    let mut others = Vec::new();
+    for _ in 0..255 {
+        others.push(server.store.watch(filter.clone(), None).await.unwrap());
+    }
+    let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    let rest = || server.request(http::Method::GET, &format!("/v1/webhooks/{id}/deliveries/watch"));
+    // Takes the last place as soon as it is free.
+    let open = async |key: &str| loop {
+        let mut deliveries = DeliveryServiceClient::with_interceptor(server.channel(), Bearer(key.to_owned()));
+        match deliveries.watch_deliveries(WatchDeliveriesRequest::default()).await {
+            Ok(stream) => return stream.into_inner(),
+            Err(refused) => assert_eq!(refused.code(), Code::ResourceExhausted),
+        }
+    };
+    let new = NewKey {
+        organization: Some("acme".to_owned()),
+        environment: Environment::Test,
+        kind: KeyKind::Secret,
+        expires_at: None,
+    };
+    let revoked = server.store.create_key(new).await.unwrap();
+
+    let stream = open(&revoked.key).await;
+    let refused = server.deliveries().watch_deliveries(WatchDeliveriesRequest::default()).await.unwrap_err();
+    assert_eq!(refused.get_error_details().error_info().unwrap().reason, "RATE_LIMITED");
+    let refused = server.send(rest()).await;
+    assert_eq!((refused.status, refused.headers["retry-after"].to_str().unwrap()), (429, "5"));
+    let other = server.new_key(Some("other"), KeyKind::Secret, Environment::Test).await;
+    server.watch_as(&other).await;
+
+    drop(stream);
+    let mut stream = soon("room after a caller has left", open(&revoked.key)).await;
+    server.store.revoke_key(&revoked.info.id).await.unwrap();
+    assert_eq!(soon("the end", stream.message()).await.unwrap_err().code(), Code::Unauthenticated);
+    let stream = soon("room after a stream has ended", open(&server.key)).await;
+    drop(stream);
+    let events = async {
+        loop {
+            let response = rest().send().await.unwrap();
+            if response.status() == 200 {
+                return response;
+            }
+        }
+    };
+    let events = soon("room for events", events).await;
+    assert_eq!(server.send(rest()).await.status, 429);
+    drop(events);
+    soon("room after a reader of events has left", open(&server.key)).await;
+    drop(others);
     server.stop().await;
 }
 
