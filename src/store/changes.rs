@@ -147,7 +147,8 @@ impl Store {
     /// The place after everything in the log.
     async fn end(&self) -> Result<i64, Error> {
         let sql = Sql::new("SELECT max(seq) FROM changes");
-        let row = self.0.read.query_one_raw(sql.build(self.0.read.get_database_backend())).await?;
+        let statement = sql.build(self.0.read.get_database_backend());
+        let row = self.heard(async { Ok(self.0.read.query_one_raw(statement).await?) }).await?;
         let newest = row.map(|row| row.try_get_by_index::<Option<i64>>(0)).transpose()?.flatten();
         Ok(newest.map_or(0, log::end))
     }
@@ -156,7 +157,8 @@ impl Store {
     async fn read_changes(&self, after: i64) -> Result<Vec<change::Model>, Error> {
         // The place after the last change of a row may be that of a row read to its end.
         let rows = change::Entity::find().filter(change::Column::Seq.gte(log::row(after + 1)));
-        Ok(rows.order_by_asc(change::Column::Seq).limit(MAX_FOLLOWED).all(&self.0.read).await?)
+        let rows = rows.order_by_asc(change::Column::Seq).limit(MAX_FOLLOWED);
+        self.heard(async { Ok(rows.all(&self.0.read).await?) }).await
     }
 
     /// The same of one tenant, and the place of the last change of its that was removed, as it was at that moment.
@@ -177,7 +179,8 @@ impl Store {
         sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES);
         sql.text(" LEFT JOIN changes AS log ON log.seq = sized.seq ORDER BY log.seq");
         let (mut forgotten, mut rows) = (None, Vec::new());
-        for row in self.0.read.query_all_raw(sql.build(self.0.read.get_database_backend())).await? {
+        let statement = sql.build(self.0.read.get_database_backend());
+        for row in self.heard(async { Ok(self.0.read.query_all_raw(statement).await?) }).await? {
             forgotten = row.try_get_by_index(0)?;
             rows.extend(change::Model::from_query_result_optional(&row, "")?);
         }

@@ -252,7 +252,7 @@ impl Store {
         let mut rows = Rows::new(self.0.write.get_database_backend(), USES);
         used.iter().for_each(|(id, at)| rows.push([id.into(), at.millis().into()]));
         for statement in rows.pieces(MAX_ROWS).flat_map(|piece| piece.statements(NOTE_USES)) {
-            self.0.write.execute_raw(statement).await?;
+            self.heard(async { Ok(self.0.write.execute_raw(statement).await?) }).await?;
         }
         Ok(())
     }

@@ -29,6 +29,9 @@ pub(super) const MAX_WAITING_BYTES: u32 = 64 * 1024 * 1024;
 /// An event counts as at least this much, which bounds how many wait.
 const MIN_BYTES: u32 = MAX_WAITING_BYTES / 65_536;
 
+/// So many bytes of data are as much to write as a delivery.
+const BYTES_PER_DELIVERY: usize = 4 * 1024;
+
 const EVENTS: &[Column] = &[text("id"), text("event_type"), text("data"), int("created_at_ms")];
 pub(super) const INSERT_EVENTS: &str = "INSERT INTO events (id, event_type, data, created_at_ms) \
     SELECT id, event_type, data, created_at_ms FROM {rows}";
@@ -211,6 +214,11 @@ impl Store {
 }
 
 impl Publish {
+    #[cfg(test)]
+    pub(super) fn of(tenant: Tenant, events: Vec<NewEvent>, lease: Lease) -> Self {
+        Self { tenant, events, lease, test: None, keep: None, room: None }
+    }
+
     pub(super) fn organization(&self) -> &Arc<str> {
         self.tenant.shared_organization()
     }
@@ -220,9 +228,18 @@ impl Publish {
         self.events.iter().map(|event| (self.tenant.clone(), event.event_type.clone()))
     }
 
-    /// How many events it has.
-    pub(super) fn len(&self) -> usize {
-        self.events.len()
+    /// How many deliveries it makes for these subscribers.
+    pub(super) fn deliveries(&self, subscribers: &HashMap<Subscription, Subscribers>) -> usize {
+        self.subscriptions()
+            .filter_map(|subscription| subscribers.get(&subscription))
+            .map(|webhooks| webhooks.len())
+            .sum()
+    }
+
+    /// How much it is to write with so many deliveries: as much as they are, and more when its data is long.
+    pub(super) fn weight(&self, deliveries: usize) -> usize {
+        let bytes: usize = self.events.iter().map(|event| event.data.as_str().len()).sum();
+        deliveries.max(self.events.len()).max(bytes / BYTES_PER_DELIVERY)
     }
 }
 

@@ -49,6 +49,8 @@ const MAX_READ: i64 = 5_000;
 const ROUND: Duration = Duration::from_secs(10);
 /// … or this many times as long as the last one looked in vain.
 const REST: u32 = 10;
+/// … but at most this: what may be personal is not to wait for hours because much else has to stay.
+const MAX_ROUND: Duration = Duration::from_secs(60 * 60);
 /// A delivery that ends later than this after it was made is one of the few in the index `deliveries_late`.
 const LATE: Duration = Duration::from_secs(60 * 60);
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes what is old.
@@ -121,7 +123,7 @@ impl Store {
         let Some(retention) = self.0.retention.get() else { return Ok(ROUND) };
         let mut round = Round::new(self);
         match round.run(retention, clock::now()).await {
-            Ok(()) | Err(Stop::Elsewhere) => Ok((round.in_vain * REST).max(ROUND)),
+            Ok(()) | Err(Stop::Elsewhere) => Ok((round.in_vain * REST).clamp(ROUND, MAX_ROUND)),
             Err(Stop::Failed(error)) => Err(error),
         }
     }

@@ -36,6 +36,15 @@ impl<T> Turns<T> {
         self.order.push_back(organization);
     }
 
+    /// Puts something that was taken back where it was: its organisation is next, and it is the first.
+    pub(super) fn put_back(&mut self, organization: Arc<str>, item: T) {
+        self.len += 1;
+        let line = self.lines.entry(Arc::clone(&organization)).or_default();
+        line.push_front(item);
+        self.order.retain(|other| *other != organization);
+        self.order.push_front(organization);
+    }
+
     /// The first thing in the line whose turn it is.
     pub(super) fn pop(&mut self) -> Option<T> {
         let organization = self.order.pop_front()?;
@@ -108,5 +117,12 @@ mod tests {
         assert!(turns.is_shared(Duration::MAX), "a moment ago");
         turns.push(quiet(), ("quiet", 2));
         assert_eq!(turns.pop(), Some(("quiet", 2)), "whoever had nothing left can come back");
+        (3..5).for_each(|number| turns.push(quiet(), ("quiet", number)));
+        turns.push(loud(), ("loud", 6));
+        turns.put_back(quiet(), ("quiet", 2));
+        turns.put_back(loud(), ("loud", 5));
+        assert_eq!((turns.len(), turns.organizations()), (5, 2));
+        let rest: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
+        assert_eq!(rest, [("loud", 5), ("quiet", 2), ("loud", 6), ("quiet", 3), ("quiet", 4)]);
     }
 }

@@ -73,10 +73,10 @@ impl Write {
         })
     }
 
-    /// How much it is to write, in results or deliveries.
+    /// How much it is to write, in results or deliveries, as far as that is known.
     fn weight(&self, store: &Store) -> usize {
         match self {
-            Self::Publish(publish, _) => publish.len().max(store.known_deliveries(publish.subscriptions())),
+            Self::Publish(publish, _) => publish.weight(store.known_deliveries(publish.subscriptions())),
             Self::Finish(..) | Self::Release(..) => 1,
         }
     }
@@ -120,7 +120,7 @@ impl Writer {
                     weight += next.weight(&store);
                     writes.push(next);
                 }
-                match store.draft(writes).await {
+                match store.draft(writes, &mut waiting).await {
                     (batch, None) => {
                         let took = store.settle(batch).await;
                         if let (Some(size), Some(took)) = (&mut size, took) {
@@ -157,8 +157,9 @@ impl Writer {
 }
 
 impl Store {
-    /// Sorts `writes`, and finds out where new events go; with the error when the database does not say.
-    async fn draft(&self, writes: Vec<Write>) -> (Batch, Option<Error>) {
+    /// Sorts `writes`, and finds out where new events go; with the error when the database does not say. What is more than it
+    /// seemed, as an event for a thousand webhooks after one of them has changed, is put back among those that wait.
+    async fn draft(&self, writes: Vec<Write>, waiting: &mut Turns<Write>) -> (Batch, Option<Error>) {
         let (mut batch, mut publishes) = (Batch::default(), Vec::new());
         for write in writes {
             match write {
@@ -171,11 +172,18 @@ impl Store {
         }
         match self.subscribers(publishes.iter().flat_map(|(publish, _)| publish.subscriptions())).await {
             Ok(subscribers) => {
-                for (publish, answer) in publishes {
+                let (mut weight, mut publishes) = (0, publishes.into_iter());
+                while weight < MAX_BATCH
+                    && let Some((publish, answer)) = publishes.next()
+                {
+                    weight += publish.weight(publish.deliveries(&subscribers));
                     match self.draft_of(*publish, &subscribers) {
                         Ok(draft) => batch.drafts.push((draft, answer)),
                         Err(refused) => drop(answer.send(Err(refused))),
                     }
+                }
+                for (publish, answer) in publishes.rev() {
+                    waiting.put_back(Arc::clone(publish.organization()), Write::Publish(publish, answer));
                 }
                 (batch, None)
             }
@@ -347,5 +355,44 @@ impl Batch {
         let finished = self.finished.into_iter().map(|finished| Self { finished: vec![finished], ..Self::default() });
         let releases = self.releases.into_iter().map(|release| Self { releases: vec![release], ..Self::default() });
         drafts.chain(finished).chain(releases)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::ConnectionTrait;
+
+    use super::*;
+    use crate::{
+        store::{Lease, NewEvent},
+        webhook::{Environment, EventData, Tenant},
+    };
+
+    /// What the writer took for little, since it did not know better, does not make a commit for which everybody waits.
+    #[tokio::test]
+    async fn what_is_more_than_it_seemed_waits() {
+        let (_directory, store) = Store::fresh().await;
+        for insert in [
+            "INSERT INTO webhooks (id, organization, environment, url, events, status, secret, created_at_ms) \
+             WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200) \
+             SELECT 'whk_' || i, 'acme', 'live', 'https://example.com/', '[]', 'active', '', 1 FROM n",
+            "INSERT INTO subscriptions (organization, environment, event_type, webhook_id) \
+             SELECT organization, environment, 'content.ready', id FROM webhooks",
+        ] {
+            store.0.write.execute_unprepared(insert).await.unwrap();
+        }
+        let tenant = Tenant::new("acme", Environment::Live).unwrap();
+        let write = || {
+            let event = NewEvent { event_type: "content.ready".to_owned(), data: EventData::parse("{}").unwrap() };
+            let lease = Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
+            let (answer, answered) = oneshot::channel();
+            (Write::Publish(Box::new(Publish::of(tenant.clone(), vec![event], lease)), answer), answered)
+        };
+        let (writes, _answered): (Vec<_>, Vec<_>) = (0..5).map(|_| write()).unzip();
+        assert!(writes.iter().all(|write| write.weight(&store) == 1));
+        let mut waiting = Turns::default();
+        let (batch, None) = store.draft(writes, &mut waiting).await else { panic!("it is there") };
+        assert_eq!((batch.drafts.len(), waiting.len()), (2, 3));
+        assert_eq!(waiting.pop().unwrap().weight(&store), 200);
     }
 }
