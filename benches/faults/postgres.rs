@@ -63,6 +63,24 @@ impl Postgres {
         let _ = self.child.wait().await;
     }
 
+    /// Has every process of it stand still, so that nothing it was asked is answered, nor any end of a connection told.
+    pub(crate) async fn freeze(&self) {
+        self.signal_all("STOP").await;
+    }
+
+    /// Has it go on.
+    pub(crate) async fn thaw(&self) {
+        self.signal_all("CONT").await;
+    }
+
+    async fn signal_all(&self, signal: &str) {
+        let Some(pid) = self.child.id() else { return };
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        // The first first: it starts no others then.
+        let all = std::iter::once(pid.to_string()).chain(children.split_whitespace().map(str::to_owned));
+        let _ = Command::new("kill").arg(format!("-{signal}")).args(all).status().await;
+    }
+
     /// Starts it again after a crash; it answers when this returns.
     pub(crate) async fn restart(&mut self) -> Result<(), String> {
         self.child = run(&self.binaries, self.directory.path(), self.port)?;

@@ -45,6 +45,8 @@ impl Silence {
         let Some(silence) = &self.0 else { return work.await };
         let mut found = silence.subscribe();
         tokio::select! {
+            // First what was answered: this process may be what stood still.
+            biased;
             done = work => return done,
             _ = found.changed() => {}
             () = tokio::time::sleep(most) => drop(silence.send_replace(Some(clock::stopwatch()))),

@@ -17,8 +17,8 @@ use crate::{
 
 /// Events whose first attempt is on the wire when the node freezes.
 const CAUGHT: usize = 8;
-/// What the node logs for each result that comes too late.
-const FENCED: &str = "the lease was lost before the result was recorded";
+/// What the node logs, once a second, of results that come too late.
+const FENCED: &str = "leases were lost before results were recorded";
 
 pub(super) async fn play(_: Form) -> Result<Report, String> {
     let (_postgres, url) = postgres().await?;
@@ -53,9 +53,7 @@ pub(super) async fn play(_: Form) -> Result<Report, String> {
 
     let mut report = Report::of(&world).await;
     let late = world.launches[0].logged(FENCED);
-    report
-        .notes
-        .push(format!("frozen for {:.0} s; {late} late results were fenced out", (thawed - frozen).as_secs_f64()));
+    report.notes.push(format!("frozen for {:.0} s; late results were fenced out", (thawed - frozen).as_secs_f64()));
     report.check(late > 0, || "no late result was fenced out".to_owned());
     report.check(taken_over >= 2 * CAUGHT, || "not everything was taken over while the node stood still".to_owned());
     report.repeats_at_most(CAUGHT);

@@ -8,6 +8,7 @@ mod disk_full;
 mod frozen_node;
 mod graceful_stop;
 mod postgres_crash;
+mod postgres_silence;
 
 use std::{pin::Pin, time::Duration};
 
@@ -51,6 +52,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     scenario!("crash-steps-postgres", "the same, with another node that takes over", crash_steps::on_postgres),
     scenario!("disk-full", "SQLite on a disk of 2 MB that is later made larger", disk_full::play),
     scenario!("postgres-crash", "PostgreSQL ends at once and comes back, again and again", postgres_crash::play),
+    scenario!("postgres-silence", "PostgreSQL stands still, with all its connections", postgres_silence::play),
     scenario!("frozen-node", "a node stands still for two leases and goes on", frozen_node::play),
     scenario!("clock-jump", "the clock of one node is wrong by two hours, one way and the other", clock_jump::play),
     scenario!("graceful-stop-sqlite", "SIGTERM under load, again and again", graceful_stop::on_sqlite),

@@ -49,7 +49,7 @@ pub(super) async fn play(form: Form) -> Result<Report, String> {
 }
 
 /// How long after `moment` a publish is acknowledged; none when that takes longer than `patience`.
-async fn acknowledged_after(ledger: &Ledger, moment: Instant, patience: Duration) -> Option<Duration> {
+pub(super) async fn acknowledged_after(ledger: &Ledger, moment: Instant, patience: Duration) -> Option<Duration> {
     while moment.elapsed() < patience {
         if let Some(took) = ledger.acknowledged_after(moment) {
             return Some(took);
@@ -59,13 +59,13 @@ async fn acknowledged_after(ledger: &Ledger, moment: Instant, patience: Duration
     None
 }
 
-fn slowest_refusal(ledger: &Ledger) -> Duration {
+pub(super) fn slowest_refusal(ledger: &Ledger) -> Duration {
     let books = ledger.books();
     let refused = books.published.values().filter(|publish| !matches!(publish.outcome, Outcome::Acknowledged));
     refused.map(|publish| publish.ended - publish.began).max().unwrap_or_default()
 }
 
-fn refusals(ledger: &Ledger) -> std::collections::BTreeSet<u16> {
+pub(super) fn refusals(ledger: &Ledger) -> std::collections::BTreeSet<u16> {
     let books = ledger.books();
     let statuses = books.published.values().filter_map(|publish| match publish.outcome {
         Outcome::Refused(status) => Some(status),
