@@ -15,6 +15,7 @@ mod m0008_expectations;
 mod m0009_smaller_indexes;
 mod m0010_forgotten_changes;
 mod m0011_webhook_changes;
+mod m0012_given_back;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -64,6 +65,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0009_smaller_indexes", schema: m0009_smaller_indexes::schema },
             Step { name: "m0010_forgotten_changes", schema: m0010_forgotten_changes::schema },
             Step { name: "m0011_webhook_changes", schema: m0011_webhook_changes::schema },
+            Step { name: "m0012_given_back", schema: m0012_given_back::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

@@ -328,6 +328,7 @@ impl Store {
         self.heard(async {
             let transaction = self.write_by(&self.0.engine_write).await?;
             Script::default().with(RELEASE, self.releases(releases.iter())).run(&transaction).await?;
+            self.note_given_back(&transaction, &releases).await?;
             Ok(transaction.commit().await?)
         })
         .await

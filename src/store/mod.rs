@@ -14,6 +14,7 @@ mod connections;
 mod counts;
 mod deliveries;
 mod entity;
+mod given_back;
 mod handoff;
 mod idempotency;
 mod keys;
@@ -356,6 +357,11 @@ impl Store {
     /// What `work` comes to, which asks the database, unless that has gone without a word.
     async fn heard<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         self.0.silence.heard(MAX_WAIT, work).await
+    }
+
+    /// Runs a statement of its own; how many rows it changed.
+    async fn run(&self, sql: sql::Sql) -> Result<u64, Error> {
+        Ok(self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?.rows_affected())
     }
 
     /// Begins a transaction that will write.

@@ -32,6 +32,8 @@ const KEPT_CHANGES: i64 = 10_000;
 const WEBHOOKS: &str = "webhooks";
 /// The counter for which keys open the door.
 const KEYS: &str = "keys";
+/// The counter for what nodes that stopped gave back.
+pub(super) const GIVEN_BACK: &str = "given_back";
 
 /// What a transaction changes.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +82,11 @@ impl Store {
         if last.get(KEYS) != read.get(KEYS) {
             self.forget_keys();
         }
+        if let (Some(last), Some(read)) = (last.get(GIVEN_BACK), read.get(GIVEN_BACK))
+            && last < read
+        {
+            self.hear_of_given_back(*last, *read).await?;
+        }
         match (last.get(WEBHOOKS), read.get(WEBHOOKS)) {
             (last, read) if last == read => {}
             (Some(last), Some(read)) if (1..=MAX_CHANGES).contains(&(read - last)) => {
@@ -125,8 +132,7 @@ impl Store {
         let mut sql =
             Sql::new("DELETE FROM webhook_changes WHERE number <= (SELECT number FROM revisions WHERE name = ");
         sql.value(WEBHOOKS).text(") - ").value(KEPT_CHANGES);
-        self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?;
-        Ok(())
+        self.run(sql).await.map(drop)
     }
 
     async fn read_revisions(&self) -> Result<HashMap<String, i64>, Error> {

@@ -7,8 +7,8 @@ use sea_orm::{ConnectionTrait, Database as SeaOrm, TransactionTrait};
 use shortkit_webhooks::{
     clock,
     grpc::proto::WatchDeliveriesResponse,
-    store::{KeyKind, NewKey, Store},
-    webhook::Environment,
+    store::{KeyKind, Lease, NewEvent, NewKey, Store},
+    webhook::{Environment, EventData, Tenant},
 };
 use tonic::{Code, Streaming};
 use tonic_types::StatusExt;
@@ -147,4 +147,30 @@ async fn a_node_that_cannot_read_the_revisions_asks_each_time() {
     in_time("that the key was revoked", async || server.get("/v1/webhooks").await.status == 401).await;
     locked.rollback().await.unwrap();
     server.stop().await;
+}
+
+/// A node that stops says what it gave back; without looking through all that waits, the others know.
+#[tokio::test]
+async fn what_a_node_gives_back_is_heard_of() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    server.stop().await;
+    let [stopping, other] =
+        [Store::connect(&database.url).await.unwrap(), Store::connect(&database.url).await.unwrap()];
+    let (followed, mut read) = (other.clone(), other.key_changes());
+    tokio::spawn(async move { followed.follow_revisions().await });
+    // What was noted before its first reading is not for it to hear of.
+    soon("the first reading", read.changed()).await.unwrap();
+    let tenant = Tenant::new("acme", Environment::Test).unwrap();
+    let event = NewEvent { event_type: "content.ready".to_owned(), data: EventData::parse("{}").unwrap() };
+    let lease = Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
+    stopping.publish(tenant, vec![event], lease, None).await.unwrap();
+    let leased = stopping.ready().unwrap().recv().await.unwrap();
+    stopping.release(&[leased]).await.unwrap();
+    soon("the news", other.due()).await;
+    let waiting = other.news().waiting;
+    assert_eq!(waiting.keys().map(|id| &**id).collect::<Vec<_>>(), [id]);
+    assert!(waiting.values().all(|waiting| waiting.due_at <= clock::now()));
 }

@@ -44,16 +44,13 @@ impl Store {
     /// Forgets changes and answers that are older than they are kept, in as many steps as it takes.
     pub async fn purge(&self) -> Result<(), Error> {
         self.heard(self.forget_webhook_changes()).await?;
+        self.heard(self.forget_given_back()).await?;
         let step = if self.sqlite() { STEP_ON_SQLITE } else { STEP };
         let round = Round { step, lock: LOCK, ..Round::new(self) };
         match round.purge(clock::now()).await {
             Ok(()) | Err(Stop::Elsewhere) => Ok(()),
             Err(Stop::Failed(error)) => Err(error),
         }
-    }
-
-    pub(super) async fn run(&self, sql: Sql) -> Result<u64, Error> {
-        Ok(self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?.rows_affected())
     }
 }
 
