@@ -6,7 +6,7 @@
 use std::{
     sync::{
         LazyLock, Mutex, PoisonError,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicI64, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -63,30 +63,40 @@ pub fn stopwatch() -> Instant {
 /// Something that is to be done once in a while, however often there is reason to.
 pub struct Seldom {
     every: Duration,
-    last: Mutex<Option<Instant>>,
-    reasons: AtomicU64,
+    past: Mutex<Past>,
+}
+
+struct Past {
+    done: Option<Instant>,
+    /// Reasons that came since, and the time of the last of them.
+    reasons: u64,
+    reason: Option<Instant>,
 }
 
 impl Seldom {
     /// Once in this time.
     pub const fn new(every: Duration) -> Self {
-        Self { every, last: Mutex::new(None), reasons: AtomicU64::new(0) }
+        Self { every, past: Mutex::new(Past { done: None, reasons: 0, reason: None }) }
     }
 
     /// Whether to do it now: it was not done for so long.
     pub fn is_time(&self) -> bool {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_time = last.is_none_or(|last| last.elapsed() >= self.every);
-        if is_time {
-            *last = Some(stopwatch());
-        }
-        is_time
+        self.reasons().is_some()
     }
 
-    /// How many reasons there were, this one included, since it was done; none when it is not time to do it.
+    /// How many reasons there were, this one included, since it was done, or since there was none for so long; none when it
+    /// is not time to do it.
     pub fn reasons(&self) -> Option<u64> {
-        self.reasons.fetch_add(1, Ordering::Relaxed);
-        self.is_time().then(|| self.reasons.swap(0, Ordering::Relaxed))
+        let mut past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = stopwatch();
+        let is_long_ago = |moment: Option<Instant>| moment.is_none_or(|moment| now - moment >= self.every);
+        past.reasons = if is_long_ago(past.reason) { 1 } else { past.reasons + 1 };
+        past.reason = Some(now);
+        if !is_long_ago(past.done) {
+            return None;
+        }
+        past.done = Some(now);
+        Some(std::mem::take(&mut past.reasons))
     }
 }
 
@@ -141,6 +151,19 @@ fn id(prefix: &str, ulid: Ulid) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn says_how_many_reasons_there_were() {
+        let often = Seldom::new(Duration::ZERO);
+        assert_eq!([often.reasons(), often.reasons()], [Some(1), Some(1)]);
+        let once = Seldom::new(Duration::from_secs(3_600));
+        assert_eq!([once.reasons(), once.reasons(), once.reasons()], [Some(1), None, None]);
+        {
+            let mut past = once.past.lock().unwrap();
+            past.done = past.done.map(|done| done - Duration::from_secs(3_600));
+        }
+        assert_eq!(once.reasons(), Some(3));
+    }
 
     /// One test, since the clock is the process's: it leaves things as they were for the others.
     #[test]

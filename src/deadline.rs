@@ -1,5 +1,5 @@
-//! Gives up a gRPC call that takes too long: the caller's `grpc-timeout`, and one of our own. For a stream it is the
-//! time until the stream begins.
+//! Gives up a gRPC call that takes too long: the caller's `grpc-timeout`, and one of our own; or that waits for something
+//! that is known to be gone. For a stream it is the time until the stream begins.
 
 use std::{
     task::{Context, Poll},
@@ -14,27 +14,34 @@ use tower::{Layer, Service};
 /// Digits that `grpc-timeout` may have.
 const MAX_DIGITS: usize = 8;
 
-/// The layer, with the time that no call may exceed.
-#[derive(Clone, Copy)]
-pub(crate) struct Deadline(pub(crate) Duration);
+/// The layer.
+#[derive(Clone)]
+pub(crate) struct Deadline<F> {
+    /// The time that no call may exceed.
+    pub(crate) longest: Duration,
+    /// Ends with what to say to the calls under way when there is no use in waiting.
+    pub(crate) useless: F,
+}
 
 /// The layer around a service.
 #[derive(Clone)]
-pub(crate) struct WithDeadline<S> {
-    longest: Duration,
+pub(crate) struct WithDeadline<F, S> {
+    deadline: Deadline<F>,
     inner: S,
 }
 
-impl<S> Layer<S> for Deadline {
-    type Service = WithDeadline<S>;
+impl<F: Clone, S> Layer<S> for Deadline<F> {
+    type Service = WithDeadline<F, S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        WithDeadline { longest: self.0, inner }
+        WithDeadline { deadline: self.clone(), inner }
     }
 }
 
-impl<S> Service<Request<Body>> for WithDeadline<S>
+impl<F, Useless, S> Service<Request<Body>> for WithDeadline<F, S>
 where
+    F: Fn() -> Useless,
+    Useless: Future<Output = Status> + Send + 'static,
     S: Service<Request<Body>, Response = Response<Body>>,
     S::Future: Send + 'static,
 {
@@ -47,12 +54,20 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let time = asked(request.headers()).map_or(self.longest, |asked| asked.min(self.longest));
-        let answer = self.inner.call(request);
+        let longest = self.deadline.longest;
+        let time = asked(request.headers()).map_or(longest, |asked| asked.min(longest));
+        let (answer, useless) = (self.inner.call(request), (self.deadline.useless)());
         Box::pin(async move {
-            let refuse = |_| Ok(Status::deadline_exceeded("the call took too long and was given up").into_http());
             // Dropping the call also drops the handler.
-            tokio::time::timeout(time, answer).await.unwrap_or_else(refuse)
+            let given_up = tokio::select! {
+                biased;
+                answered = answer => return answered,
+                status = useless => status,
+                () = tokio::time::sleep(time) => {
+                    Status::deadline_exceeded("the call took too long and was given up")
+                }
+            };
+            Ok(given_up.into_http())
         })
     }
 }

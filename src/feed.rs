@@ -14,7 +14,7 @@ use tokio::sync::{Notify, broadcast};
 use crate::webhook::{Change, Tenant};
 
 /// A watcher may be this many batches behind, each of at most 128 changes; then it is told that it missed some.
-const MAX_BEHIND: usize = 256;
+const MAX_BEHIND: usize = 32;
 /// An organisation may watch so many times on a node, in all of its environments; once more is refused.
 const MAX_STREAMS: usize = 256;
 
@@ -54,6 +54,7 @@ struct Rings {
 
 struct Ring {
     batches: broadcast::Sender<Batch>,
+    watchers: usize,
     /// What the tenant has up to this place was read before the ring was there, or is in it.
     upto: i64,
 }
@@ -108,8 +109,10 @@ impl Feed {
         }
         *streams += 1;
         let place = rings.place;
-        let new = || Ring { batches: broadcast::channel(MAX_BEHIND).0, upto: place };
-        let batches = rings.of.entry(tenant.clone()).or_insert_with(new).batches.subscribe();
+        let new = || Ring { batches: broadcast::channel(MAX_BEHIND).0, watchers: 0, upto: place };
+        let ring = rings.of.entry(tenant.clone()).or_insert_with(new);
+        ring.watchers += 1;
+        let batches = ring.batches.subscribe();
         drop(rings);
         self.announce();
         Some(Watching { feed: self.clone(), tenant, batches })
@@ -143,8 +146,11 @@ impl Watching {
 impl Drop for Watching {
     fn drop(&mut self) {
         let mut rings = self.feed.lock();
-        if rings.of.get(&self.tenant).is_some_and(|ring| ring.batches.receiver_count() == 1) {
-            rings.of.remove(&self.tenant);
+        if let Some(ring) = rings.of.get_mut(&self.tenant) {
+            ring.watchers -= 1;
+            if ring.watchers == 0 {
+                rings.of.remove(&self.tenant);
+            }
         }
         let organization = self.tenant.shared_organization();
         if let Some(streams) = rings.streams.get_mut(organization) {

@@ -17,7 +17,7 @@ use crate::{
     egress,
     gateway::Gateway,
     grpc::{
-        Api, DESCRIPTORS, Parts, Services, Tokens,
+        self, Api, DESCRIPTORS, Parts, Services, Tokens,
         proto::{
             audit_service_server::AuditServiceServer, delivery_service_server::DeliveryServiceServer,
             webhook_service_server::WebhookServiceServer,
@@ -42,6 +42,8 @@ const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 const KEEP_TIME: Duration = Duration::from_secs(2);
 /// Between rounds of tidying up.
 const TIDY: Duration = Duration::from_secs(10);
+/// The backlog, if it cannot be counted, is tried again within this time.
+const MAX_LOOK: Duration = Duration::from_secs(60);
 /// Between two notes of which keys were used, whatever there is to tidy up.
 const NOTE_KEYS: Duration = Duration::from_secs(10);
 
@@ -82,10 +84,7 @@ pub async fn run(
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
     }
     store.limit_backlog(BacklogLimits { total: config.max_backlog, organization: config.max_backlog_per_organization });
-    if let Err(error) = store.look_at_backlog().await {
-        // With very many deliveries it may take longer than it may; publishing goes on by what this node adds.
-        tracing::warn!(%error, "the backlog could not be counted at the start; trying again");
-    }
+    store.look_at_backlog().await?;
     store.retain(config.retention);
     let open_files = raise_open_files();
     config.limits.connections = callers(config.limits.connections, open_files);
@@ -166,9 +165,17 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
     let transcode = rest::Transcode::new(DESCRIPTORS, limits)?;
     // The other methods may be repeated anyway.
     let named = transcode.calls(&Method::POST).map(str::to_owned).collect();
+    let silent = store.clone();
+    let useless = move || {
+        let store = silent.clone();
+        async move {
+            store.silent().await;
+            grpc::no_database()
+        }
+    };
     // Once for every protocol.
     let services = ServiceBuilder::new()
-        .layer(Deadline(deadline))
+        .layer(Deadline { longest: deadline, useless })
         .layer(auth)
         .layer(RateLimits::new(config.rate_limit))
         .layer(Idempotency::new(store, named, deadline))
@@ -362,7 +369,11 @@ async fn look(store: Store) {
         tokio::time::sleep(wait).await;
         match store.look_at_backlog().await {
             Ok(next) => wait = next,
-            Err(error) => tracing::warn!(%error, "the backlog could not be counted; trying again"),
+            Err(error) => {
+                tracing::warn!(%error, "the backlog could not be counted; trying again");
+                // If it takes too long, it is not to be what keeps the database busy.
+                wait = (2 * wait).min(MAX_LOOK);
+            }
         }
     }
 }

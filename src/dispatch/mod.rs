@@ -58,7 +58,7 @@ impl Engine {
     /// wire finishes, and test events still go out, until `calls_ended`. The whole end takes at most `grace`.
     pub async fn run(self, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
         let Some(mut ready) = self.store.ready() else { return };
-        let claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
+        let mut claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
         let shares = Shares::new(self.max_in_flight_per_webhook, self.open_files);
         if shares.are_few() {
             let (open_files, attempts) = (self.open_files, shares.places);
@@ -75,6 +75,12 @@ impl Engine {
             if !more {
                 tokio::select! {
                     () = stopping.cancelled() => break,
+                    _ = &mut claims => {
+                        if !stopping.is_cancelled() {
+                            // By a fault. Nothing would be retried or rescued any more: this ends, and the server by it.
+                            return;
+                        }
+                    }
                     Some(leased) = ready.recv() => self.take(leased, &mut queue, &mut running),
                     Some(freed) = free.recv() => self.free(&freed, &mut queue),
                     Some(ended) = running.join_next() => log_panic(ended),
@@ -117,7 +123,9 @@ impl Engine {
         calls_ended: CancellationToken,
     ) {
         // What was claimed last is in `ready` when the claims have ended.
-        let _ = claims.await;
+        if !claims.is_finished() {
+            let _ = claims.await;
+        }
         let mut ended = false;
         loop {
             while let Ok(leased) = ready.try_recv() {

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 pub(crate) use self::status::{
-    internal, invalid_parameter, key_refused, key_reused, message_too_long, panicked, rate_limited,
+    internal, invalid_parameter, key_refused, key_reused, message_too_long, no_database, panicked, rate_limited,
     store as store_failed,
 };
 pub use self::{

@@ -165,13 +165,18 @@ fn unavailable_for(wait: Duration, message: &str) -> Status {
     coded(Code::Unavailable, "SERVICE_UNAVAILABLE", message, ErrorDetails::with_retry_info(Some(wait)))
 }
 
+/// The database does not answer.
+pub(crate) fn no_database() -> Status {
+    unavailable("the service is not available for the moment; try again")
+}
+
 pub(crate) fn store(error: store::Error) -> Status {
     match error {
         store::Error::Unavailable(_) => {
             if let Some(count) = NO_ANSWER.reasons() {
                 tracing::warn!(%error, count, "calls are refused: the database does not answer");
             }
-            unavailable("the service is not available for the moment; try again")
+            no_database()
         }
         store::Error::Overloaded => unavailable("too many requests are waiting; try again"),
         store::Error::OrganizationBacklog => {

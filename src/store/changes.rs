@@ -147,8 +147,8 @@ impl Store {
     /// The place after everything in the log.
     async fn end(&self) -> Result<i64, Error> {
         let sql = Sql::new("SELECT max(seq) FROM changes");
-        let statement = sql.build(self.0.read.get_database_backend());
-        let row = self.heard(async { Ok(self.0.read.query_one_raw(statement).await?) }).await?;
+        let statement = sql.build(self.0.engine_read.get_database_backend());
+        let row = self.heard(async { Ok(self.0.engine_read.query_one_raw(statement).await?) }).await?;
         let newest = row.map(|row| row.try_get_by_index::<Option<i64>>(0)).transpose()?.flatten();
         Ok(newest.map_or(0, log::end))
     }
@@ -158,7 +158,7 @@ impl Store {
         // The place after the last change of a row may be that of a row read to its end.
         let rows = change::Entity::find().filter(change::Column::Seq.gte(log::row(after + 1)));
         let rows = rows.order_by_asc(change::Column::Seq).limit(MAX_FOLLOWED);
-        self.heard(async { Ok(rows.all(&self.0.read).await?) }).await
+        self.heard(async { Ok(rows.all(&self.0.engine_read).await?) }).await
     }
 
     /// The same of one tenant, and the place of the last change of its that was removed, as it was at that moment.

@@ -14,7 +14,7 @@ use super::{
     Error,
     parameter::{for_postgres, for_sqlite},
     script::{Expected, Outcome, Script, outcome},
-    silence::{MAX_COMMIT, Silence},
+    silence::{MAX_COMMIT, Silence, Trust},
 };
 use crate::clock;
 
@@ -55,13 +55,17 @@ impl Commits {
         if script.is_empty() {
             return Ok(Outcome::Done);
         }
-        let ended = |done: Result<(), sqlx::Error>| {
-            outcome(done.map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into()))))
-        };
+        let failed = |error: sqlx::Error| DbErr::Exec(RuntimeErr::SqlxError(error.into()));
+        let ended = |done: Result<(), sqlx::Error>| outcome(done.map_err(failed));
         match self {
             Self::Sqlite(pool) => ended(on_sqlite(pool, script).await),
             Self::Postgres(pool, idle, silence) => {
-                let commit = async { ended(on_postgres(pool, idle, silence, script).await) };
+                let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let connection = match kept.and_then(|kept| usable(kept, silence)) {
+                    Some(kept) => kept,
+                    None => (pool.acquire().await.map_err(failed)?, clock::stopwatch()),
+                };
+                let commit = async { ended(on_postgres(connection, idle, script).await) };
                 silence.heard(MAX_COMMIT, commit).await
             }
         }
@@ -95,14 +99,13 @@ async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::
 }
 
 /// A statement is a transaction.
-async fn on_postgres(pool: &sqlx::PgPool, idle: &Idle, silence: &Silence, script: Script) -> Result<(), sqlx::Error> {
+async fn on_postgres(
+    (connection, since): (PoolConnection<Postgres>, Instant),
+    idle: &Idle,
+    script: Script,
+) -> Result<(), sqlx::Error> {
     let (text, parameters) = script.on_postgres();
     let arguments = for_postgres(&parameters)?;
-    let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let (connection, since) = match kept.and_then(|kept| usable(kept, silence)) {
-        Some(kept) => kept,
-        None => (pool.acquire().await?, clock::stopwatch()),
-    };
     let mut connection = Unfinished(Some(connection));
     let done = sqlx::query_with(sqlx::AssertSqlSafe(text), arguments).execute(connection.get()?).await;
     // After any other error it may be one that has just ended, or one of a server that no longer takes writes.
@@ -118,12 +121,13 @@ fn usable(
     (connection, since): (PoolConnection<Postgres>, Instant),
     silence: &Silence,
 ) -> Option<(PoolConnection<Postgres>, Instant)> {
-    if silence.concerns(since.elapsed()) {
+    if silence.trust(since.elapsed()) == Trust::Gone {
         // The pool would ask it whether it is there.
         drop(Unfinished(Some(connection)));
         return None;
     }
-    (since.elapsed() < MAX_KEPT).then_some((connection, since))
+    // One that may be gone, too: its pool asks it.
+    (since.elapsed() < MAX_KEPT && silence.trust(since.elapsed()) == Trust::Use).then_some((connection, since))
 }
 
 /// A connection that something is under way on. Should that never be heard of, it is closed, and not used again.

@@ -1,19 +1,19 @@
 //! How the database is reached.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sea_orm::{
-    ConnectOptions, Database, DatabaseConnection, DbErr,
+    ConnectOptions, Database, DatabaseConnection, DbErr, RuntimeErr,
     sqlx::{self, Connection, PgConnection},
 };
 
-use super::silence::Silence;
+use super::silence::{Silence, Trust};
 
-/// Of all connections, one is for commits, and so many for what else the engine needs to go on, whatever tenants ask for; the
-/// others are for what they do.
+/// Of all connections, one is for commits, one for the revisions, and so many for what else the engine needs to go on,
+/// whatever tenants ask for; the others are for what they do.
 const ENGINE_CONNECTIONS: u32 = 4;
 /// There are at least so many …
-const MIN_CONNECTIONS: u32 = ENGINE_CONNECTIONS + 2;
+const MIN_CONNECTIONS: u32 = ENGINE_CONNECTIONS + 3;
 /// … and so many, when nobody says otherwise.
 pub const DEFAULT_CONNECTIONS: u32 = 16;
 /// A call waits this long for a connection, then ends with [`super::Error::Unavailable`]. A publish may wait behind another that
@@ -32,25 +32,31 @@ pub(super) struct Connections {
     /// As `read` and `write`, for the engine.
     pub(super) engine_read: DatabaseConnection,
     pub(super) engine_write: DatabaseConnection,
+    /// For the revisions alone, since the database is judged by them.
+    pub(super) revisions: DatabaseConnection,
     /// For one commit after another: on SQLite the one that writes, on PostgreSQL one whose plans are kept.
     pub(super) commits: DatabaseConnection,
 }
 
 impl Connections {
     pub(super) async fn open(url: &str, most: u32, silence: &Silence) -> Result<Self, DbErr> {
-        let others = most.max(MIN_CONNECTIONS) - ENGINE_CONNECTIONS - 1;
+        let others = most.max(MIN_CONNECTIONS) - ENGINE_CONNECTIONS - 2;
         let connect = |connections, plans| Database::connect(options(url, connections, plans, silence.clone()));
         if url.starts_with("sqlite:") {
             // The writer first: it makes the file.
             let write = connect(1, Plans::New).await?;
             let read = connect(others, Plans::New).await?;
             let engine_read = connect(ENGINE_CONNECTIONS, Plans::New).await?;
-            Ok(Self { read, engine_read, engine_write: write.clone(), commits: write.clone(), write })
+            let (revisions, commits) = (engine_read.clone(), write.clone());
+            Ok(Self { read, engine_read, engine_write: write.clone(), revisions, commits, write })
         } else {
+            // By itself, since a pool does not say why it has no connection.
+            takes_writes(&mut PgConnection::connect(url).await.map_err(refused)?).await.map_err(refused)?;
             let pool = connect(others, Plans::New).await?;
             let engine = connect(ENGINE_CONNECTIONS, Plans::New).await?;
-            let commits = connect(1, Plans::Kept).await?;
-            Ok(Self { read: pool.clone(), write: pool, engine_read: engine.clone(), engine_write: engine, commits })
+            let [revisions, commits] = [connect(1, Plans::New).await?, connect(1, Plans::Kept).await?];
+            let (read, engine_read) = (pool.clone(), engine.clone());
+            Ok(Self { read, write: pool, engine_read, engine_write: engine, revisions, commits })
         }
     }
 }
@@ -78,6 +84,7 @@ impl Plans {
 
 fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> ConnectOptions {
     let (plan_cache_mode, statement_timeout) = plans.settings();
+    let released = silence.clone();
     let mut options = ConnectOptions::new(url);
     options
         .max_connections(connections)
@@ -90,6 +97,10 @@ fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> Conne
             postgres.options([
                 ("idle_in_transaction_session_timeout", "5s"),
                 ("lock_timeout", "5s"),
+                // Nor must the sessions of one that is gone without a word fill the server.
+                ("tcp_keepalives_idle", "10"),
+                ("tcp_keepalives_interval", "5"),
+                ("tcp_keepalives_count", "3"),
                 ("statement_timeout", statement_timeout),
                 // Every statement is made for an index. PostgreSQL would plan some otherwise while tables are small or
                 // their statistics old, and keep such a plan while they grow.
@@ -100,12 +111,24 @@ fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> Conne
                 ("plan_cache_mode", plan_cache_mode),
             ])
         })
-        .map_sqlx_postgres_pool_opts(|pool| {
+        .map_sqlx_postgres_pool_opts(move |pool| {
             let pool = pool.after_connect(|connection, _| Box::pin(takes_writes(connection)));
-            pool.after_release(|connection, _| Box::pin(answers(connection)))
+            let silence = released.clone();
+            pool.after_release(move |connection, _| {
+                // The pool asks as well, but without an end.
+                let is_there = silence.answered_lately();
+                Box::pin(async move { Ok(is_there || answers(connection).await) })
+            })
         })
-        .map_sqlx_postgres_before_acquire(move |_, connection| {
-            Box::pin(std::future::ready(Ok(!silence.concerns(connection.age))))
+        .map_sqlx_postgres_before_acquire(move |connection, its| {
+            let trust = silence.trust(its.age);
+            Box::pin(async move {
+                Ok(match trust {
+                    Trust::Gone => false,
+                    Trust::Ask => answers(connection).await,
+                    Trust::Use => true,
+                })
+            })
         })
         .map_sqlx_sqlite_opts(|sqlite| {
             sqlite
@@ -134,8 +157,12 @@ async fn takes_writes(connection: &mut PgConnection) -> Result<(), sqlx::Error> 
     Ok(())
 }
 
-async fn answers(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    Ok(tokio::time::timeout(MAX_PING, connection.ping()).await.is_ok_and(|answered| answered.is_ok()))
+async fn answers(connection: &mut PgConnection) -> bool {
+    tokio::time::timeout(MAX_PING, connection.ping()).await.is_ok_and(|answered| answered.is_ok())
+}
+
+fn refused(error: sqlx::Error) -> DbErr {
+    DbErr::Conn(RuntimeErr::SqlxError(Arc::new(error)))
 }
 
 /// The file of a SQLite URL; none for PostgreSQL and for a database in memory.

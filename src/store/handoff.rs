@@ -7,8 +7,8 @@
 //! A webhook may take places while it has fewer than a share of the *free* ones, so that some are always left for those
 //! that come new (the rule of dynamic thresholds, see `dispatch/shares.rs`), and fewer than the engine finds worth
 //! holding: what cannot be attempted soon would only let its lease run out. One that holds few may take a place over the
-//! limit, up to a hard one. By the same rule an organisation has fewer than are free up to that one, so that its webhooks,
-//! however many hang, leave half of all places to others.
+//! limit, up to a hard one. By the same rule an organisation has fewer than are free, so that its webhooks, however many hang,
+//! leave half of all places to others.
 //!
 //! Whoever leaves something in the database says so here, so that the engine need not look for it.
 
@@ -122,7 +122,7 @@ impl Handoff {
     pub(crate) fn take_for_waiting(&self, organization: &Arc<str>, webhook_id: &str, most: usize) -> usize {
         let mut held = self.lock();
         let its_own = held.room_to_fetch(webhook_id);
-        let taken = its_own.min(held.room_within(organization, MAX_HELD_WITH_FEW)).min(most);
+        let taken = its_own.min(held.room_within(organization)).min(most);
         let webhook = held.of(organization, webhook_id);
         if taken == 0 {
             webhook.waiting = true;
@@ -229,7 +229,7 @@ impl Held {
         const MOST: usize = MAX_HELD_WITH_FEW - FOR_WAITING;
         let few = if self.total < MOST { FEW } else { 0 };
         let (held, most) = self.held_and_most(webhook_id, few);
-        most.saturating_sub(held).min(self.room_within(organization, MOST))
+        most.saturating_sub(held).min(self.room_within(organization))
     }
 
     /// How many more it may take for those that wait in the database, when it is worth a statement: a long queue is fetched
@@ -248,10 +248,10 @@ impl Held {
         (held, (free / free_per_held(worth)).max(few).min(worth))
     }
 
-    /// How many more of `most` places an organisation may take.
-    fn room_within(&self, organization: &str, most: usize) -> usize {
+    /// How many more places an organisation may take.
+    fn room_within(&self, organization: &str) -> usize {
         let held = self.organizations.get(organization).map_or(0, |organization| organization.held);
-        most.saturating_sub(self.total).max(MIN_PER_ORGANIZATION).saturating_sub(held)
+        MAX_HELD.saturating_sub(self.total).max(MIN_PER_ORGANIZATION).saturating_sub(held)
     }
 
     fn of(&mut self, organization: &Arc<str>, webhook_id: &str) -> &mut OfWebhook {
@@ -303,7 +303,7 @@ impl Held {
         organization.held = organization.held.saturating_sub(places);
         let (is_empty, aside) = (organization.held == 0, organization.aside.len());
         // All, when it has nothing left whose end could ring for the others.
-        let most = if is_empty { aside } else { self.room_within(name, MAX_HELD_WITH_FEW).min(places).min(aside) };
+        let most = if is_empty { aside } else { self.room_within(name).min(places).min(aside) };
         let Some(organization) = self.organizations.get_mut(name) else { return Vec::new() };
         let rung: Vec<String> = organization.aside.drain(..most).collect();
         if is_empty {
@@ -372,8 +372,13 @@ mod tests {
         let (large, other) = (Arc::from("large"), Arc::from("other"));
         let webhooks: Vec<String> = (0..20_000).map(|number| format!("dead {number}")).collect();
         let held = webhooks.iter().filter(|webhook_id| handoff.try_take(&large, webhook_id, 1)).count();
-        assert_eq!(held, (MAX_HELD_WITH_FEW - FOR_WAITING) / 2);
-        let others = (0..500).map(|number| number.to_string()).collect::<Vec<_>>();
+        assert_eq!(held, MAX_HELD / 2);
+        assert!(handoff.try_take(&other, "quick", 1));
+        handoff.learn("quick", 10_000);
+        let quick = std::iter::from_fn(|| handoff.try_take(&other, "quick", 1).then_some(())).count();
+        assert!(quick > 400, "{quick}");
+        handoff.give_back("quick", quick + 1);
+        let others = (0..200).map(|number| number.to_string()).collect::<Vec<_>>();
         assert!(others.iter().all(|webhook_id| (0..FEW).all(|_| handoff.try_take(&other, webhook_id, 1))));
 
         // Those that it has no room for are rung for as it has, and all of them when nothing of it is held any more.

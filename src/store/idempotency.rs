@@ -246,7 +246,7 @@ impl Store {
         sql.text(")");
         let reader = &self.0.engine_read;
         let statement = sql.build(reader.get_database_backend());
-        let rows = self.heard(async { Ok(reader.query_all_raw(statement).await?) }).await?;
+        let rows = self.looked_up(async { Ok(reader.query_all_raw(statement).await?) }).await?;
         let mut done = HashSet::new();
         for row in rows {
             let place: (String, String, String, String) = row.try_get_many_by_index()?;

@@ -64,7 +64,7 @@ impl Store {
         let asked_at = clock::stopwatch();
         let store = self.clone();
         let asking = tokio::spawn(async move {
-            let answered = store.heard(read_key(&store.0.engine_read, hash)).await;
+            let answered = store.looked_up(read_key(&store.0.read, hash)).await;
             // Only keys that exist are remembered: those that callers make up are without number.
             if !matches!(answered, Ok(Some(_))) {
                 let mut known = store.0.known_keys.lock();

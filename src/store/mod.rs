@@ -74,7 +74,7 @@ use self::{
     commits::Commits,
     connections::Connections,
     handoff::Handoff,
-    silence::{MAX_WAIT, Silence},
+    silence::{MAX_LOOK_UP, MAX_WAIT, Silence},
     targets::Targets,
     test_events::TestEvents,
     writer::Writer,
@@ -100,6 +100,8 @@ struct Inner {
     /// The same for the engine.
     engine_read: DatabaseConnection,
     engine_write: DatabaseConnection,
+    /// For the revisions alone.
+    revisions_read: DatabaseConnection,
     silence: Silence,
     /// For what publishing and sending write, one commit after another: on SQLite the same; on PostgreSQL a connection whose
     /// plans are kept.
@@ -206,17 +208,18 @@ impl Store {
         Self::connect_with(url, DEFAULT_CONNECTIONS).await
     }
 
-    /// The same with at most so many connections, and at least six.
+    /// The same with at most so many connections, and at least seven.
     pub async fn connect_with(url: &str, connections: u32) -> Result<Self, Error> {
         let silence = Silence::of(url);
-        let Connections { read, write, engine_read, engine_write, commits } =
-            Connections::open(url, connections, &silence).await?;
+        let opened = Connections::open(url, connections, &silence).await?;
+        let Connections { read, write, engine_read, engine_write, revisions, commits } = opened;
         let (ready, ready_out) = mpsc::unbounded_channel();
         let store = Self(Arc::new(Inner {
             read,
             write,
             engine_read,
             engine_write,
+            revisions_read: revisions,
             commits: Commits::new(&commits, silence.clone()),
             silence,
             node: clock::new_id("node"),
@@ -354,9 +357,19 @@ impl Store {
         self.0.write.get_database_backend() == DbBackend::Sqlite
     }
 
+    /// Ends when the database is found to have gone without a word: what waits for it is to be given up.
+    pub async fn silent(&self) {
+        self.0.silence.found().await;
+    }
+
     /// What `work` comes to, which asks the database, unless that has gone without a word.
     async fn heard<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         self.0.silence.heard(MAX_WAIT, work).await
+    }
+
+    /// The same for a look-up by key.
+    async fn looked_up<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        self.0.silence.heard(MAX_LOOK_UP, work).await
     }
 
     /// Runs a statement of its own; how many rows it changed.

@@ -94,7 +94,7 @@ impl Store {
         }
         let mut holds = HashSet::new();
         for statement in rows.statements(HOLDS) {
-            for row in self.heard(async { Ok(connection.query_all_raw(statement).await?) }).await? {
+            for row in self.looked_up(async { Ok(connection.query_all_raw(statement).await?) }).await? {
                 holds.insert(row.try_get_by_index::<String>(0)?);
             }
         }

@@ -1,10 +1,14 @@
 //! A PostgreSQL that is gone without a word: its machine lost power, the network drops what it says, a firewall forgot a
 //! connection. Nobody then ends what waits for it, since the system tries for a quarter of an hour, or for ever. So whoever
-//! waits gives up, and no connection of before is used again. SQLite is waited for: there is nowhere else to go.
+//! waits gives up. SQLite is waited for: there is nowhere else to go.
+//!
+//! One connection is for the revisions alone, a handful of rows that are read three times a second. When that is not answered,
+//! the database is silent: everybody gives up, and no connection of before is used again. Anything else that takes too long
+//! gives up only itself, since the database may just be slow, and connections of before are asked whether they are there.
 
 use std::{
     future::Future,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -14,16 +18,45 @@ use tokio::sync::watch;
 use super::Error;
 use crate::clock;
 
-/// Reading the revisions, a handful of rows, is answered within this time by any database that is there.
-pub(super) const MAX_SILENCE: Duration = Duration::from_secs(5);
-/// A commit is answered within this time, since the server ends one that takes longer …
-pub(super) const MAX_COMMIT: Duration = Duration::from_secs(7);
-/// … and anything else within this: the server ends each statement of it sooner.
+/// Reading the revisions is answered within this time by any database that is there.
+const MAX_SILENCE: Duration = Duration::from_secs(5);
+/// A statement of a commit, which the server ends after six seconds, is given up after this time …
+pub(super) const MAX_COMMIT: Duration = Duration::from_secs(8);
+/// … as is a look-up by key, for which a commit or an attempt waits …
+pub(super) const MAX_LOOK_UP: Duration = Duration::from_secs(8);
+/// … and anything else after this.
 pub(super) const MAX_WAIT: Duration = Duration::from_secs(40);
+/// A database that answered so long ago, twice the time between two readings of the revisions, is taken to be there.
+const LATELY: Duration = Duration::from_millis(600);
 
-/// When the database was last found silent; none for SQLite.
+/// What is known of whether the database is there; nothing for SQLite.
 #[derive(Clone)]
-pub(super) struct Silence(Option<Arc<watch::Sender<Option<Instant>>>>);
+pub(super) struct Silence(Option<Arc<Known>>);
+
+#[derive(Default)]
+struct Known {
+    /// When it was last found silent.
+    found: watch::Sender<Option<Instant>>,
+    times: Mutex<Times>,
+}
+
+#[derive(Default)]
+struct Times {
+    /// When somebody last gave up.
+    doubted: Option<Instant>,
+    /// When the revisions were last read.
+    heard: Option<Instant>,
+}
+
+/// Whether to use a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Trust {
+    /// It is one of before the silence.
+    Gone,
+    /// It may be.
+    Ask,
+    Use,
+}
 
 impl Silence {
     /// That of a database with this URL.
@@ -31,28 +64,75 @@ impl Silence {
         Self((!url.starts_with("sqlite:")).then(Arc::default))
     }
 
-    /// Whether a connection that was made so long ago is one of before.
-    pub(super) fn concerns(&self, age: Duration) -> bool {
-        self.0.as_ref().and_then(|found| *found.borrow()).is_some_and(|found| found.elapsed() <= age)
+    /// Whether a connection that was made so long ago is to be used.
+    pub(super) fn trust(&self, age: Duration) -> Trust {
+        let Some(known) = &self.0 else { return Trust::Use };
+        let is_before = |moment: Option<Instant>| moment.is_some_and(|moment| moment.elapsed() <= age);
+        if is_before(*known.found.borrow()) {
+            Trust::Gone
+        } else if is_before(known.times().doubted) {
+            Trust::Ask
+        } else {
+            Trust::Use
+        }
     }
 
-    /// What `work` comes to, unless there is no answer for so long, or the database is found silent by somebody else.
+    /// Whether the database answered a moment ago.
+    pub(super) fn answered_lately(&self) -> bool {
+        let heard = self.0.as_ref().and_then(|known| known.times().heard);
+        heard.is_some_and(|heard| heard.elapsed() < LATELY)
+    }
+
+    /// Ends when the database is found silent.
+    pub(super) async fn found(&self) {
+        match &self.0 {
+            Some(known) => drop(known.found.subscribe().changed().await),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// What `work` comes to, unless that takes longer than `most`, or the database is found silent meanwhile.
     pub(super) async fn heard<T, E: From<Error>>(
         &self,
         most: Duration,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
-        let Some(silence) = &self.0 else { return work.await };
-        let mut found = silence.subscribe();
+        let Some(known) = &self.0 else { return work.await };
         tokio::select! {
             // First what was answered: this process may be what stood still.
             biased;
             done = work => return done,
-            _ = found.changed() => {}
-            () = tokio::time::sleep(most) => drop(silence.send_replace(Some(clock::stopwatch()))),
+            () = self.found() => {}
+            () = tokio::time::sleep(most) => known.times().doubted = Some(clock::stopwatch()),
         }
-        Err(E::from(Error::Unavailable(Arc::new(DbErr::Conn(RuntimeErr::Internal("it does not answer".to_owned()))))))
+        Err(E::from(unanswered()))
     }
+
+    /// The same for reading the revisions, by whose answer the database is judged.
+    pub(super) async fn judge<T>(&self, reading: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let Some(known) = &self.0 else { return reading.await };
+        let Ok(read) = tokio::time::timeout(MAX_SILENCE, reading).await else {
+            tracing::error!(
+                "the database does not answer; what waits for it is given up, and its connections are made anew"
+            );
+            known.found.send_replace(Some(clock::stopwatch()));
+            return Err(unanswered());
+        };
+        if read.is_ok() {
+            known.times().heard = Some(clock::stopwatch());
+        }
+        read
+    }
+}
+
+impl Known {
+    fn times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unanswered() -> Error {
+    Error::Unavailable(Arc::new(DbErr::Conn(RuntimeErr::Internal("it does not answer".to_owned()))))
 }
 
 #[cfg(test)]
@@ -65,12 +145,20 @@ mod tests {
     async fn whoever_waits_gives_up() {
         let silence = Silence::of("postgres://db");
         let made = clock::stopwatch();
-        assert!(!silence.concerns(made.elapsed()));
-        let [waits, asks] = [MAX_WAIT, Duration::ZERO].map(|most| silence.heard(most, pending::<Result<(), Error>>()));
-        let (waited, asked) = tokio::join!(waits, asks);
-        assert!(matches!((waited, asked), (Err(Error::Unavailable(_)), Err(Error::Unavailable(_)))));
-        assert!(silence.concerns(made.elapsed()));
-        assert!(!silence.concerns(Duration::ZERO), "one that is made now");
+        let trust = || (silence.trust(made.elapsed()), silence.trust(Duration::ZERO));
+        assert_eq!((trust(), silence.answered_lately()), ((Trust::Use, Trust::Use), false));
+        assert!(silence.judge(ready(Ok(()))).await.is_ok() && silence.answered_lately());
+
+        let slow = silence.heard(Duration::ZERO, pending::<Result<(), Error>>()).await;
+        assert!(matches!(slow, Err(Error::Unavailable(_))));
+        assert_eq!(trust(), (Trust::Ask, Trust::Use), "only one gave up");
+
+        let waits = silence.heard(MAX_WAIT, pending::<Result<(), Error>>());
+        let known = silence.0.as_ref().unwrap();
+        let (waited, ()) =
+            tokio::join!(waits, async { known.found.send_modify(|found| *found = Some(clock::stopwatch())) });
+        assert!(matches!(waited, Err(Error::Unavailable(_))));
+        assert_eq!(trust(), (Trust::Gone, Trust::Use));
         assert!(silence.heard(MAX_WAIT, ready(Ok::<_, Error>(()))).await.is_ok(), "it is there again");
     }
 }

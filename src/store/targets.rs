@@ -153,7 +153,7 @@ impl Store {
         // Nothing is said of deleted ones: before it has statistics, PostgreSQL takes those that are not for few, and would
         // rather go through all of them.
         let find = webhook::Entity::find().filter(webhook::Column::Id.is_in(ids.map(|id| &**id)));
-        let rows = self.heard(async { Ok(find.all(&self.0.engine_read).await?) }).await;
+        let rows = self.looked_up(async { Ok(find.all(&self.0.engine_read).await?) }).await;
         let found = rows.and_then(|rows| {
             let vault = self.vault()?;
             let there = rows.into_iter().filter(|row| row.deleted_at_ms.is_none());
@@ -210,7 +210,7 @@ impl Store {
             return Ok(found);
         }
         let asked_at = clock::stopwatch();
-        self.heard(self.read_subscribers(&mut unknown)).await?;
+        self.looked_up(self.read_subscribers(&mut unknown)).await?;
         let mut known = self.0.targets.lock();
         if known.subscribers.len() >= MAX_ENTRIES {
             known.subscribers.clear();

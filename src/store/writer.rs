@@ -62,6 +62,8 @@ struct Batch {
     drafts: Vec<(Draft, Answer<Vec<Published>>)>,
     finished: Vec<(Arc<Finished>, Answer<bool>)>,
     releases: Vec<(Release, Answer<()>)>,
+    /// How much it is to write, in results or deliveries.
+    weight: usize,
 }
 
 impl Write {
@@ -122,6 +124,7 @@ impl Writer {
                 }
                 match store.draft(writes, &mut waiting).await {
                     (batch, None) => {
+                        weight = batch.weight;
                         let took = store.settle(batch).await;
                         if let (Some(size), Some(took)) = (&mut size, took) {
                             size.learn(weight, took);
@@ -170,13 +173,14 @@ impl Store {
                 Write::Release(release, answer) => batch.releases.push((release, answer)),
             }
         }
+        batch.weight = batch.finished.len() + batch.releases.len();
         match self.subscribers(publishes.iter().flat_map(|(publish, _)| publish.subscriptions())).await {
             Ok(subscribers) => {
-                let (mut weight, mut publishes) = (0, publishes.into_iter());
-                while weight < MAX_BATCH
+                let mut publishes = publishes.into_iter();
+                while batch.weight < MAX_BATCH
                     && let Some((publish, answer)) = publishes.next()
                 {
-                    weight += publish.weight(publish.deliveries(&subscribers));
+                    batch.weight += publish.weight(publish.deliveries(&subscribers));
                     match self.draft_of(*publish, &subscribers) {
                         Ok(draft) => batch.drafts.push((draft, answer)),
                         Err(refused) => drop(answer.send(Err(refused))),
