@@ -18,7 +18,7 @@ use crate::{
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// With fewer connections to the database, there would be none for tenants beside those of the engine.
-const MIN_DATABASE_CONNECTIONS: u32 = 7;
+const MIN_DATABASE_CONNECTIONS: u32 = 8;
 
 /// Everything that `serve` needs to know, valid.
 #[derive(Debug, Clone)]
@@ -146,7 +146,7 @@ pub struct ServeArgs {
     /// Attempts under way to one webhook at a time; 1 to 1024 [default: 32]
     #[arg(long, env = "SHORTKIT_MAX_IN_FLIGHT", value_name = "COUNT")]
     max_in_flight: Option<String>,
-    /// Connections to the database; all nodes together need fewer than PostgreSQL's max_connections, less 3. 7 to 1000 [default: 16]
+    /// Connections to the database; all nodes together need fewer than PostgreSQL's max_connections, less 3. 8 to 1000 [default: 16]
     #[arg(long, env = "SHORTKIT_DATABASE_CONNECTIONS", value_name = "COUNT")]
     database_connections: Option<String>,
     /// Webhooks that each organization may have, in each environment; with as many, another is answered 409. An event for all of them is one commit, for which everybody waits; 1 to 1000000 [default: 1000]

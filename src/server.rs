@@ -147,10 +147,10 @@ pub async fn run(
     if !engine.is_finished() {
         let _ = engine.await;
     }
-    background.shutdown().await;
     if let Err(error) = store.write_used_keys().await {
         tracing::warn!(%error, "the last use of some keys is not written down");
     }
+    background.shutdown().await;
     served
 }
 

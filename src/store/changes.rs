@@ -110,10 +110,13 @@ impl Store {
             if !self.0.feed.is_watched() {
                 position = None;
                 self.0.feed.announced().await;
-            } else if self.sqlite() {
-                self.0.feed.announced().await;
-            } else {
-                let _ = polled.await;
+            } else if position.is_some() {
+                // At the beginning, and after an error, what was announced before is in the log.
+                if self.sqlite() {
+                    self.0.feed.announced().await;
+                } else {
+                    let _ = polled.await;
+                }
             }
             if !self.0.feed.is_watched() {
                 continue;

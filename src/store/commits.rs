@@ -18,9 +18,10 @@ use super::{
 };
 use crate::clock;
 
-/// The pool, which does not keep one for ever, gets PostgreSQL's connection back after this time, and asks it whether it is
-/// there.
-const MAX_KEPT: Duration = Duration::from_secs(60);
+/// PostgreSQL's connection is made anew after this time …
+const MAX_KEPT: Duration = Duration::from_secs(10 * 60);
+/// … and after this in which it was not used: firewalls forget connections in silence.
+const MAX_IDLE: Duration = Duration::from_secs(60);
 
 /// A checkpoint waits no longer than this for the connection, which the pool has back a moment after a commit.
 const MAX_WAIT_FOR_CHECKPOINT: Duration = Duration::from_millis(10);
@@ -33,8 +34,14 @@ pub(super) enum Commits {
     Postgres(sqlx::PgPool, Idle, Silence),
 }
 
-/// A connection, and since when it has been out of its pool.
-type Idle = Mutex<Option<(PoolConnection<Postgres>, Instant)>>;
+type Idle = Mutex<Option<Kept>>;
+
+/// A connection that is out of its pool.
+pub(super) struct Kept {
+    connection: PoolConnection<Postgres>,
+    since: Instant,
+    used_at: Instant,
+}
 
 impl Commits {
     pub(super) fn new(connection: &DatabaseConnection, silence: Silence) -> Self {
@@ -61,11 +68,11 @@ impl Commits {
             Self::Sqlite(pool) => ended(on_sqlite(pool, script).await),
             Self::Postgres(pool, idle, silence) => {
                 let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let connection = match kept.and_then(|kept| usable(kept, silence)) {
-                    Some(kept) => kept,
+                let (connection, since) = match kept.and_then(|kept| kept.usable(silence)) {
+                    Some(kept) => (kept.connection, kept.since),
                     None => (pool.acquire().await.map_err(failed)?, clock::stopwatch()),
                 };
-                let commit = async { ended(on_postgres(connection, idle, script).await) };
+                let commit = async { ended(on_postgres(connection, since, idle, script).await) };
                 silence.heard(MAX_COMMIT, commit).await
             }
         }
@@ -100,7 +107,8 @@ async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::
 
 /// A statement is a transaction.
 async fn on_postgres(
-    (connection, since): (PoolConnection<Postgres>, Instant),
+    connection: PoolConnection<Postgres>,
+    since: Instant,
     idle: &Idle,
     script: Script,
 ) -> Result<(), sqlx::Error> {
@@ -110,24 +118,22 @@ async fn on_postgres(
     let done = sqlx::query_with(sqlx::AssertSqlSafe(text), arguments).execute(connection.get()?).await;
     // After any other error it may be one that has just ended, or one of a server that no longer takes writes.
     if done.as_ref().map_or_else(|error| Expected::missed(error).is_some(), |_| true) {
-        *idle.lock().unwrap_or_else(PoisonError::into_inner) =
-            connection.0.take().map(|connection| (connection, since));
+        let kept = connection.0.take().map(|connection| Kept { connection, since, used_at: clock::stopwatch() });
+        *idle.lock().unwrap_or_else(PoisonError::into_inner) = kept;
     }
     done.map(drop)
 }
 
-/// A connection that was kept, unless it is time for its pool to have it.
-fn usable(
-    (connection, since): (PoolConnection<Postgres>, Instant),
-    silence: &Silence,
-) -> Option<(PoolConnection<Postgres>, Instant)> {
-    if silence.trust(since.elapsed()) == Trust::Gone {
-        // The pool would ask it whether it is there.
-        drop(Unfinished(Some(connection)));
-        return None;
+impl Kept {
+    /// The same, unless it is to be made anew. It is closed then: its pool would ask it whether it is there, without an end.
+    fn usable(self, silence: &Silence) -> Option<Self> {
+        let age = self.since.elapsed();
+        if age < MAX_KEPT && self.used_at.elapsed() < MAX_IDLE && silence.trust(age) == Trust::Use {
+            return Some(self);
+        }
+        drop(Unfinished(Some(self.connection)));
+        None
     }
-    // One that may be gone, too: its pool asks it.
-    (since.elapsed() < MAX_KEPT && silence.trust(since.elapsed()) == Trust::Use).then_some((connection, since))
 }
 
 /// A connection that something is under way on. Should that never be heard of, it is closed, and not used again.

@@ -9,11 +9,13 @@ use sea_orm::{
 
 use super::silence::{Silence, Trust};
 
-/// Of all connections, one is for commits, one for the revisions, and so many for what else the engine needs to go on,
-/// whatever tenants ask for; the others are for what they do.
+/// Of all connections, one is for commits, so many for what else the engine needs to go on, whatever tenants ask for …
 const ENGINE_CONNECTIONS: u32 = 4;
+/// … and so many for the revisions, since one that goes silent as its pool asks it is of no use for a quarter of an hour; the
+/// others are for what tenants do.
+const REVISIONS_CONNECTIONS: u32 = 2;
 /// There are at least so many …
-const MIN_CONNECTIONS: u32 = ENGINE_CONNECTIONS + 3;
+const MIN_CONNECTIONS: u32 = ENGINE_CONNECTIONS + REVISIONS_CONNECTIONS + 2;
 /// … and so many, when nobody says otherwise.
 pub const DEFAULT_CONNECTIONS: u32 = 16;
 /// A call waits this long for a connection, then ends with [`super::Error::Unavailable`]. A publish may wait behind another that
@@ -40,7 +42,7 @@ pub(super) struct Connections {
 
 impl Connections {
     pub(super) async fn open(url: &str, most: u32, silence: &Silence) -> Result<Self, DbErr> {
-        let others = most.max(MIN_CONNECTIONS) - ENGINE_CONNECTIONS - 2;
+        let others = most.max(MIN_CONNECTIONS) - ENGINE_CONNECTIONS - REVISIONS_CONNECTIONS - 1;
         let connect = |connections, plans| Database::connect(options(url, connections, plans, silence.clone()));
         if url.starts_with("sqlite:") {
             // The writer first: it makes the file.
@@ -50,11 +52,13 @@ impl Connections {
             let (revisions, commits) = (engine_read.clone(), write.clone());
             Ok(Self { read, engine_read, engine_write: write.clone(), revisions, commits, write })
         } else {
-            // By itself, since a pool does not say why it has no connection.
-            takes_writes(&mut PgConnection::connect(url).await.map_err(refused)?).await.map_err(refused)?;
-            let pool = connect(others, Plans::New).await?;
+            let pool = match connect(others, Plans::New).await {
+                Ok(pool) => pool,
+                Err(error) => return Err(why_not(url).await.unwrap_or(error)),
+            };
             let engine = connect(ENGINE_CONNECTIONS, Plans::New).await?;
-            let [revisions, commits] = [connect(1, Plans::New).await?, connect(1, Plans::Kept).await?];
+            let revisions = connect(REVISIONS_CONNECTIONS, Plans::New).await?;
+            let commits = connect(1, Plans::Kept).await?;
             let (read, engine_read) = (pool.clone(), engine.clone());
             Ok(Self { read, write: pool, engine_read, engine_write: engine, revisions, commits })
         }
@@ -84,7 +88,6 @@ impl Plans {
 
 fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> ConnectOptions {
     let (plan_cache_mode, statement_timeout) = plans.settings();
-    let released = silence.clone();
     let mut options = ConnectOptions::new(url);
     options
         .max_connections(connections)
@@ -111,14 +114,10 @@ fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> Conne
                 ("plan_cache_mode", plan_cache_mode),
             ])
         })
-        .map_sqlx_postgres_pool_opts(move |pool| {
+        .map_sqlx_postgres_pool_opts(|pool| {
             let pool = pool.after_connect(|connection, _| Box::pin(takes_writes(connection)));
-            let silence = released.clone();
-            pool.after_release(move |connection, _| {
-                // The pool asks as well, but without an end.
-                let is_there = silence.answered_lately();
-                Box::pin(async move { Ok(is_there || answers(connection).await) })
-            })
+            // The pool asks as well, but without an end.
+            pool.after_release(|connection, _| Box::pin(async { Ok(answers(connection).await) }))
         })
         .map_sqlx_postgres_before_acquire(move |connection, its| {
             let trust = silence.trust(its.age);
@@ -161,8 +160,11 @@ async fn answers(connection: &mut PgConnection) -> bool {
     tokio::time::timeout(MAX_PING, connection.ping()).await.is_ok_and(|answered| answered.is_ok())
 }
 
-fn refused(error: sqlx::Error) -> DbErr {
-    DbErr::Conn(RuntimeErr::SqlxError(Arc::new(error)))
+/// Why there is no connection, which a pool does not say.
+async fn why_not(url: &str) -> Option<DbErr> {
+    let connect = async { takes_writes(&mut PgConnection::connect(url).await?).await };
+    let error = tokio::time::timeout(MAX_WAIT_FOR_CONNECTION, connect).await.ok()?.err()?;
+    Some(DbErr::Conn(RuntimeErr::SqlxError(Arc::new(error))))
 }
 
 /// The file of a SQLite URL; none for PostgreSQL and for a database in memory.

@@ -50,7 +50,7 @@ impl Store {
     pub(super) async fn hear_of_given_back(&self, after: i64, upto: i64) -> Result<(), Error> {
         let mut sql = Sql::new("SELECT webhook_id, organization, due_at_ms FROM given_back WHERE number > ");
         sql.value(after).text(" AND number <= ").value(upto);
-        let reader = &self.0.engine_read;
+        let reader = &self.0.revisions_read;
         let mut given_back = Vec::new();
         for row in reader.query_all_raw(sql.build(reader.get_database_backend())).await? {
             let (webhook_id, organization, due_at_ms): (String, String, i64) = row.try_get_many_by_index()?;

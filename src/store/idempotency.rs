@@ -271,6 +271,6 @@ impl Store {
     }
 
     async fn change_keys(&self, sql: Sql) -> Result<u64, Error> {
-        Ok(self.0.write.execute_raw(sql.build(self.0.write.get_database_backend())).await?.rows_affected())
+        self.looked_up(self.run(sql)).await
     }
 }

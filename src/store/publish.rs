@@ -223,9 +223,9 @@ impl Publish {
         self.tenant.shared_organization()
     }
 
-    /// Whose subscribers it is for.
+    /// Whose subscribers it is for; a test is for none.
     pub(super) fn subscriptions(&self) -> impl Iterator<Item = Subscription> {
-        self.events.iter().map(|event| (self.tenant.clone(), event.event_type.clone()))
+        self.events.iter().filter(|_| self.test.is_none()).map(|event| (self.tenant.clone(), event.event_type.clone()))
     }
 
     /// How many deliveries it makes for these subscribers.

@@ -69,7 +69,7 @@ impl Store {
         loop {
             interval.tick().await;
             let asked_at = clock::stopwatch();
-            last = self.learn_since(&last).await?;
+            last = self.0.silence.judge(self.learn_since(&last)).await?;
             // Last: from here on, what is still known is as fresh as the reading.
             *self.0.revisions.read_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(asked_at);
         }
@@ -77,7 +77,7 @@ impl Store {
 
     /// Forgets what has changed since the counters stood like this; how they stand now.
     async fn learn_since(&self, last: &HashMap<String, i64>) -> Result<HashMap<String, i64>, Error> {
-        let read = self.0.silence.judge(self.read_revisions()).await?;
+        let read = self.read_revisions().await?;
         // Not only when one grew: a database restored from a backup counts from an earlier number.
         if last.get(KEYS) != read.get(KEYS) {
             self.forget_keys();
@@ -85,12 +85,12 @@ impl Store {
         if let (Some(last), Some(read)) = (last.get(GIVEN_BACK), read.get(GIVEN_BACK))
             && last < read
         {
-            self.looked_up(self.hear_of_given_back(*last, *read)).await?;
+            self.hear_of_given_back(*last, *read).await?;
         }
         match (last.get(WEBHOOKS), read.get(WEBHOOKS)) {
             (last, read) if last == read => {}
             (Some(last), Some(read)) if (1..=MAX_CHANGES).contains(&(read - last)) => {
-                let changed = self.looked_up(self.changed_webhooks(*last, *read)).await?;
+                let changed = self.changed_webhooks(*last, *read).await?;
                 // A node of before says that there was a change, and not of what.
                 if i64::try_from(changed.len()) == Ok(read - last) {
                     self.0.targets.forget_webhooks(&changed);
@@ -146,7 +146,7 @@ impl Store {
     async fn changed_webhooks(&self, after: i64, upto: i64) -> Result<Vec<(Tenant, Arc<str>)>, Error> {
         let mut sql = Sql::new("SELECT organization, environment, webhook_id FROM webhook_changes WHERE number > ");
         sql.value(after).text(" AND number <= ").value(upto);
-        let reader = &self.0.engine_read;
+        let reader = &self.0.revisions_read;
         let rows = reader.query_all_raw(sql.build(reader.get_database_backend())).await?;
         let changed = rows.into_iter().map(|row| {
             let (organization, environment, webhook_id): (String, String, String) = row.try_get_many_by_index()?;

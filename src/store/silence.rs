@@ -26,8 +26,6 @@ pub(super) const MAX_COMMIT: Duration = Duration::from_secs(8);
 pub(super) const MAX_LOOK_UP: Duration = Duration::from_secs(8);
 /// … and anything else after this.
 pub(super) const MAX_WAIT: Duration = Duration::from_secs(40);
-/// A database that answered so long ago, twice the time between two readings of the revisions, is taken to be there.
-const LATELY: Duration = Duration::from_millis(600);
 
 /// What is known of whether the database is there; nothing for SQLite.
 #[derive(Clone)]
@@ -77,12 +75,6 @@ impl Silence {
         }
     }
 
-    /// Whether the database answered a moment ago.
-    pub(super) fn answered_lately(&self) -> bool {
-        let heard = self.0.as_ref().and_then(|known| known.times().heard);
-        heard.is_some_and(|heard| heard.elapsed() < LATELY)
-    }
-
     /// Ends when the database is found silent.
     pub(super) async fn found(&self) {
         match &self.0 {
@@ -111,17 +103,16 @@ impl Silence {
     /// The same for reading the revisions, by whose answer the database is judged.
     pub(super) async fn judge<T>(&self, reading: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         let Some(known) = &self.0 else { return reading.await };
-        let Ok(read) = tokio::time::timeout(MAX_SILENCE, reading).await else {
-            tracing::error!(
-                "the database does not answer; what waits for it is given up, and its connections are made anew"
-            );
-            known.found.send_replace(Some(clock::stopwatch()));
-            return Err(unanswered());
-        };
-        if read.is_ok() {
+        let read = tokio::time::timeout(MAX_SILENCE, reading).await;
+        let long_ago = |heard: &mut Instant| heard.elapsed() >= MAX_SILENCE;
+        if matches!(read, Ok(Ok(_))) {
             known.times().heard = Some(clock::stopwatch());
+        } else if read.is_err() || known.times().heard.take_if(long_ago).is_some() {
+            // Or there has been no connection to read by for as long; that is said once.
+            tracing::error!("the database does not answer; what waits for it is given up");
+            known.found.send_replace(Some(clock::stopwatch()));
         }
-        read
+        read.unwrap_or_else(|_| Err(unanswered()))
     }
 }
 
@@ -146,8 +137,10 @@ mod tests {
         let silence = Silence::of("postgres://db");
         let made = clock::stopwatch();
         let trust = || (silence.trust(made.elapsed()), silence.trust(Duration::ZERO));
-        assert_eq!((trust(), silence.answered_lately()), ((Trust::Use, Trust::Use), false));
-        assert!(silence.judge(ready(Ok(()))).await.is_ok() && silence.answered_lately());
+        assert_eq!(trust(), (Trust::Use, Trust::Use));
+        assert!(silence.judge(ready(Ok(()))).await.is_ok());
+        assert!(silence.judge(ready(Err::<(), _>(unanswered()))).await.is_err());
+        assert_eq!(trust(), (Trust::Use, Trust::Use), "it answered a moment ago");
 
         let slow = silence.heard(Duration::ZERO, pending::<Result<(), Error>>()).await;
         assert!(matches!(slow, Err(Error::Unavailable(_))));
@@ -160,5 +153,10 @@ mod tests {
         assert!(matches!(waited, Err(Error::Unavailable(_))));
         assert_eq!(trust(), (Trust::Gone, Trust::Use));
         assert!(silence.heard(MAX_WAIT, ready(Ok::<_, Error>(()))).await.is_ok(), "it is there again");
+
+        let later = clock::stopwatch();
+        let found = || silence.trust(later.elapsed()) == Trust::Gone;
+        known.times().heard = Some(later - MAX_SILENCE);
+        assert!(!found() && silence.judge(ready(Err::<(), _>(unanswered()))).await.is_err() && found());
     }
 }

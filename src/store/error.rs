@@ -1,0 +1,100 @@
+//! What can go wrong, and whether it passes.
+
+use std::sync::Arc;
+
+use crate::vault;
+
+/// What can go wrong with the database.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// It cannot be reached, or not within two seconds.
+    #[error("the database cannot be reached: {0}")]
+    Unavailable(Arc<sea_orm::DbErr>),
+    /// It refused a statement, or holds what it must not.
+    #[error("the database failed: {0}")]
+    Failed(Arc<sea_orm::DbErr>),
+    /// A row holds a word that this version does not know.
+    #[error("the database holds an unknown {0}")]
+    Corrupt(&'static str),
+    /// Secrets are needed, and [`Store::unlock`] has not been called.
+    #[error("a master key is needed for the signing secrets, and none was given")]
+    Locked,
+    /// Secrets are sealed under master keys that were not given.
+    #[error(
+        "the signing secrets are encrypted under master key {missing}, which was not given (given: {given})\n  \
+         Add it after the first one to --master-key-file or SHORTKIT_MASTER_KEY: the first encrypts, the others decrypt."
+    )]
+    MissingMasterKey {
+        /// Ids of those that are missing.
+        missing: String,
+        /// Ids of those that are not.
+        given: String,
+    },
+    /// A secret does not open.
+    #[error(transparent)]
+    Sealed(#[from] vault::OpenError),
+    /// More writes wait than may.
+    #[error("too many writes are waiting for the database")]
+    Overloaded,
+    /// As many deliveries of the organisation are pending as may be.
+    #[error("too many deliveries of the organization are pending")]
+    OrganizationBacklog,
+    /// As many deliveries are pending as may be.
+    #[error("too many deliveries are pending")]
+    Backlog,
+    /// The organisation has as many webhooks as it may.
+    #[error("the organization has {0} webhooks, as many as it may")]
+    TooManyWebhooks(u64),
+    /// As many test events of the organisation are under way as may be.
+    #[error("too many test events of the organization are under way")]
+    OrganizationTests,
+    /// As many test events are under way as may be.
+    #[error("too many test events are under way")]
+    Tests,
+    /// Events published together would make more deliveries than they may.
+    #[error("the events would make more than {0} deliveries together")]
+    TooManyDeliveries(usize),
+    /// Another request with the same idempotency key was faster; this one was not done.
+    #[error("another request with the same idempotency key was faster")]
+    Repeated,
+    /// It would not fit where it is to be kept.
+    #[error("the {0} is too long")]
+    TooLong(&'static str),
+    /// The store is shutting down.
+    #[error("the store is closed")]
+    Closed,
+    /// Another process serves this SQLite database.
+    #[error("another process is serving {0}; stop it first, or use PostgreSQL for several nodes")]
+    Taken(String),
+    /// The file that keeps others off cannot be used.
+    #[error("{0}.lock, which keeps other processes off the database, cannot be locked: {1}")]
+    Lock(String, Arc<std::io::Error>),
+}
+
+impl From<sea_orm::DbErr> for Error {
+    fn from(error: sea_orm::DbErr) -> Self {
+        if passes(&error) { Self::Unavailable(Arc::new(error)) } else { Self::Failed(Arc::new(error)) }
+    }
+}
+
+/// Whether the same statement may well succeed later: the database is away, restarting, full, or busy with another.
+fn passes(error: &sea_orm::DbErr) -> bool {
+    use sea_orm::{DbErr, RuntimeErr, SqlxError};
+    let (DbErr::Conn(RuntimeErr::SqlxError(cause))
+    | DbErr::Exec(RuntimeErr::SqlxError(cause))
+    | DbErr::Query(RuntimeErr::SqlxError(cause))) = error
+    else {
+        return matches!(error, DbErr::ConnectionAcquire(_) | DbErr::Conn(_));
+    };
+    let code = match &**cause {
+        SqlxError::Database(error) => error.code().unwrap_or_default().into_owned(),
+        cause => return matches!(cause, SqlxError::Io(_) | SqlxError::PoolTimedOut | SqlxError::PoolClosed),
+    };
+    // SQLSTATE: connection trouble, no resources, shutting down, chosen to wait, took too long, takes no writes any more.
+    // SQLite: busy, locked, full; an extended code has the plain one in its low byte.
+    let classes = ["08", "53", "57", "40", "55P03", "25P03", "25006"];
+    let plain = code.parse::<i32>().map(|code| code & 0xff);
+    // Not what took too long by itself, whose batch is tried again piece by piece.
+    (code.len() == 5 && code != "57014" && classes.iter().any(|class| code.starts_with(class)))
+        || matches!(plain, Ok(5 | 6 | 13))
+}
