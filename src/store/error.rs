@@ -16,7 +16,7 @@ pub enum Error {
     /// A row holds a word that this version does not know.
     #[error("the database holds an unknown {0}")]
     Corrupt(&'static str),
-    /// Secrets are needed, and [`Store::unlock`] has not been called.
+    /// Secrets are needed, and [`super::Store::unlock`] has not been called.
     #[error("a master key is needed for the signing secrets, and none was given")]
     Locked,
     /// Secrets are sealed under master keys that were not given.

@@ -2,9 +2,10 @@
 //! connection. Nobody then ends what waits for it, since the system tries for a quarter of an hour, or for ever. So whoever
 //! waits gives up. SQLite is waited for: there is nowhere else to go.
 //!
-//! One connection is for the revisions alone, a handful of rows that are read three times a second. When that is not answered,
-//! the database is silent: everybody gives up, and no connection of before is used again. Anything else that takes too long
-//! gives up only itself, since the database may just be slow, and connections of before are asked whether they are there.
+//! Some connections are for the revisions alone, a handful of rows that are read three times a second. When they are not
+//! answered, the database is silent: everybody gives up, and no connection of before is used again. Anything else that takes
+//! too long gives up only itself, since the database may just be slow, and connections of before are asked whether they are
+//! there.
 
 use std::{
     future::Future,
