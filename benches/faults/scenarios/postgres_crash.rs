@@ -1,6 +1,9 @@
 //! PostgreSQL ends at once, as by `pg_ctl stop -m immediate`, and comes back.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use shortkit_webhooks::clock;
 
@@ -38,9 +41,7 @@ pub(super) async fn play(form: Form) -> Result<Report, String> {
     // A commit whose answer was lost leaves leases that nobody works on: they run out.
     world.settle(2 * LEASE + Duration::from_secs(30)).await;
     let mut report = Report::of(&world).await;
-    let statuses = refusals(&world.ledger);
-    report.check(statuses.iter().all(|status| *status == 503), || format!("refused with {statuses:?}, not only 503"));
-    report.check(statuses.contains(&503), || "no publish was ever refused".to_owned());
+    refused_with_503(&mut report, &world.ledger);
     // Results that could not be recorded in time, or whose commit went unanswered.
     report.repeats_at_most(MAX_IN_FLIGHT * ORGANIZATIONS.len() * world.nodes.len() * crashes);
     report.within("the slowest refusal took", Some(slowest), REFUSED);
@@ -65,11 +66,14 @@ pub(super) fn slowest_refusal(ledger: &Ledger) -> Duration {
     refused.map(|publish| publish.ended - publish.began).max().unwrap_or_default()
 }
 
-pub(super) fn refusals(ledger: &Ledger) -> std::collections::BTreeSet<u16> {
+/// Some publishes were refused, and all of those with 503.
+pub(super) fn refused_with_503(report: &mut Report, ledger: &Ledger) {
     let books = ledger.books();
     let statuses = books.published.values().filter_map(|publish| match publish.outcome {
         Outcome::Refused(status) => Some(status),
         _ => None,
     });
-    statuses.collect()
+    let statuses: BTreeSet<u16> = statuses.collect();
+    report.check(statuses.iter().all(|status| *status == 503), || format!("refused with {statuses:?}, not only 503"));
+    report.check(statuses.contains(&503), || "no publish was ever refused".to_owned());
 }
