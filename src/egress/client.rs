@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use http::{
-    HeaderMap, Method, StatusCode, Version,
+    HeaderMap, Method, StatusCode,
     header::{CONNECTION, RETRY_AFTER},
 };
 use reqwest::{Request, redirect, retry};
@@ -21,21 +21,12 @@ use crate::clock::Seldom;
 
 /// This much of an answer is read; then the connection is dropped.
 pub const MAX_ANSWER_BYTES: usize = 16 * 1024;
-/// The head of an answer over HTTP/2 is at most this long; a longer one is no valid answer. Over HTTP/1.1 reqwest leaves
-/// hyper its own limits: 100 lines and 408 KiB.
-const MAX_HEAD_BYTES: u32 = 64 * 1024;
-/// So much of an answer a receiver may send over HTTP/2 before it is read.
-const MAX_UNREAD_BYTES: u32 = 64 * 1024;
 /// A connection that takes longer to be made, from the look-up to the end of the handshake, counts as a failure.
 const MAX_CONNECT: Duration = Duration::from_secs(5);
 /// Connecting ends so much before the request must, so that the failure names what was not reached.
 const TO_NAME: Duration = Duration::from_millis(100);
 /// Registering a webhook waits this long for its name to be looked up, and then leaves the judgement to each attempt.
 const MAX_LOOKUP: Duration = Duration::from_secs(2);
-/// An HTTP/2 connection under use that is silent for so long is asked whether it lives …
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// … and given up when it does not answer within this, lest every later request end on it.
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// That files are short is said once in this time, however many requests it stops.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
@@ -158,11 +149,6 @@ impl Client {
                 place.is_unconnected();
             }
         })?;
-        // Whatever becomes of this request, others may be on its connection.
-        let shared = response.version() == Version::HTTP_2;
-        if shared {
-            place.stays_open(shared);
-        }
         let status = response.status();
         let closes =
             response.headers().get(CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"));
@@ -173,7 +159,7 @@ impl Client {
         while kept.len() < MAX_ANSWER_BYTES {
             let Some(chunk) = response.chunk().await? else {
                 if !closes {
-                    place.stays_open(shared);
+                    place.stays_open();
                 }
                 break;
             };
@@ -191,8 +177,8 @@ fn pools(
     settings: &Settings,
 ) -> Result<[reqwest::Client; POOLS.len()], StartError> {
     let tls = connector::tls(&settings.extra_roots)?;
-    let [none, one, few, more, many] = POOLS.map(|keep| http(permitted, policy, &tls, settings, keep));
-    Ok([none?, one?, few?, more?, many?])
+    let [none, one, few, more, many, most] = POOLS.map(|keep| http(permitted, policy, &tls, settings, keep));
+    Ok([none?, one?, few?, more?, many?, most?])
 }
 
 /// A client that keeps so many connections to each host. It asks `permitted` whom to dial, and `policy` whom it has
@@ -227,10 +213,8 @@ fn http(
         // The limits above end what hangs; the system's own would end it with another reason.
         .tcp_keepalive(None)
         .tcp_user_timeout(None)
-        .http2_max_header_list_size(MAX_HEAD_BYTES)
-        .http2_initial_stream_window_size(MAX_UNREAD_BYTES)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        // As [`connector::tls`] offers.
+        .http1_only()
         .build()
 }
 

@@ -18,12 +18,12 @@ use url::{Position, Url};
 
 use crate::clock;
 
-/// How many idle connections of a host each of the clients keeps; the most is what a webhook uses at a time, lest they be
-/// made anew all the time.
-pub(super) const POOLS: [usize; 5] = [0, 1, 4, 12, 32];
+/// How many idle connections of a host each of the clients keeps: as many as a webhook uses at a time, lest they be made anew
+/// all the time, and more for a host that many webhooks share.
+pub(super) const POOLS: [usize; 6] = [0, 1, 4, 12, 32, 128];
 /// The client that closes every connection behind its request.
 const CLOSING: usize = 0;
-/// The one for hosts that need one connection, among them those that speak HTTP/2, by which all requests share one.
+/// The one for hosts that need one connection.
 const FIRST: usize = 1;
 /// Connections that all hosts may keep together, where enough files may be open …
 const MAX_KEPT: usize = 4_096;
@@ -62,8 +62,6 @@ struct Host {
     used: usize,
     /// Whether it was ever connected to.
     is_there: bool,
-    /// Whether requests share a connection.
-    shares: bool,
 }
 
 /// A request, from before it is sent until its answer is read.
@@ -79,12 +77,12 @@ pub(super) struct Place<'a> {
 /// What is left of a request.
 #[derive(Clone, Copy)]
 enum Ended {
-    /// Nothing, or a connection that others share, as far as anybody knows.
+    /// Nothing, as far as anybody knows.
     Somehow,
     /// Nothing: there was no connection.
     Unconnected,
-    /// An open connection, which may be one that is shared.
-    Open { shared: bool },
+    /// An open connection.
+    Open,
 }
 
 impl Kept {
@@ -175,10 +173,7 @@ impl Hosts {
         let Some(host) = self.by_origin.get_mut(origin) else { return };
         host.under_way = host.under_way.saturating_sub(1);
         host.is_there |= !matches!(ended, Ended::Unconnected);
-        if let Ended::Open { shared } = ended {
-            host.used += 1;
-            host.shares = shared;
-        }
+        host.used += usize::from(matches!(ended, Ended::Open));
         if !host.is_there && host.under_way == 0 {
             // However many there are that nobody reaches, they leave nothing open.
             self.kept -= host.may_keep();
@@ -190,8 +185,7 @@ impl Hosts {
 impl Host {
     /// The pool that keeps as many as it needs.
     fn wanted(&self) -> usize {
-        let enough = || POOLS.iter().position(|keeps| *keeps >= self.most).unwrap_or(POOLS.len() - 1);
-        if self.shares { FIRST } else { enough() }
+        POOLS.iter().position(|keeps| *keeps >= self.most).unwrap_or(POOLS.len() - 1)
     }
 
     fn move_to(&mut self, pool: usize) {
@@ -215,9 +209,9 @@ impl Place<'_> {
         self.ended = Ended::Unconnected;
     }
 
-    /// Its connection is open when it ends, and may be one that is `shared`.
-    pub(super) fn stays_open(&mut self, shared: bool) {
-        self.ended = Ended::Open { shared };
+    /// Its connection is open when it ends.
+    pub(super) fn stays_open(&mut self) {
+        self.ended = Ended::Open;
     }
 }
 
@@ -249,7 +243,7 @@ mod tests {
     /// The pool of a request that was answered.
     fn request(kept: &Kept, url: &Url) -> usize {
         let mut place = kept.place(url);
-        place.stays_open(false);
+        place.stays_open();
         place.pool()
     }
 
@@ -265,12 +259,12 @@ mod tests {
         let url = host(1);
         let mut places: Vec<Place<'_>> = (0..40).map(|_| kept.place(&url)).collect();
         let pools: Vec<usize> = places.iter().map(Place::pool).collect();
-        assert_eq!((&pools[..6], pools[12], pools[39]), (&[1, 2, 2, 2, 3, 3][..], 4, 4));
-        places.iter_mut().for_each(|place| place.stays_open(false));
+        assert_eq!((&pools[..6], pools[12], pools[31], pools[39]), (&[1, 2, 2, 2, 3, 3][..], 4, 4, 5));
+        places.iter_mut().for_each(Place::stays_open);
         drop(places);
-        assert_eq!(kept.lock().kept, 1 + 4 + 12 + 32);
+        assert_eq!(kept.lock().kept, 1 + 4 + 12 + 32 + 128);
         assert_eq!(request(&kept, &url), LAST, "as it needed a moment ago");
-        for (pool, may_keep) in [(LAST, 1 + 4 + 12 + 32), (FIRST, 1 + 32), (FIRST, 1 + 32), (FIRST, 1)] {
+        for (pool, may_keep) in [(LAST, 1 + 4 + 12 + 32 + 128), (FIRST, 1 + 128), (FIRST, 1 + 128), (FIRST, 1)] {
             later(&kept);
             assert_eq!((request(&kept, &url), kept.lock().kept), (pool, may_keep));
         }
@@ -284,8 +278,8 @@ mod tests {
         let kept = Kept::new(usize::MAX);
         let urls: Vec<Url> = (0..MAX_KEPT).map(host).collect();
         let busy: Vec<_> =
-            urls[..200].iter().flat_map(|url| (0..40).map(|_| kept.place(url)).collect::<Vec<_>>()).collect();
-        let many = busy.iter().filter(|place| place.pool() == LAST).count() / 36;
+            urls[..200].iter().flat_map(|url| (0..30).map(|_| kept.place(url)).collect::<Vec<_>>()).collect();
+        let many = busy.iter().filter(|place| place.pool() == LAST - 1).count() / 18;
         assert!((45..=96).contains(&many), "{many} have all that they need, and what they had on the way");
         let one = urls[200..].iter().filter(|url| request(&kept, url) == FIRST).count();
         assert!(one >= MAX_KEPT / KEPT_PER_FIRST - 200, "{one}");
@@ -323,15 +317,6 @@ mod tests {
         assert!(is_empty(&kept));
     }
 
-    #[test]
-    fn one_connection_that_is_shared_is_one() {
-        let kept = Kept::new(usize::MAX);
-        let url = host(1);
-        kept.place(&url).stays_open(true);
-        let places: Vec<Place<'_>> = (0..40).map(|_| kept.place(&url)).collect();
-        assert!(places.iter().all(|place| place.pool() == FIRST) && kept.lock().kept == 1);
-    }
-
     proptest! {
         #[test]
         fn no_more_is_kept_than_may_be(steps in prop::collection::vec((0..12_usize, 0..6_usize), 0..400), most in 1..60_usize) {
@@ -349,7 +334,7 @@ mod tests {
                     }
                     2 if !under_way.is_empty() => {
                         let index = number % under_way.len();
-                        under_way.swap_remove(index).stays_open(number == 7);
+                        under_way.swap_remove(index).stays_open();
                     }
                     _ => under_way.push(kept.place(&urls[number])),
                 }

@@ -6,12 +6,15 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use rcgen::{BasicConstraints, Certificate, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
 use shortkit_webhooks::config::Config;
-use tokio::{io::AsyncWriteExt, net::TcpListener};
+use tokio::{io::AsyncWriteExt, net::TcpListener, sync::watch};
 use tokio_rustls::{
     TlsAcceptor,
     rustls::{
@@ -21,8 +24,8 @@ use tokio_rustls::{
     },
 };
 
-use super::{accept, assert_ends, drip, failed, raw, server};
-use crate::support::{Database, Kind, TestServer, config};
+use super::{TIMEOUT, accept, assert_ends, drip, failed, raw, server};
+use crate::support::{Database, Kind, TestServer, config, soon};
 
 /// A certificate, and what it is for.
 struct Certified {
@@ -47,12 +50,13 @@ impl Certified {
         params
     }
 
-    /// A TLS receiver that answers 200, with a certificate of `authority`, or of its own.
+    /// A TLS receiver that answers 200, with a certificate of `authority`, or of its own; and how many requests it leaves
+    /// without an answer.
     async fn serve(
         &self,
         authority: Option<&Issuer<'_, KeyPair>>,
         versions: &[&'static SupportedProtocolVersion],
-    ) -> u16 {
+    ) -> (u16, watch::Receiver<usize>) {
         let key = KeyPair::generate().unwrap();
         let certificate = match authority {
             Some(authority) => self.params().signed_by(&key, authority).unwrap(),
@@ -67,30 +71,51 @@ impl Certified {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
+        let (hanging, hang) = watch::channel(0);
         tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let acceptor = acceptor.clone();
+                let (acceptor, hanging) = (acceptor.clone(), hanging.clone());
                 tokio::spawn(async move {
-                    if let Ok(stream) = acceptor.accept(stream).await {
-                        let _ = http2::Builder::new(TokioExecutor::new())
-                            .serve_connection(TokioIo::new(stream), service_fn(over_http2))
-                            .await;
-                    }
+                    let Ok(stream) = acceptor.accept(stream).await else { return };
+                    let service = service_fn(move |request| answer(request, hanging.clone()));
+                    let mut connection = auto::Builder::new(TokioExecutor::new());
+                    connection.http2().max_concurrent_streams(STREAMS);
+                    let _ = connection.serve_connection(TokioIo::new(stream), service).await;
                 });
             }
         });
-        port
+        (port, hang)
     }
 }
 
-/// `OK`, or on `/endless` no end of it.
-async fn over_http2(request: Request<Incoming>) -> Result<Response<BoxBody<Bytes, Infallible>>, Infallible> {
+/// So many requests at a time are allowed over one HTTP/2 connection.
+const STREAMS: u32 = 4;
+
+/// `OK`, on `/endless` no end of it, on `/hang` nothing.
+async fn answer(
+    request: Request<Incoming>,
+    hanging: watch::Sender<usize>,
+) -> Result<Response<BoxBody<Bytes, Infallible>>, Infallible> {
     let chunk = || Ok(Frame::data(Bytes::from_static(&[b'x'; 4096])));
     Ok(Response::new(match request.uri().path() {
         "/endless" => BodyExt::boxed(StreamBody::new(futures_util::stream::repeat_with(chunk))),
+        "/hang" => {
+            hanging.send_modify(|hanging| *hanging += 1);
+            std::future::pending().await
+        }
         _ => BodyExt::boxed(Full::from("OK")),
     }))
+}
+
+/// Who signs certificates, and its own.
+fn authority(name: &str) -> (Issuer<'static, KeyPair>, Certificate) {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.self_signed(&key).unwrap();
+    (Issuer::new(params, key), certificate)
 }
 
 fn no_tls(reason: &str) -> serde_json::Value {
@@ -100,14 +125,6 @@ fn no_tls(reason: &str) -> serde_json::Value {
 #[tokio::test]
 async fn each_fault_of_a_certificate_has_its_own_reason() {
     let database = Database::fresh(Kind::Sqlite).await;
-    let authority = |name: &str| {
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.self_signed(&key).unwrap();
-        (Issuer::new(params, key), certificate)
-    };
     let (known, root) = authority("Known");
     let (stranger, _) = authority("Nobody You Know");
     let server = TestServer::with(Config { egress_ca: vec![root.pem().into_bytes()], ..config(&database) }).await;
@@ -124,7 +141,7 @@ async fn each_fault_of_a_certificate_has_its_own_reason() {
         (Certified { is_authority: true, ..Certified::good() }, None, unknown),
     ] {
         for versions in [ALL_VERSIONS, &[&TLS12]] {
-            let port = certificate.serve(authority, versions).await;
+            let (port, _) = certificate.serve(authority, versions).await;
             let test = assert_ends(&server, &format!("https://localhost:{port}/"), expected.clone()).await;
             if test["status"] == "success" {
                 let endless = format!("https://localhost:{port}/endless");
@@ -133,6 +150,24 @@ async fn each_fault_of_a_certificate_has_its_own_reason() {
             }
         }
     }
+    server.stop().await;
+}
+
+/// One host may have webhooks of many tenants, as that of a platform whose users paste its URLs.
+#[tokio::test]
+async fn paths_that_hang_hold_nobody_up_at_the_same_host() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let (issuer, root) = authority("Known");
+    let (port, mut hanging) = Certified::good().serve(Some(&issuer), ALL_VERSIONS).await;
+    let (egress_ca, request_timeout) = (vec![root.pem().into_bytes()], 5 * TIMEOUT);
+    let server = TestServer::with(Config { egress_ca, request_timeout, ..config(&database) }).await;
+    server.webhook(&format!("https://localhost:{port}/hang"), &["content.errored"]).await;
+    for _ in 0..2 * STREAMS {
+        server.publish("content.errored", "{}").await;
+    }
+    let all = hanging.wait_for(|hanging| *hanging == 2 * STREAMS as usize);
+    soon("all that hang are under way", all).await.unwrap();
+    assert_ends(&server, &format!("https://localhost:{port}/"), json!({ "status": "success" })).await;
     server.stop().await;
 }
 
