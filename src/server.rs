@@ -89,14 +89,14 @@ pub async fn run(
     let open_files = raise_open_files();
     config.limits.connections = callers(config.limits.connections, open_files);
     let client = client(&config, open_files)?;
-    let engine = Engine {
+    let engine = Arc::new(Engine {
         store: store.clone(),
         client: client.clone(),
         schedule: Arc::new(config.retry_schedule.clone()),
         request_timeout: config.request_timeout,
         max_in_flight_per_webhook: config.max_in_flight_per_webhook,
         open_files,
-    };
+    });
     let api = Api(Arc::new(Parts {
         tokens: Tokens::new(&store.token_key().await?),
         store: store.clone(),

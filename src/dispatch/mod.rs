@@ -56,9 +56,9 @@ pub fn lease_length(request_timeout: Duration) -> Duration {
 impl Engine {
     /// Works until `stopping`, when it gives back what is not on the wire, without using up an attempt. What is on the
     /// wire finishes, and test events still go out, until `calls_ended`. The whole end takes at most `grace`.
-    pub async fn run(self, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
+    pub async fn run(self: Arc<Self>, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
         let Some(mut ready) = self.store.ready() else { return };
-        let mut claims = tokio::spawn(claim::run(self.clone(), stopping.clone()));
+        let mut claims = tokio::spawn(claim::run(Self::clone(&self), stopping.clone()));
         let shares = Shares::new(self.max_in_flight_per_webhook, self.open_files);
         if shares.are_few() {
             let (open_files, attempts) = (self.open_files, shares.places);
@@ -102,7 +102,7 @@ impl Engine {
                 more = next.is_some();
                 let Some((line, leased)) = next else { break };
                 let place = (Slot::new(line, freed.clone()), Place::new(self.store.clone(), &leased));
-                running.spawn(self.clone().attempt(leased, Some(place)));
+                running.spawn(Arc::clone(&self).attempt(leased, Some(place)));
             }
             if more {
                 tokio::task::yield_now().await;
@@ -115,7 +115,7 @@ impl Engine {
     }
 
     async fn finish(
-        &self,
+        self: &Arc<Self>,
         mut ready: mpsc::UnboundedReceiver<Leased>,
         claims: JoinHandle<()>,
         mut queue: Queue<Leased>,
@@ -147,10 +147,10 @@ impl Engine {
         while running.join_next().await.is_some() {}
     }
 
-    fn take(&self, leased: Leased, queue: &mut Queue<Leased>, running: &mut JoinSet<()>) {
+    fn take(self: &Arc<Self>, leased: Leased, queue: &mut Queue<Leased>, running: &mut JoinSet<()>) {
         // Somebody waits for a test: it goes ahead of all others, and over their limit.
         if leased.done.is_some() {
-            running.spawn(self.clone().attempt(leased, None));
+            running.spawn(Arc::clone(self).attempt(leased, None));
         } else {
             let (tenant, webhook_id) = (leased.tenant.clone(), Arc::clone(&leased.webhook_id));
             queue.push(tenant.organization(), &webhook_id, leased);

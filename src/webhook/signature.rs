@@ -1,8 +1,6 @@
 //! Both signature schemes: `X-Shortform-Signature`, and that of Standard Webhooks
 //! (<https://www.standardwebhooks.com>).
 
-use std::fmt::Write;
-
 use base64::{Engine, engine::general_purpose::STANDARD};
 use ring::hmac;
 
@@ -43,29 +41,38 @@ impl SigningKey {
         }
     }
 
-    fn shortform(&self, body: &[u8]) -> String {
-        let mut text = String::with_capacity("sha256=".len() + 64);
-        text.push_str("sha256=");
+    fn shortform(&self, body: &[u8], out: &mut String) {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        out.push_str("sha256=");
         for byte in hmac::sign(&self.shortform, body).as_ref() {
-            let _ = write!(text, "{byte:02x}");
+            out.extend([byte >> 4, byte & 15].map(|digit| char::from(DIGITS[usize::from(digit)])));
         }
-        text
     }
 
-    fn standard(&self, id: &str, timestamp_secs: i64, body: &[u8]) -> hmac::Tag {
+    /// `head` is the id and the time, each with a point after it.
+    fn standard(&self, head: &str, body: &[u8], out: &mut String) {
         let mut context = hmac::Context::with_key(&self.standard);
-        context.update(format!("{id}.{timestamp_secs}.").as_bytes());
+        context.update(head.as_bytes());
         context.update(body);
-        context.sign()
+        out.push_str("v1,");
+        STANDARD.encode_string(context.sign(), out);
     }
 }
 
 /// The values of `X-Shortform-Signature` and `webhook-signature`, one part for each key, the newest first.
 pub fn signature_headers(keys: &[SigningKey], delivery_id: &str, at: Timestamp, body: &[u8]) -> (String, String) {
-    let shortform: Vec<String> = keys.iter().map(|key| key.shortform(body)).collect();
-    let standard: Vec<String> =
-        keys.iter().map(|key| format!("v1,{}", STANDARD.encode(key.standard(delivery_id, at.secs(), body)))).collect();
-    (shortform.join(","), standard.join(" "))
+    let head = format!("{delivery_id}.{}.", at.secs());
+    let (mut shortform, mut standard) =
+        (String::with_capacity(keys.len() * 72), String::with_capacity(keys.len() * 48));
+    for (index, key) in keys.iter().enumerate() {
+        if index > 0 {
+            shortform.push(',');
+            standard.push(' ');
+        }
+        key.shortform(body, &mut shortform);
+        key.standard(&head, body, &mut standard);
+    }
+    (shortform, standard)
 }
 
 /// Checks the Standard Webhooks headers of a request against `key`, as a receiver does.
