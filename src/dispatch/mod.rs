@@ -2,6 +2,7 @@
 
 mod attempt;
 mod claim;
+mod order;
 mod pace;
 mod queue;
 mod shares;

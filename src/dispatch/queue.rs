@@ -1,13 +1,13 @@
-//! Whose turn it is: among webhooks that may start another attempt, those with the fewest under way come first, of those
-//! organisations take turns, and within each its webhooks do. [`super::shares`] says who may.
+//! Whose turn it is: organisations take turns, as [`super::order`] says, and within each its webhooks, of which those with the
+//! fewest attempts under way come first. [`super::shares`] says who may.
 //!
-//! A turn costs a few steps in ordered sets, whatever waits: an organisation stands in the order of turns with the best
-//! place of its webhooks, so that the first in order that may not start ends the search; only organisations that have
-//! more than their share are passed over, and of those there cannot be many. Quick and slow webhooks have an order each
-//! and go by turns.
+//! A turn costs a few steps in ordered sets, whatever waits: webhooks with as many attempts under way may start another one
+//! or none may, so of each such kind the first is asked; only organisations that have more than their share are passed over,
+//! and of those there cannot be many. Quick and slow webhooks have an order each and go by turns.
 //!
-//! Nobody starves: a webhook with something waiting either has an attempt under way, which ends, or stands among the
-//! first attempts, where every other gets at most one turn before it does.
+//! Nobody starves: an organisation with something waiting that may start has its turn after at most two of each other one,
+//! and within it a webhook either has an attempt under way, which ends, or stands among the first attempts, where every other
+//! gets at most one turn before it does.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -17,6 +17,7 @@ use std::{
 use slab::Slab;
 
 use super::{
+    order::{Order, Place},
     pace::{BySpeed, Ended, Pace, Speed},
     shares::{InFlight, Level, Shares},
 };
@@ -33,7 +34,7 @@ pub(super) struct Queue<T> {
     organizations: Slab<Organization>,
     names: HashMap<Arc<str>, usize>,
     /// Organisations with a webhook that waits.
-    orders: BySpeed<BTreeSet<Turn>>,
+    orders: BySpeed<Order>,
     /// Which of the two is looked at first.
     next: Speed,
     in_flight: InFlight,
@@ -42,7 +43,7 @@ pub(super) struct Queue<T> {
     proven: HashMap<Arc<str>, Pace>,
 }
 
-/// A place in an order of turns.
+/// The turn of a webhook among those of its organisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Turn {
     level: Level,
@@ -77,7 +78,7 @@ struct Organization {
 struct Turns {
     webhooks: BTreeSet<Turn>,
     ticket: u64,
-    turn: Option<Turn>,
+    place: Option<Place>,
 }
 
 impl<T> Queue<T> {
@@ -120,6 +121,7 @@ impl<T> Queue<T> {
         let organization = &mut self.organizations[line.organization];
         organization.in_flight[line.speed] += 1;
         organization.turns[line.speed].ticket = self.last_ticket;
+        self.orders[line.speed].go_on();
         self.place(index);
         Some((index, item))
     }
@@ -166,11 +168,12 @@ impl<T> Queue<T> {
 
     /// The first webhook of this speed that may start another attempt.
     fn first(&self, speed: Speed) -> Option<usize> {
-        let may = self.orders[speed].iter().take_while(|turn| self.shares.allow(turn.level, speed, &self.in_flight));
-        let organization = may.map(|turn| (turn.level, &self.organizations[turn.who])).find(|(level, organization)| {
-            self.shares.allow_within(*level, speed, &organization.in_flight, &self.in_flight)
+        let may = |level| self.shares.allow(level, speed, &self.in_flight);
+        let who = self.orders[speed].first(may, |place| {
+            let its = &self.organizations[place.who].in_flight;
+            self.shares.allow_within(place.level, speed, its, &self.in_flight)
         });
-        organization?.1.turns[speed].webhooks.first().map(|turn| turn.who)
+        self.organizations[who?].turns[speed].webhooks.first().map(|turn| turn.who)
     }
 
     /// Puts a webhook where it belongs in the turns, or takes it out.
@@ -179,6 +182,7 @@ impl<T> Queue<T> {
         let waits = !line.waiting.is_empty() && line.in_flight < line.pace.window();
         let turn = Turn { level: Level::of(line.in_flight), ticket: line.ticket, who: index };
         let wanted = waits.then_some((line.speed, turn));
+        // It is another one with its first attempt and with its last, by which its organisation has some, or none, under way.
         if line.turn == wanted {
             return;
         }
@@ -191,14 +195,18 @@ impl<T> Queue<T> {
         if let Some((speed, turn)) = wanted {
             organization.turns[speed].webhooks.insert(turn);
         }
+        self.place_organization(who);
+    }
+
+    /// As [`Queue::place`] does with a webhook.
+    fn place_organization(&mut self, who: usize) {
+        let organization = &mut self.organizations[who];
+        let is_busy = organization.in_flight.total() > 0;
         for speed in [Speed::Quick, Speed::Slow] {
             let turns = &mut organization.turns[speed];
-            let wanted = turns.webhooks.first().map(|first| Turn { level: first.level, ticket: turns.ticket, who });
-            let before = std::mem::replace(&mut turns.turn, wanted);
-            if before != wanted {
-                before.map(|turn| self.orders[speed].remove(&turn));
-                wanted.map(|turn| self.orders[speed].insert(turn));
-            }
+            let first = turns.webhooks.first();
+            let wanted = first.map(|first| Place { is_busy, level: first.level, ticket: turns.ticket, who });
+            self.orders[speed].replace(std::mem::replace(&mut turns.place, wanted), wanted);
         }
     }
 
@@ -239,6 +247,8 @@ impl<T> Queue<T> {
         if organization.lines == 0 {
             self.names.remove(&organization.name);
             self.organizations.remove(line.organization);
+        } else {
+            self.place_organization(line.organization);
         }
         if line.pace.is_remarkable(self.shares.max_per_webhook) {
             self.remember(line.webhook_id, line.pace);
@@ -294,8 +304,7 @@ mod tests {
             && webhooks.is_empty()
             && organizations.is_empty()
             && names.is_empty()
-            && orders.quick.is_empty()
-            && orders.slow.is_empty()
+            && orders.quick.len() + orders.slow.len() == 0
     }
 
     #[test]
@@ -309,6 +318,65 @@ mod tests {
         queue.push("quiet", &"c".into(), "c");
         let first: Vec<_> = (0..5).filter_map(|_| queue.pop()).map(|(_, item)| item).collect();
         assert_eq!(first, ["a", "c", "b", "c", "a"]);
+    }
+
+    /// How many attempts a webhook of an organisation of its own gets in two seconds, for 100 deliveries a second whose
+    /// receiver takes 100 ms, so that ten are to be under way, while others always have more waiting than can be begun.
+    fn begun_beside(others: impl Iterator<Item = (String, String)>) -> usize {
+        let mut queue = Queue::new(Shares::new(32, usize::MAX));
+        let push = |queue: &mut Queue<_>, organization: &str, webhook: &str| {
+            queue.push(organization, &webhook.into(), (organization.to_owned(), webhook.to_owned()));
+        };
+        let others: Vec<(String, String)> = others.collect();
+        (0..20).for_each(|_| others.iter().for_each(|(organization, webhook)| push(&mut queue, organization, webhook)));
+        let (mut begun, mut under_way) = (0, Vec::<(u64, usize, u64)>::new());
+        for millis in 0..2_000 {
+            let (ended, rest): (Vec<_>, _) = under_way.into_iter().partition(|(ends_at, ..)| *ends_at <= millis);
+            under_way = rest;
+            for (_, line, took) in ended {
+                queue.finished(line, Some(Ended { took: Duration::from_millis(took), answered: true }));
+            }
+            if millis % 10 == 0 {
+                push(&mut queue, "steady", "steady");
+            }
+            // All that the node can begin in this time.
+            for _ in 0..10 {
+                let (line, (organization, webhook)) = queue.pop().expect("others wait");
+                let is_steady = organization == "steady";
+                let took = if is_steady { 100 } else { 1 };
+                under_way.push((millis + took, line, took));
+                begun += usize::from(is_steady);
+                if !is_steady {
+                    push(&mut queue, &organization, &webhook);
+                }
+            }
+        }
+        begun
+    }
+
+    #[test]
+    fn who_needs_ten_at_a_time_gets_them_beside_a_thousand_webhooks_of_another_organisation() {
+        let begun = begun_beside((0..1_000).map(|number| ("loud".to_owned(), format!("loud {number}"))));
+        assert!(begun >= 195, "{begun} of 200");
+    }
+
+    #[test]
+    fn who_needs_ten_at_a_time_gets_them_beside_organisations_that_are_quick() {
+        let begun = begun_beside((0..20).map(|number| (format!("quick {number}"), format!("quick {number}"))));
+        assert!(begun >= 195, "{begun} of 200");
+    }
+
+    #[test]
+    fn who_has_nothing_under_way_waits_for_nobody_who_has() {
+        let mut queue = Queue::new(Shares::new(32, usize::MAX));
+        let push = |queue: &mut Queue<_>, number: usize| {
+            (0..4).for_each(|_| queue.push(&format!("org {number}"), &format!("webhook {number}").into(), number));
+        };
+        (0..1_000).for_each(|number| push(&mut queue, number));
+        (0..1_500).for_each(|_| assert!(queue.pop().is_some()));
+        push(&mut queue, 1_000);
+        let first: Vec<usize> = (0..2).filter_map(|_| queue.pop()).map(|(_, number)| number).collect();
+        assert!(first.contains(&1_000), "{first:?}");
     }
 
     #[test]
@@ -359,7 +427,7 @@ mod tests {
         assert_eq!(attempt("one more", Some(QUICK)), [MAX_REMEMBERED, 1]);
         assert_eq!(attempt("slow 7", Some(QUICK)), [MAX_REMEMBERED - 1, 2], "it has changed");
         queue.push("acme", &"slow 8".into(), ());
-        assert!(queue.orders.quick.is_empty() && queue.orders.slow.len() == 1);
+        assert!(queue.orders.quick.len() == 0 && queue.orders.slow.len() == 1);
     }
 
     #[derive(Debug, Clone)]
@@ -413,6 +481,11 @@ mod tests {
                 }
                 prop_assert_eq!(queue.in_flight.total(), under_way.len());
                 prop_assert!(under_way.len() <= queue.shares.hard_cap);
+                for (_, organization) in &queue.organizations {
+                    let BySpeed { quick, slow } = &organization.turns;
+                    let is_busy = organization.in_flight.total() > 0;
+                    prop_assert!([quick.place, slow.place].into_iter().flatten().all(|place| place.is_busy == is_busy));
+                }
                 let mut of_webhook = HashMap::<usize, usize>::new();
                 under_way.iter().for_each(|line| *of_webhook.entry(*line).or_default() += 1);
                 prop_assert!(of_webhook.values().all(|count| *count <= queue.shares.max_per_webhook));
@@ -447,6 +520,40 @@ mod tests {
                 let (line, webhook) = under_way.pop_front().unwrap();
                 queue.finished(line, Some(manners[webhook]));
                 prop_assert!(last.iter().all(|last| turn - last <= patience), "{turn}: {last:?}");
+            }
+        }
+
+        /// Whatever anybody has under way, and whenever it ends: who may start, but does not, sees every other
+        /// organisation start at most twice.
+        #[test]
+        fn nobody_has_a_third_turn_before_who_may_start(
+            webhooks in prop::collection::vec(1..30_usize, 1..12),
+            ends in prop::collection::vec(any::<prop::sample::Index>(), 400),
+        ) {
+            let mut queue = Queue::new(Shares::new(32, usize::MAX));
+            let push = |queue: &mut Queue<_>, organization: usize, webhook: usize| {
+                let webhook_id = format!("{organization} {webhook}").into();
+                queue.push(&organization.to_string(), &webhook_id, (organization, webhook));
+            };
+            for (organization, count) in webhooks.iter().enumerate() {
+                (0..*count).for_each(|webhook| (0..2).for_each(|_| push(&mut queue, organization, webhook)));
+            }
+            let mut under_way = Vec::new();
+            let mut passed = vec![0; webhooks.len()];
+            for end in ends {
+                let may: Vec<usize> = queue.organizations.iter().filter(|(_, it)| it.turns.quick.place.is_some())
+                    .map(|(_, it)| it.name.parse().unwrap()).collect();
+                let Some((line, (organization, webhook))) = queue.pop() else { unreachable!("more is allowed") };
+                push(&mut queue, organization, webhook);
+                under_way.push(line);
+                for (other, passed) in passed.iter_mut().enumerate() {
+                    *passed = if other != organization && may.contains(&other) { *passed + 1 } else { 0 };
+                    prop_assert!(*passed < 2 * webhooks.len(), "{other} of {webhooks:?}");
+                }
+                // As many at a time as keep everybody busy, or nearly.
+                if under_way.len() > 2 * webhooks.len() {
+                    queue.finished(under_way.swap_remove(end.index(under_way.len())), Some(QUICK));
+                }
             }
         }
     }

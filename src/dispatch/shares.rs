@@ -15,7 +15,7 @@
 //! and, when m ≥ 64:       while n < α × (free − m)
 //! ```
 //!
-//! where n counts as the next lower power of two, which keeps the queue's orders few. α for webhooks is such that one may
+//! where n counts as the next lower power of two, of which there are few for the queue to tell apart. α for webhooks is such that one may
 //! reach the maximum, or a quarter of the places if that is less, while a quarter of them is free. α for organisations is 1, so that one alone leaves half; what it
 //! may still take, m < free, its webhooks share by the same rule, so that those of one organisation leave room for each
 //! other, too. Slow webhooks, see [`super::pace`], have half of the places: they need many at a time for little traffic,
