@@ -6,7 +6,7 @@
 //! many as a webhook uses. A host goes over one of them, and what all may keep together is bounded, by what each may,
 //! whether it does or not. Who has more requests under way than it may keep connections moves up while there is room, of
 //! which a quarter is for the first of each host. Once in a while, all are looked at: who was not asked for is forgotten,
-//! who needed less moves down, and while somebody gets nothing, those who used theirs least make room.
+//! who needed less moves down, and while somebody gets nothing, those who used each of theirs least make room.
 
 use std::{
     collections::HashMap,
@@ -141,7 +141,7 @@ impl Hosts {
         self.by_origin.retain(|_, host| host.most > 0);
         self.by_origin.values_mut().for_each(|host| host.left = [0, host.left[0]]);
         self.kept = self.by_origin.values().map(Host::may_keep).sum();
-        let mut least_used = Vec::with_capacity(self.by_origin.len());
+        let mut idle = Vec::with_capacity(self.by_origin.len());
         for host in self.by_origin.values_mut() {
             let needs = host.wanted();
             // Until what it has is closed, it may keep both.
@@ -151,13 +151,15 @@ impl Hosts {
             }
             let used = std::mem::take(&mut host.used);
             host.most = host.under_way;
-            least_used.push((used, host));
+            // What is under way comes back to its pool, whenever that is.
+            if host.pool > CLOSING && host.under_way == 0 {
+                // How often each of the connections that it may keep was used, if not in whole numbers.
+                idle.push((used * POOLS[POOLS.len() - 1] / POOLS[host.pool], host));
+            }
         }
         if std::mem::take(&mut self.left_out) > 0 {
-            least_used.sort_unstable_by_key(|(used, _)| *used);
+            idle.sort_unstable_by_key(|(used, _)| *used);
             let mut room = most - self.kept;
-            // What is under way comes back to its pool, whenever that is.
-            let idle = least_used.into_iter().filter(|(_, host)| host.pool > CLOSING && host.under_way == 0);
             for (_, host) in idle {
                 if room >= most / KEPT_PER_FIRST {
                     break;
@@ -303,6 +305,21 @@ mod tests {
         // Two make room, which they have when their connections are closed.
         assert_eq!(got, [CLOSING, CLOSING, FIRST, FIRST]);
         assert_eq!(request(&kept, &idlers[0]), FIRST, "it uses its own");
+    }
+
+    #[test]
+    fn who_uses_one_often_keeps_it_before_who_uses_many_seldom() {
+        let kept = Kept::new(22 * FILES_PER_KEPT);
+        let (bursts, steady) = (host(0), host(1));
+        for _ in 0..2 {
+            let mut burst: Vec<Place<'_>> = (0..12).map(|_| kept.place(&bursts)).collect();
+            burst.iter_mut().for_each(Place::stays_open);
+        }
+        // Fewer in all, and more of each connection.
+        (0..20).for_each(|_| assert_eq!(request(&kept, &steady), FIRST));
+        kept.lock().left_out = 1;
+        later(&kept);
+        assert_eq!((request(&kept, &bursts), request(&kept, &steady)), (CLOSING, FIRST));
     }
 
     #[test]
