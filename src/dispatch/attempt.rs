@@ -34,7 +34,9 @@ const RECORD_AGAIN: Duration = Duration::from_secs(1);
 const SAY_AGAIN: Duration = Duration::from_secs(1);
 static NOT_READ: Seldom = Seldom::new(SAY_AGAIN);
 static NOT_GIVEN_BACK: Seldom = Seldom::new(SAY_AGAIN);
+static RAN_OUT: Seldom = Seldom::new(SAY_AGAIN);
 static NOT_RECORDED: Seldom = Seldom::new(SAY_AGAIN);
+static NEVER_RECORDED: Seldom = Seldom::new(SAY_AGAIN);
 static LOST: Seldom = Seldom::new(SAY_AGAIN);
 /// Before a delivery that could not be attempted here is given back. It keeps its place meanwhile: not all that wait are
 /// to try in vain.
@@ -152,7 +154,9 @@ impl Engine {
         drop(leased.done.take());
         while let Err(error) = self.store.release_one(&leased, due_at).await {
             if clock::now().after(RECORD_AGAIN) >= leased.expires_at {
-                tracing::warn!(%error, "the lease could not be given back; it will run out");
+                if let Some(count) = RAN_OUT.reasons() {
+                    tracing::warn!(%error, count, "leases could not be given back; they will run out");
+                }
                 return;
             }
             if let Some(count) = NOT_GIVEN_BACK.reasons() {
@@ -209,7 +213,9 @@ impl Engine {
                     return;
                 }
                 Err(error) if clock::now().after(RECORD_AGAIN) >= expires_at => {
-                    tracing::error!(%error, "the result could not be recorded while the lease lasted");
+                    if let Some(count) = NEVER_RECORDED.reasons() {
+                        tracing::error!(%error, count, "results could not be recorded while their leases lasted");
+                    }
                     return;
                 }
                 Err(error) => {
