@@ -16,7 +16,7 @@ use super::{
     targets::{Subscribers, Subscription},
     test_events::TestCaller,
     waiting::Waiting,
-    writer::Write,
+    writer::{BYTES_PER_ITEM, Write},
 };
 use crate::{
     clock,
@@ -28,9 +28,6 @@ use crate::{
 pub(super) const MAX_WAITING_BYTES: u32 = 64 * 1024 * 1024;
 /// An event counts as at least this much, which bounds how many wait.
 const MIN_BYTES: u32 = MAX_WAITING_BYTES / 65_536;
-
-/// So many bytes of data are as much to write as a delivery.
-const BYTES_PER_DELIVERY: usize = 4 * 1024;
 
 const EVENTS: &[Column] = &[text("id"), text("event_type"), text("data"), int("created_at_ms")];
 pub(super) const INSERT_EVENTS: &str = "INSERT INTO events (id, event_type, data, created_at_ms) \
@@ -239,7 +236,7 @@ impl Publish {
     /// How much it is to write with so many deliveries: as much as they are, and more when its data is long.
     pub(super) fn weight(&self, deliveries: usize) -> usize {
         let bytes: usize = self.events.iter().map(|event| event.data.as_str().len()).sum();
-        deliveries.max(self.events.len()).max(bytes / BYTES_PER_DELIVERY)
+        deliveries.max(self.events.len()).max(bytes / BYTES_PER_ITEM)
     }
 }
 

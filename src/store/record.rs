@@ -10,7 +10,7 @@ use super::{
     log::{Entry, Log},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
     waiting::Waiting,
-    writer::Write,
+    writer::{BYTES_PER_ITEM, Write},
 };
 use crate::webhook::{Attempt, ChangeKind, DeliveryStatus, Event, Tenant, Timestamp, Transition};
 
@@ -118,6 +118,11 @@ impl Finished {
     /// What came back; nothing is as good as an empty text.
     fn response(&self) -> Option<&str> {
         self.attempt.answer.as_ref().map(|answer| answer.body.as_str()).filter(|body| !body.is_empty())
+    }
+
+    /// How much it is to write: as much as one result, and more when the answer is long.
+    pub(super) fn weight(&self) -> usize {
+        (self.response().map_or(0, str::len) / BYTES_PER_ITEM).max(1)
     }
 
     /// That there will be another attempt.

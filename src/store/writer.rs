@@ -28,6 +28,8 @@ use crate::{clock, failpoint};
 /// One commit takes no further item once it has this many deliveries and results; the rest is in the next. The more, the
 /// less each costs; more than this, and SQLite's statements would take so much memory as to be made anew each time.
 const MAX_BATCH: usize = 256;
+/// So many bytes of an event's data, or of a receiver's answer, are as much to write as a delivery or a result.
+pub(super) const BYTES_PER_ITEM: usize = 4 * 1024;
 /// Between so many and so many, as [`CommitSize`] finds, while several organisations have something to write: what one of
 /// them writes waits for the commit that is under way, which is to be short then, however much another has.
 const MIN_SHARED_BATCH: usize = 8;
@@ -79,7 +81,8 @@ impl Write {
     fn weight(&self, store: &Store) -> usize {
         match self {
             Self::Publish(publish, _) => publish.weight(store.known_deliveries(publish.subscriptions())),
-            Self::Finish(..) | Self::Release(..) => 1,
+            Self::Finish(finished, _) => finished.weight(),
+            Self::Release(..) => 1,
         }
     }
 }
@@ -173,7 +176,8 @@ impl Store {
                 Write::Release(release, answer) => batch.releases.push((release, answer)),
             }
         }
-        batch.weight = batch.finished.len() + batch.releases.len();
+        batch.weight =
+            batch.finished.iter().map(|(finished, _)| finished.weight()).sum::<usize>() + batch.releases.len();
         match self.subscribers(publishes.iter().flat_map(|(publish, _)| publish.subscriptions())).await {
             Ok(subscribers) => {
                 let mut publishes = publishes.into_iter();
@@ -369,7 +373,7 @@ mod tests {
     use super::*;
     use crate::{
         store::{Lease, NewEvent},
-        webhook::{Environment, EventData, Tenant},
+        webhook::{self, Attempt, DeliveryStatus, Environment, Event, EventData, Tenant, Transition},
     };
 
     /// What the writer took for little, since it did not know better, does not make a commit for which everybody waits.
@@ -398,5 +402,30 @@ mod tests {
         let (batch, None) = store.draft(writes, &mut waiting).await else { panic!("it is there") };
         assert_eq!((batch.drafts.len(), waiting.len()), (2, 3));
         assert_eq!(waiting.pop().unwrap().weight(&store), 200);
+    }
+    #[tokio::test]
+    async fn results_with_long_answers_weigh_more() {
+        let (_directory, store) = Store::fresh().await;
+        let now = clock::now();
+        let data = EventData::parse("{}").unwrap();
+        let event = Event { id: "evt_1".to_owned(), event_type: "content.ready".to_owned(), data, created_at: now };
+        let event = Arc::new(event);
+        let write = |bytes: usize| {
+            let answer = Some(webhook::Answer { status_code: 200, body: "x".repeat(bytes) });
+            let finished = Finished {
+                tenant: Tenant::new("acme", Environment::Live).unwrap(),
+                webhook_id: "whk_1".into(),
+                delivery_id: "del_1".to_owned(),
+                event: Arc::clone(&event),
+                attempt: Attempt { number: 1, started_at: now, duration_ms: 1, answer, error: None },
+                transition: Transition { status: DeliveryStatus::Success, next_attempt_at: None },
+                ended_at: now,
+            };
+            Write::Finish(Arc::new(finished), oneshot::channel().0)
+        };
+        let writes: Vec<Write> = [0, 2, 5_000, 16 * 1_024].map(write).into();
+        assert_eq!(writes.iter().map(|write| write.weight(&store)).collect::<Vec<_>>(), [1, 1, 1, 4]);
+        let (batch, _) = store.draft(writes, &mut Turns::default()).await;
+        assert_eq!((batch.finished.len(), batch.weight), (4, 7));
     }
 }
