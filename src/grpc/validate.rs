@@ -21,6 +21,9 @@ const MAX_LIMIT: u64 = 100;
 /// One call publishes at most this many events; more are refused.
 const MAX_EVENTS: usize = 1_000;
 
+/// What an update may change.
+const CHANGEABLE: [&str; 4] = ["url", "events", "description", "status"];
+
 /// Refuses what cannot be an id, so that no database has to.
 pub(super) fn id(what: &str, id: &str) -> Result<(), Status> {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
@@ -116,36 +119,48 @@ impl Api {
 
     pub(super) async fn update(&self, request: proto::UpdateWebhookRequest) -> Result<WebhookUpdate, Status> {
         let mask = request.update_mask.unwrap_or_default().paths;
-        if mask.is_empty() {
-            return Err(status::invalid("update_mask", "required", "name at least one field to change"));
-        }
+        changeable(&mask)?;
+        let named = |field: &str| mask.iter().any(|path| path == field);
         let new = request.webhook.unwrap_or_default();
         let mut update = WebhookUpdate::default();
-        for path in mask {
-            match path.as_str() {
-                "url" => {
-                    let url = new.url.as_deref().unwrap_or_default();
-                    update.url = Some(self.client.check(url).await.map_err(status::url)?.into());
-                }
-                "events" => {
-                    validate_events(&new.events, &self.event_types).map_err(status::fault)?;
-                    update.events = Some(new.events.clone());
-                }
-                "description" => {
-                    if let Some(description) = &new.description {
-                        validate_description(description).map_err(status::fault)?;
-                    }
-                    update.description = Some(new.description.clone());
-                }
-                "status" => update.status = Some(webhook_status(new.status)?),
-                _ => {
-                    let known = "update_mask may name url, events, description and status";
-                    return Err(status::invalid("update_mask", "unknown", known));
-                }
+        // Cheap checks first, as above.
+        if named("events") {
+            validate_events(&new.events, &self.event_types).map_err(status::fault)?;
+            update.events = Some(new.events);
+        }
+        if named("description") {
+            if let Some(description) = &new.description {
+                validate_description(description).map_err(status::fault)?;
             }
+            update.description = Some(new.description);
+        }
+        if named("status") {
+            update.status = Some(webhook_status(new.status)?);
+        }
+        if named("url") {
+            let url = new.url.as_deref().unwrap_or_default();
+            update.url = Some(self.client.check(url).await.map_err(status::url)?.into());
         }
         Ok(update)
     }
+}
+
+/// Refuses a mask that names nothing, something unknown, or a field twice: what is left is short, however long the message.
+fn changeable(mask: &[String]) -> Result<(), Status> {
+    if mask.is_empty() {
+        return Err(status::invalid("update_mask", "required", "name at least one field to change"));
+    }
+    let mut named = [false; CHANGEABLE.len()];
+    for path in mask {
+        let Some(place) = CHANGEABLE.iter().position(|field| field == path) else {
+            let known = "update_mask may name url, events, description and status";
+            return Err(status::invalid("update_mask", "unknown", known));
+        };
+        if std::mem::replace(&mut named[place], true) {
+            return Err(status::invalid("update_mask", "duplicate", format!("update_mask names {path} twice")));
+        }
+    }
+    Ok(())
 }
 
 fn webhook_status(field: Option<i32>) -> Result<WebhookStatus, Status> {
