@@ -16,6 +16,7 @@ mod decode;
 mod differential;
 mod encode;
 mod error;
+mod gzip;
 mod json;
 mod path;
 mod query;

@@ -1,8 +1,8 @@
 //! A REST request as the message of its call.
 
-use std::{io::Read, sync::Arc};
+use std::sync::Arc;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use http::{HeaderValue, Uri, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::value::RawValue;
@@ -11,6 +11,7 @@ use tonic::{Code, Status, body::Body};
 use super::{
     MAX_BODY_BYTES, call, decode,
     error::Failure,
+    gzip::{self, Fault},
     query,
     routes::{BodyRule, Route},
     template::Bound,
@@ -143,16 +144,11 @@ async fn read(route: &Route, encoding: Option<&HeaderValue>, body: Body) -> Resu
     let bytes = collected.to_bytes();
     match encoding.map(|value| value.to_str().unwrap_or_default().trim()) {
         None | Some("" | "identity") => Ok(bytes),
-        Some(encoding) if encoding.eq_ignore_ascii_case("gzip") => {
-            let mut unpacked = Vec::new();
-            // One byte more than allowed tells a body that is too long from one that just fits.
-            let limit = u64::try_from(MAX_BODY_BYTES).unwrap_or(u64::MAX) + 1;
-            flate2::read::MultiGzDecoder::new(bytes.reader())
-                .take(limit)
-                .read_to_end(&mut unpacked)
-                .map_err(|_| Failure::request("the body is not valid gzip"))?;
-            if unpacked.len() > MAX_BODY_BYTES { Err(too_large()) } else { Ok(unpacked.into()) }
-        }
+        Some(encoding) if encoding.eq_ignore_ascii_case("gzip") => match gzip::unpack(bytes, MAX_BODY_BYTES).await {
+            Ok(unpacked) => Ok(unpacked.into()),
+            Err(Fault::TooLong) => Err(too_large()),
+            Err(Fault::Invalid) => Err(Failure::request("the body is not valid gzip")),
+        },
         Some(_) => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "the body may be encoded with gzip only")),
     }
 }
