@@ -101,7 +101,7 @@ where
                 match keys.principal(request.headers(), certificate).await {
                     Ok(principal) => {
                         if let Some(caller) = request.extensions().get::<Caller>() {
-                            caller.accept();
+                            caller.accept(principal.tenant.shared_organization());
                         }
                         request.extensions_mut().insert(principal);
                     }

@@ -18,7 +18,7 @@ use tonic::body::Body;
 use tower::{Service, ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_http::{compression::CompressionLayer, map_response_body::MapResponseBodyLayer};
 
-use crate::{clock, cors, grpc, rest};
+use crate::{clock, cors, grpc, listen, rest};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -42,6 +42,7 @@ where
         let web = ServiceBuilder::new()
             .layer(MapResponseBodyLayer::new(Body::new))
             .layer(CompressionLayer::new())
+            .map_response(listen::weigh)
             .layer(transcode)
             .layer(tonic_web::GrpcWebLayer::new())
             .service(services.clone());

@@ -1,6 +1,7 @@
 //! Bodies within their bounds: what comes in, in time and in size; what goes out, as fast as the peer takes it.
 
 use std::{
+    future::ready,
     pin::Pin,
     sync::{
         Arc,
@@ -11,9 +12,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Version, header::EXPECT};
+use futures_util::stream;
+use http::{Request, Response, Version, header::EXPECT};
 use http_body::{Frame, SizeHint};
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Incoming;
 use tokio::{
     sync::oneshot,
@@ -24,7 +26,7 @@ use tonic::{Status, body::Body};
 use super::{connection::Call, peers::Reserved};
 
 /// An answer leaves in pieces of this size. The next one is asked for only when the one before could leave, so that one
-/// piece and what the service holds is all that waits for a slow reader.
+/// piece and what the service holds is all that waits for a slow reader; what is longer than a piece is counted while it does.
 const PIECE_BYTES: usize = 16 * 1024;
 
 /// Bytes of a body that nobody wants which are read for nothing; when there are more, the connection ends.
@@ -132,15 +134,48 @@ pub(super) struct Sending {
     body: Body,
     /// What the service gave and the peer has not asked for.
     rest: Bytes,
+    reserved: Reserved,
+    /// Whether room is reserved for all of it, until its end.
+    whole: bool,
     taking: Option<Arc<Taking>>,
     /// Until the answer has left, its call is under way.
     _call: Call,
 }
 
-impl Sending {
-    pub(super) fn new(body: Body, call: Call) -> Self {
-        Self { body, rest: Bytes::new(), taking: TAKING.try_with(Arc::clone).ok(), _call: call }
+/// How long an answer is that is then compressed piece by piece, as the peer takes it, and held whole until its end.
+#[derive(Debug, Clone, Copy)]
+struct Whole(usize);
+
+/// Notes how long an answer is, for whoever sends it once it has been compressed.
+pub fn weigh(mut response: Response<Body>) -> Response<Body> {
+    let bytes = http_body::Body::size_hint(response.body()).exact().and_then(|bytes| usize::try_from(bytes).ok());
+    if let Some(bytes) = bytes.filter(|bytes| *bytes > PIECE_BYTES) {
+        response.extensions_mut().insert(Whole(bytes));
     }
+    response
+}
+
+impl Sending {
+    pub(super) fn of(response: Response<Body>, reserved: Reserved, call: Call) -> Response<Self> {
+        let compressed = http_body::Body::size_hint(response.body()).exact().is_none();
+        let whole = response.extensions().get::<Whole>().copied().filter(|_| compressed);
+        let room = whole.is_none_or(|Whole(bytes)| reserved.grow(bytes));
+        let taking = TAKING.try_with(Arc::clone).ok();
+        response.map(|body| {
+            let body = if room { body } else { Body::new(StreamBody::new(stream::once(ready(Err(too_many()))))) };
+            Self { body, rest: Bytes::new(), reserved, whole: whole.is_some(), taking, _call: call }
+        })
+    }
+
+    /// Whether there is room for what the service gave. One piece needs none.
+    fn holds(&self) -> bool {
+        self.whole || self.rest.len() <= PIECE_BYTES || self.reserved.grow(self.rest.len())
+    }
+}
+
+/// The answer has begun, so this is the end of its stream.
+fn too_many() -> Status {
+    Status::unavailable("too many answers wait for their readers")
 }
 
 impl http_body::Body for Sending {
@@ -159,9 +194,16 @@ impl http_body::Body for Sending {
                 },
                 ended => return Poll::Ready(ended),
             }
+            if !self.holds() {
+                (self.body, self.rest) = (Body::empty(), Bytes::new());
+                return Poll::Ready(Some(Err(too_many())));
+            }
         }
         let piece = self.rest.len().min(PIECE_BYTES);
         let piece = self.rest.split_to(piece);
+        if self.rest.is_empty() && !self.whole {
+            self.reserved.clear();
+        }
         if let Some(taking) = &self.taking {
             taking.given();
         }

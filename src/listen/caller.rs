@@ -8,7 +8,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::{Context, Poll, ready},
@@ -29,9 +29,13 @@ const PIECE_BYTES: usize = 16 * 1024;
 /// However much it used, it waits at most this long before it is read again.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// Who is at the other end of a connection, as far as keys have told; among the extensions of every request.
+/// Who is at the other end of a connection, as far as keys have told, and whose one call is; among the extensions of every
+/// request.
 #[derive(Debug, Clone, Default)]
-pub struct Caller(Arc<Told>);
+pub struct Caller {
+    connection: Arc<Told>,
+    organization: Arc<OnceLock<Arc<str>>>,
+}
 
 #[derive(Debug, Default)]
 struct Told {
@@ -54,24 +58,35 @@ pub(super) struct Pace {
 }
 
 impl Caller {
-    /// A key was accepted.
-    pub fn accept(&self) {
+    /// A key was accepted that acts for this organization.
+    pub fn accept(&self, organization: &Arc<str>) {
+        let _ = self.organization.set(Arc::clone(organization));
         // Seldom written: all calls of a connection look at it.
         if !self.is_known() {
-            self.0.known.store(true, Ordering::Release);
-            self.0.waiting.wake();
+            self.connection.known.store(true, Ordering::Release);
+            self.connection.waiting.wake();
         }
+    }
+
+    /// One call on the connection.
+    pub(super) fn of_call(&self) -> Self {
+        Self { connection: Arc::clone(&self.connection), organization: Arc::default() }
+    }
+
+    /// Whose call it is, once that is known.
+    pub(super) fn organization(&self) -> Option<&Arc<str>> {
+        self.organization.get()
     }
 
     /// Notes a call over HTTP/1.1; one over HTTP/2 begins with a frame, which is counted as it is read.
     pub(super) fn called(&self) {
         if !self.is_known() {
-            self.0.calls.fetch_add(1, Ordering::Relaxed);
+            self.connection.calls.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     fn is_known(&self) -> bool {
-        self.0.known.load(Ordering::Acquire)
+        self.connection.known.load(Ordering::Acquire)
     }
 }
 
@@ -95,7 +110,7 @@ impl Pace {
             return Poll::Ready(());
         }
         if self.pause.is_none() {
-            self.used = self.used.saturating_add(self.caller.0.calls.swap(0, Ordering::Relaxed));
+            self.used = self.used.saturating_add(self.caller.connection.calls.swap(0, Ordering::Relaxed));
             if self.used == 0 {
                 return Poll::Ready(());
             }
@@ -106,7 +121,7 @@ impl Pace {
             self.pause = Some(Box::pin(sleep(wait)));
         }
         if let Some(pause) = &mut self.pause {
-            self.caller.0.waiting.register(context.waker());
+            self.caller.connection.waiting.register(context.waker());
             // It may have become known before there was anybody to wake.
             if !self.caller.is_known() {
                 ready!(pause.as_mut().poll(context));
@@ -177,7 +192,7 @@ mod tests {
             let waker = Waker::from(Arc::clone(&woken));
             let ready = |pace: &mut Pace| pace.poll_turn(&mut Context::from_waker(&waker)).is_ready();
             assert_eq!(ready(&mut pace), !waits, "{bytes} {frames} {calls}");
-            caller.accept();
+            caller.accept(&Arc::from("acme"));
             assert_eq!(woken.0.load(Ordering::Relaxed), waits, "{bytes} {frames} {calls}");
             assert!(ready(&mut pace), "{bytes} {frames} {calls}");
         }

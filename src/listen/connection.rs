@@ -28,7 +28,7 @@ use tower::Service;
 use super::{
     Caller, ClientCertificate, Limits, Tls,
     body::{Receiving, Sending, Streams},
-    peers::{Admitted, Reserved},
+    peers::{Admitted, Memory, Reserved},
     stream::Watched,
 };
 use crate::clock;
@@ -161,12 +161,14 @@ impl Protocols {
             if request.version() < Version::HTTP_2 {
                 caller.called();
             }
-            let reserved = Arc::new(Reserved::new(Arc::clone(&admitted)));
+            let caller = caller.of_call();
+            let of = |memory| Reserved::new(Arc::clone(&admitted), caller.clone(), memory);
+            let (reserved, answer) = (Arc::new(of(Memory::Bodies)), of(Memory::Answers));
             let held = Arc::clone(&reserved);
             let (request, mut unread) = Receiving::new(request, held, body_time);
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(origin.addresses.clone());
-            request.extensions_mut().insert(caller.clone());
+            request.extensions_mut().insert(caller);
             if let Some(certificate) = origin.certificate {
                 request.extensions_mut().insert(certificate);
             }
@@ -179,7 +181,7 @@ impl Protocols {
                 }
                 // The body has been read, and what was made of it has been answered.
                 drop(reserved);
-                Ok::<_, Infallible>(response.map(|body| Sending::new(body, call)))
+                Ok::<_, Infallible>(Sending::of(response, answer, call))
             }
         });
         let connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));

@@ -25,6 +25,7 @@ use tonic::body::Body;
 use tower::Service;
 
 pub use self::{
+    body::weigh,
     caller::Caller,
     tls::{ClientCertificate, Tls, TlsError, TlsFiles},
 };
@@ -36,8 +37,9 @@ use crate::clock;
 pub struct Limits {
     /// Connections at a time; one more is closed at once. One address has at most half of them.
     pub connections: usize,
-    /// Bytes of request bodies that are held at a time; beyond, a body is refused as unavailable. One address has at most
-    /// half of them.
+    /// Bytes of request bodies that are held at a time; beyond, a body is refused as unavailable. As many of answers, of
+    /// those longer than a piece; beyond, an answer is cut off. One address has at most half of them, and an organization
+    /// not more than are free of that half.
     pub body_bytes: usize,
     /// For a TLS handshake.
     pub handshake_time: Duration,

@@ -1,4 +1,5 @@
-//! What is held for each address, so that none can take everything: of all there is, one gets at most half.
+//! What is held for each address, so that none can take everything: of all there is, one gets at most half. Behind one
+//! address may be a balancer with the calls of many: of the memory, an organization gets at most as much as the others leave.
 
 use std::{
     collections::HashMap,
@@ -9,6 +10,10 @@ use std::{
     },
 };
 
+use super::Caller;
+
+/// Up to so many bytes of a call count for its address and not for its organization, whose calls have limits of their own.
+const SMALL_BYTES: usize = 16 * 1024;
 /// Bits of an IPv6 address that stand for its owner: who has one address usually has all of its /64.
 const IPV6_OWNER_BITS: u32 = 64;
 
@@ -18,13 +23,25 @@ pub(super) struct Peers {
     max_bytes: usize,
     all: Held,
     by_owner: Mutex<HashMap<IpAddr, Arc<Held>>>,
+    /// The bytes of organizations that hold any, by what they are of.
+    by_organization: [Mutex<HashMap<Arc<str>, usize>>; 2],
 }
 
 /// What is held for one address, or for all.
 #[derive(Default)]
 struct Held {
     connections: AtomicUsize,
-    bytes: AtomicUsize,
+    /// By what they are of.
+    bytes: [AtomicUsize; 2],
+}
+
+/// What bytes are of; each has as much room as the other.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Memory {
+    /// Requests that are received, or whose calls are under way.
+    Bodies,
+    /// Answers that wait for their readers.
+    Answers,
 }
 
 /// A connection that may be there.
@@ -34,15 +51,23 @@ pub(super) struct Admitted {
     held: Arc<Held>,
 }
 
-/// Bytes of one request that may be held.
+/// Bytes of one call that may be held.
 pub(super) struct Reserved {
     connection: Arc<Admitted>,
+    caller: Caller,
+    memory: Memory,
     bytes: AtomicUsize,
 }
 
 impl Peers {
     pub(super) fn new(max_connections: usize, max_bytes: usize) -> Self {
-        Self { max_connections, max_bytes, all: Held::default(), by_owner: Mutex::default() }
+        Self {
+            max_connections,
+            max_bytes,
+            all: Held::default(),
+            by_owner: Mutex::default(),
+            by_organization: Default::default(),
+        }
     }
 
     /// Room for one connection more, when there is any for this address.
@@ -63,6 +88,10 @@ impl Peers {
     fn by_owner(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<Held>>> {
         self.by_owner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn by_organization(&self, memory: Memory) -> MutexGuard<'_, HashMap<Arc<str>, usize>> {
+        self.by_organization[memory as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Admitted {
@@ -77,31 +106,79 @@ impl Drop for Admitted {
 }
 
 impl Reserved {
-    pub(super) fn new(connection: Arc<Admitted>) -> Self {
-        Self { connection, bytes: AtomicUsize::new(0) }
+    pub(super) fn new(connection: Arc<Admitted>, caller: Caller, memory: Memory) -> Self {
+        Self { connection, caller, memory, bytes: AtomicUsize::new(0) }
     }
 
     /// Takes room for more bytes, when there is any.
-    pub(super) fn grow(&self, bytes: usize) -> bool {
+    pub(super) fn grow(&self, more: usize) -> bool {
+        let (Admitted { peers, held, .. }, kind) = (&*self.connection, self.memory as usize);
+        if !take(&peers.all.bytes[kind], more, peers.max_bytes) {
+            return false;
+        }
+        if !take(&held.bytes[kind], more, half(peers.max_bytes)) {
+            give_back(&peers.all.bytes[kind], more);
+            return false;
+        }
+        let before = self.bytes.fetch_add(more, Ordering::Relaxed);
+        if self.charge(before, before + more) {
+            return true;
+        }
+        self.give_back(more);
+        false
+    }
+
+    /// Gives all room back.
+    pub(super) fn clear(&self) {
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        if bytes == 0 {
+            return;
+        }
+        if let Some(organization) = self.caller.organization()
+            && charged(bytes) > 0
+        {
+            let mut by_organization = self.connection.peers.by_organization(self.memory);
+            if let Some(held) = by_organization.get_mut(organization) {
+                *held = held.saturating_sub(bytes);
+                if *held == 0 {
+                    by_organization.remove(organization);
+                }
+            }
+        }
+        self.give_back(bytes);
+    }
+
+    /// Counts for its organization what a call holds more, unless that has more then than is free for its address.
+    fn charge(&self, before: usize, after: usize) -> bool {
+        let more = charged(after) - charged(before);
+        let Some(organization) = self.caller.organization().filter(|_| more > 0) else { return true };
         let Admitted { peers, held, .. } = &*self.connection;
-        if !take(&peers.all.bytes, bytes, peers.max_bytes) {
+        let free = half(peers.max_bytes).saturating_sub(held.bytes[self.memory as usize].load(Ordering::Relaxed));
+        let mut by_organization = peers.by_organization(self.memory);
+        let held = by_organization.get(organization).copied().unwrap_or_default();
+        if held + more > free {
             return false;
         }
-        if !take(&held.bytes, bytes, half(peers.max_bytes)) {
-            give_back(&peers.all.bytes, bytes);
-            return false;
-        }
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        by_organization.insert(Arc::clone(organization), held + more);
         true
+    }
+
+    fn give_back(&self, bytes: usize) {
+        give_back(&self.connection.peers.all.bytes[self.memory as usize], bytes);
+        give_back(&self.connection.held.bytes[self.memory as usize], bytes);
+        give_back(&self.bytes, bytes);
     }
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        let bytes = self.bytes.load(Ordering::Relaxed);
-        give_back(&self.connection.peers.all.bytes, bytes);
-        give_back(&self.connection.held.bytes, bytes);
+        self.clear();
     }
+}
+
+/// What counts for an organization of so many bytes of a call.
+fn charged(bytes: usize) -> usize {
+    if bytes > SMALL_BYTES { bytes } else { 0 }
 }
 
 /// The address that stands for everything that one owner has.
@@ -153,19 +230,51 @@ mod tests {
         assert_eq!(peers.all.connections.load(Ordering::Relaxed), 0);
     }
 
+    /// A call of this organization, or of nobody known.
+    fn call(connection: &Arc<Admitted>, organization: &str, memory: Memory) -> Reserved {
+        let caller = Caller::default();
+        if !organization.is_empty() {
+            caller.accept(&Arc::from(organization));
+        }
+        Reserved::new(Arc::clone(connection), caller, memory)
+    }
+
     #[test]
     fn bytes_are_shared_and_come_back() {
         let peers = Arc::new(Peers::new(4, 100));
         let connection = |text| Arc::new(peers.admit(address(text)).unwrap());
         let (first, second) = (connection("192.0.2.1"), connection("192.0.2.2"));
-        let (a, b) = (Reserved::new(Arc::clone(&first)), Reserved::new(first));
+        let bodies = |connection| call(connection, "", Memory::Bodies);
+        let (a, b) = (bodies(&first), bodies(&first));
         assert!(a.grow(30) && b.grow(20) && !b.grow(1) && !a.grow(usize::MAX));
-        let c = Reserved::new(second);
+        assert!(call(&first, "", Memory::Answers).grow(50), "they have room of their own");
+        let c = bodies(&second);
         assert!(c.grow(50) && !c.grow(1));
-        assert!(!Reserved::new(connection("192.0.2.3")).grow(1), "a hundred are all");
+        assert!(!bodies(&connection("192.0.2.3")).grow(1), "a hundred are all");
         drop(a);
         assert!(b.grow(30) && !b.grow(1));
         drop((b, c));
-        assert_eq!(peers.all.bytes.load(Ordering::Relaxed), 0);
+        for bytes in &peers.all.bytes {
+            assert_eq!(bytes.load(Ordering::Relaxed), 0);
+        }
+    }
+
+    #[test]
+    fn an_organization_leaves_as_much_as_it_has() {
+        const KIB: usize = 1024;
+        let peers = Arc::new(Peers::new(4, 2048 * KIB));
+        let balancer = Arc::new(peers.admit(address("192.0.2.1")).unwrap());
+        let of = |organization| call(&balancer, organization, Memory::Bodies);
+        let (a, b) = (of("loud"), of("loud"));
+        assert!(a.grow(SMALL_BYTES) && a.grow(240 * KIB) && b.grow(256 * KIB), "half of what one address has");
+        assert!(!b.grow(1) && !of("loud").grow(SMALL_BYTES + 1));
+        assert!(of("loud").grow(SMALL_BYTES), "what is small is not counted");
+        let (c, d) = (of("other"), of("third"));
+        assert!(c.grow(256 * KIB) && !c.grow(KIB) && d.grow(128 * KIB) && !d.grow(KIB));
+        b.clear();
+        assert!(d.grow(KIB) && a.grow(KIB) && !a.grow(256 * KIB), "beside what others have");
+        drop((a, b, c, d));
+        assert!(peers.by_organization(Memory::Bodies).is_empty());
+        assert_eq!(peers.all.bytes[0].load(Ordering::Relaxed), 0);
     }
 }

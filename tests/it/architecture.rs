@@ -22,7 +22,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("idempotency", &["auth", "grpc", "store"]),
     ("rate_limit", &["auth", "grpc", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
-    ("gateway", &["clock", "cors", "grpc", "rest"]),
+    ("gateway", &["clock", "cors", "grpc", "listen", "rest"]),
     (
         "server",
         &[

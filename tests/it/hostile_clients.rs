@@ -5,7 +5,7 @@ mod wire;
 use std::time::Duration;
 
 use serde_json::Value;
-use shortkit_webhooks::{clock, config::Config, listen::Limits};
+use shortkit_webhooks::{clock, config::Config, listen::Limits, store::KeyKind, webhook::Environment};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -16,7 +16,7 @@ use self::wire::{
     WINDOW_UPDATE, frame, get, opening, post,
 };
 use crate::{
-    support::{Database, Kind, TestServer, config, soon},
+    support::{Database, Kind, Receiver, TestServer, config, soon},
     transport::response,
 };
 
@@ -402,7 +402,7 @@ async fn bodies_without_a_key() {
 
 #[tokio::test]
 async fn bodies_beyond_what_is_held() {
-    let (server, _database) = server(Limits { body_bytes: 2 * 1024 * 1024, ..Limits::default() }).await;
+    let (mut server, _database) = server(Limits { body_bytes: 5 * 1024 * 1024, ..Limits::default() }).await;
     let body = format!(r#"{{"event":"content.ready","data":{{"a":"{}"}}}}"#, "x".repeat(700 * 1024));
     let mut slow = connect(&server).await;
     let head = frame(HEADERS, END_HEADERS, 1, &post("/v1/events", &server.key));
@@ -421,9 +421,14 @@ async fn bodies_beyond_what_is_held() {
             taken += u32::from_be_bytes(payload.try_into().unwrap()) as usize;
         }
     }
+    // Of the 2.5 MiB of one address, an organization has no more than is free: one, and not two.
     let refused = server.post("/v1/events", &body).await;
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &Value::from("SERVICE_UNAVAILABLE")));
     assert!(refused.headers.contains_key("retry-after"));
+    let theirs = server.new_key(Some("other"), KeyKind::Secret, Environment::Test).await;
+    let own = std::mem::replace(&mut server.key, theirs);
+    assert_eq!(server.post("/v1/events", &body).await.status, 202);
+    server.key = own;
     slow.write_all(&frame(DATA, END_STREAM, 1, &body.as_bytes()[sent..])).await.unwrap();
     loop {
         let (kind, _, stream, payload) = read_frame(&mut slow).await.expect("an answer");
@@ -434,6 +439,40 @@ async fn bodies_beyond_what_is_held() {
     }
     assert_eq!(server.post("/v1/events", &body).await.status, 202, "given back");
     drop(slow);
+    assert_serves(server).await;
+}
+
+/// Long answers that nobody takes, plain and compressed: there is room for so many, and none for one more. Short ones go on.
+#[tokio::test]
+async fn answers_beyond_what_is_held() {
+    let (server, _database) = server(Limits { body_bytes: 2 * 1024 * 1024, ..Limits::default() }).await;
+    let receiver = Receiver::start().await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let body = format!(r#"{{"event":"content.ready","data":{{"a":"{}"}}}}"#, "x".repeat(300 * 1024));
+    assert_eq!(server.post("/v1/events", &body).await.status, 202);
+    let list = format!("/v1/webhooks/{id}/deliveries");
+    for compressed in [false, true] {
+        let mut slow = connect(&server).await;
+        let encoding = if compressed { wire::literal("accept-encoding", "gzip") } else { Vec::new() };
+        let head = [get(&list, &server.key), encoding].concat();
+        slow.write_all(&opening(Some(0))).await.unwrap();
+        // Of the 1 MiB of its address, an organization has no more than is free: one, and not two.
+        for (index, refused) in [(0, false), (1, true)] {
+            slow.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, stream(index), &head)).await.unwrap();
+            let (mut begun, mut cut) = (false, false);
+            while if refused { !cut } else { !begun } {
+                let (kind, _, of, _) = read_frame(&mut slow).await.expect("the connection goes on");
+                assert!(kind != DATA && (kind, of) != (RST_STREAM, stream(0)), "the first one waits");
+                begun |= (kind, of) == (HEADERS, stream(index));
+                cut |= (kind, of) == (RST_STREAM, stream(index));
+            }
+        }
+        assert_eq!(server.get("/v1/webhooks").await.status, 200, "{compressed}");
+        slow.write_all(&frame(RST_STREAM, 0, stream(0), &8_u32.to_be_bytes())).await.unwrap();
+        slow.write_all(&frame(PING, 0, 0, &[0; 8])).await.unwrap();
+        while read_frame(&mut slow).await.expect("the connection goes on").0 != PING {}
+        assert!(server.get(&list).await.text.len() > 300 * 1024, "given back");
+    }
     assert_serves(server).await;
 }
 
