@@ -144,30 +144,24 @@ impl Shared {
         });
         let mut wait = MIN_WAIT;
         loop {
-            match self.remembered(&named).await? {
-                Some(answered) => return Ok(Ok(answered)),
-                None if KEEPS_ITS_ANSWER.contains(&named.call.as_str()) => {
+            let known = self.store.remembered(&named).await.map_err(grpc::store_failed)?;
+            // While another run is at work on it there is nothing to claim: waiting reads, and writes nothing.
+            if known != Remembered::AtWork {
+                if let Some(answered) = answered(known)? {
+                    return Ok(Ok(answered));
+                }
+                if KEEPS_ITS_ANSWER.contains(&named.call.as_str()) {
                     return self.run_keeping(inner, rebuilt(head, message), named).await;
                 }
-                None => {}
-            }
-            let claimed = self.store.claim_request(Arc::clone(&named), self.deadline + CLAIM_MARGIN).await;
-            if let Some(claim) = claimed.map_err(grpc::store_failed)? {
-                let run = Arc::clone(&self).run_claimed(inner, rebuilt(head, message), claim);
-                // A task of its own: what has begun gets its answer kept, also when the caller leaves.
-                return tokio::spawn(run).await.map_err(|error| grpc::internal(&error.to_string()));
+                let claimed = self.store.claim_request(Arc::clone(&named), self.deadline + CLAIM_MARGIN).await;
+                if let Some(claim) = claimed.map_err(grpc::store_failed)? {
+                    let run = Arc::clone(&self).run_claimed(inner, rebuilt(head, message), claim);
+                    // A task of its own: what has begun gets its answer kept, also when the caller leaves.
+                    return tokio::spawn(run).await.map_err(|error| grpc::internal(&error.to_string()));
+                }
             }
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(MAX_WAIT);
-        }
-    }
-
-    /// The answer that is kept; none when the request was not done, or is being done.
-    async fn remembered(&self, named: &NamedRequest) -> Result<Option<Response<Body>>, Status> {
-        match self.store.remembered(named).await.map_err(grpc::store_failed)? {
-            Remembered::Nothing | Remembered::AtWork => Ok(None),
-            Remembered::OtherBody => Err(grpc::key_reused()),
-            Remembered::Answer(message) => Ok(Some(replay(&message))),
         }
     }
 
@@ -190,7 +184,7 @@ impl Shared {
         if reply.code() != Code::Ok {
             // It may be done all the same: by another with the same key that was faster, or here, when only the reply of
             // the commit was lost. Without an answer to this question the caller gets the failure, and asks again.
-            match self.remembered(&named).await {
+            match self.store.remembered(&named).await.map_err(grpc::store_failed).and_then(answered) {
                 Ok(Some(done)) => return Ok(Ok(done)),
                 Err(status) if status.code() == Code::FailedPrecondition => return Err(status),
                 Ok(None) | Err(_) => {}
@@ -255,6 +249,15 @@ impl Reply {
         }
         let frames = [Frame::data(self.frame), Frame::trailers(self.trailers)].map(Ok::<_, Status>);
         Response::from_parts(self.head, Body::new(StreamBody::new(stream::iter(frames))))
+    }
+}
+
+/// The answer that is kept; none when the request was not done, or is being done.
+fn answered(known: Remembered) -> Result<Option<Response<Body>>, Status> {
+    match known {
+        Remembered::Nothing | Remembered::AtWork => Ok(None),
+        Remembered::OtherBody => Err(grpc::key_reused()),
+        Remembered::Answer(message) => Ok(Some(replay(&message))),
     }
 }
 

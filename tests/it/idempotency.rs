@@ -175,6 +175,24 @@ async fn nodes_share_their_keys() {
     other.stop().await;
 }
 
+/// Whoever finds another at work tried to take it on once at most, however often it looks: it costs one write, and waiting
+/// costs none.
+#[tokio::test]
+async fn who_waits_writes_nothing() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let server = TestServer::start(&database).await;
+    let connection = self::database(&database).await;
+    let counted = "CREATE TABLE tries (n); CREATE TRIGGER tried BEFORE INSERT ON idempotency_keys \
+        BEGIN INSERT INTO tries VALUES (1); END;";
+    connection.execute_unprepared(counted).await.unwrap();
+    let receiver = Receiver::scripted(|_, _| Reply { delay: Duration::from_secs(1), ..Reply::status(200) }).await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    race(&[&server], &format!("/v1/webhooks/{id}/test"), "").await;
+    let tries = count(&connection, "tries").await;
+    assert!((1..=50).contains(&tries), "{tries}");
+    server.stop().await;
+}
+
 async fn a_restart_forgets_nothing(database: Database) {
     let server = TestServer::start(&database).await;
     let key = server.key.clone();
