@@ -45,7 +45,7 @@ pub enum Error {
     /// The organisation has as many webhooks as it may.
     #[error("the organization has {0} webhooks, as many as it may")]
     TooManyWebhooks(u64),
-    /// As many test events of the organisation are under way as may be.
+    /// As many test events of the organisation are under way as may be beside those of others.
     #[error("too many test events of the organization are under way")]
     OrganizationTests,
     /// As many test events are under way as may be.

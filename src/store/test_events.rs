@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    ops::RangeInclusive,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -15,9 +16,11 @@ use crate::webhook::Attempt;
 
 /// Test events under way at a time on this node; one more is refused with [`Error::Tests`].
 const MAX_TESTS: usize = 128;
-/// Those of one organisation; one more is refused with [`Error::OrganizationTests`], so that receivers that hang leave room
-/// for the tests of others.
-const MAX_TESTS_PER_ORGANIZATION: usize = MAX_TESTS / 4;
+/// The last of them are for organizations that have few, so that a handful whose receivers hang leave room for all others.
+const MAX_SHARED_TESTS: usize = MAX_TESTS / 4 * 3;
+/// One organization has at most as many as are then still free of those, within these; one more is refused with
+/// [`Error::OrganizationTests`].
+const TESTS_PER_ORGANIZATION: RangeInclusive<usize> = 4..=MAX_TESTS / 4;
 
 /// The books about what is under way.
 #[derive(Default)]
@@ -45,7 +48,9 @@ impl TestEvents {
     /// Lets a test event in, or refuses it when too many are under way; where its attempt is awaited.
     pub(super) fn admit(&self, organization: &Arc<str>) -> Result<(TestCaller, oneshot::Receiver<Attempt>), Error> {
         let mut under_way = lock(&self.0);
-        if under_way.organizations.get(organization).is_some_and(|count| *count >= MAX_TESTS_PER_ORGANIZATION) {
+        let free = MAX_SHARED_TESTS.saturating_sub(under_way.total);
+        let most = free.clamp(*TESTS_PER_ORGANIZATION.start(), *TESTS_PER_ORGANIZATION.end());
+        if under_way.organizations.get(organization).is_some_and(|count| *count >= most) {
             return Err(Error::OrganizationTests);
         }
         if under_way.total >= MAX_TESTS {
@@ -93,18 +98,19 @@ mod tests {
     fn the_books_balance() {
         let tests = TestEvents::default();
         let mut callers = Vec::new();
-        for (name, room) in [("a", 32), ("b", 32), ("c", 32), ("d", 31)] {
+        // Half of what is free each, as soon as that is less than 32; then 4, of the 32 that are left for that.
+        for (name, room) in [("a", 32), ("b", 32), ("c", 16), ("d", 8), ("e", 4), ("f", 4), ("g", 4), ("h", 4)] {
             let organization = Arc::from(name);
             callers.extend((0..room).map(|_| tests.admit(&organization).ok().unwrap().0));
             let refused = tests.admit(&organization).err();
-            assert_eq!(room == 32, matches!(refused, Some(Error::OrganizationTests)), "{name}: {refused:?}");
+            assert!(matches!(refused, Some(Error::OrganizationTests)), "{name}: {refused:?}");
         }
-        let (one, other) = (Arc::from("d"), Arc::from("e"));
-        callers.push(tests.admit(&one).ok().unwrap().0);
-        assert!(
-            matches!(tests.admit(&one).err(), Some(Error::OrganizationTests)),
-            "its own limit, when both are reached"
-        );
+        while let Ok((caller, _)) = tests.admit(&Arc::from(format!("another {}", callers.len()))) {
+            callers.push(caller);
+        }
+        assert_eq!(callers.len(), MAX_TESTS);
+        assert!(matches!(tests.admit(&Arc::from("h")).err(), Some(Error::OrganizationTests)), "when both are reached");
+        let other = Arc::from("other");
         assert!(matches!(tests.admit(&other).err(), Some(Error::Tests)));
         callers.pop();
         assert!(tests.admit(&other).is_ok());
