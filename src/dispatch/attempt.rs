@@ -10,7 +10,7 @@ use super::{Engine, pace::Ended};
 use crate::{
     clock::{self, Seldom},
     egress, failpoint,
-    store::{Finished, Leased, Store, Target},
+    store::{Error, Finished, Leased, Store, Target},
     webhook::{self, Answer, Attempt, Outcome, Timestamp, WebhookStatus},
 };
 
@@ -33,6 +33,7 @@ const RECORD_AGAIN: Duration = Duration::from_secs(1);
 /// What a database that fails does to thousands of attempts is said once in this time.
 const SAY_AGAIN: Duration = Duration::from_secs(1);
 static NOT_READ: Seldom = Seldom::new(SAY_AGAIN);
+static NOT_OPENED: Seldom = Seldom::new(SAY_AGAIN);
 static NOT_GIVEN_BACK: Seldom = Seldom::new(SAY_AGAIN);
 static RAN_OUT: Seldom = Seldom::new(SAY_AGAIN);
 static NOT_RECORDED: Seldom = Seldom::new(SAY_AGAIN);
@@ -41,6 +42,8 @@ static LOST: Seldom = Seldom::new(SAY_AGAIN);
 /// Before a delivery that could not be attempted here is given back. It keeps its place meanwhile: not all that wait are
 /// to try in vain.
 const NO_ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
+/// What the log of a delivery says of an attempt that could not be signed.
+const UNSIGNED: &str = "Signing secret cannot be read";
 
 /// A place on the wire, given back as soon as the request has ended, and not only when its result is recorded: the next
 /// attempt for the webhook need not wait for a commit.
@@ -97,10 +100,18 @@ impl Drop for Place {
 impl Engine {
     /// Makes the attempt and records it.
     #[tracing::instrument(level = "debug", skip_all, fields(webhook = &*leased.webhook_id, delivery = leased.delivery_id, attempt = leased.attempt))]
-    pub(super) async fn attempt(self: Arc<Self>, mut leased: Leased, place: Option<(Slot, Place)>) {
+    pub(super) async fn attempt(self: Arc<Self>, leased: Leased, place: Option<(Slot, Place)>) {
         let (mut slot, _place) = place.unzip();
         let target = match self.store.target(&leased.webhook_id).await {
             Ok(target) => target,
+            // It is the row, or the master keys of this node, and asking at once again would change neither: the delivery is
+            // to go on by its schedule, and to end where everybody sees it.
+            Err(error @ (Error::Sealed(_) | Error::Corrupt(_))) => {
+                if let Some(count) = NOT_OPENED.reasons() {
+                    tracing::error!(%error, count, "signing secrets cannot be read; attempts fail");
+                }
+                return self.fail(leased, UNSIGNED).await;
+            }
             Err(error) => {
                 if let Some(count) = NOT_READ.reasons() {
                     tracing::warn!(%error, count, "webhooks could not be read; leases are given back");
@@ -127,8 +138,20 @@ impl Engine {
             slot.ended(&attempt);
         }
         failpoint::reached("post", "after");
+        self.end(leased, attempt, &outcome).await;
+    }
+
+    /// Records an attempt that failed before there was a request, by no fault of the receiver.
+    async fn fail(&self, leased: Leased, reason: &str) {
+        let (number, started_at, error) = (leased.attempt, clock::now(), Some(reason.to_owned()));
+        let attempt = Attempt { number, started_at, duration_ms: 0, answer: None, error };
+        self.end(leased, attempt, &Outcome::Refused { retry_after: None }).await;
+    }
+
+    /// Decides what follows an attempt, and records both.
+    async fn end(&self, mut leased: Leased, attempt: Attempt, outcome: &Outcome) {
         let now = clock::now();
-        let transition = webhook::decide(attempt.number, leased.plan, &outcome, &self.schedule, now);
+        let transition = webhook::decide(attempt.number, leased.plan, outcome, &self.schedule, now);
         tracing::debug!(status = transition.status.as_str(), error = attempt.error, "attempted");
         let done = leased.done.take();
         // Whoever waits for a test hears of it when it is recorded.

@@ -3,8 +3,10 @@
 use std::{fs, path::Path, sync::Arc};
 
 use futures_util::future::join_all;
+use serde_json::json;
 use shortkit_webhooks::{
     config::Config,
+    grpc::proto::DeliveryStatus,
     store::{self, Store},
     vault::Vault,
     webhook::{Secret, SigningKey, verify_shortform},
@@ -18,6 +20,7 @@ use crate::{
 on_both_databases!(
     secrets_from_before_are_encrypted_at_the_first_start,
     secrets_that_were_moved_do_not_sign,
+    what_cannot_be_signed_fails_where_it_is_seen,
     a_missing_master_key_is_named_at_the_start,
     a_master_key_is_replaced_under_way,
     a_replacement_that_was_ended_goes_on,
@@ -114,6 +117,32 @@ async fn secrets_that_were_moved_do_not_sign(database: Database) {
     let sql = format!("UPDATE webhooks SET secret = '{}', master_key_id = NULL WHERE id = '{mine}'", planted.expose());
     assert_eq!(database.execute(&sql).await, 1);
     assert!(error(server.store.target(&mine.as_str().into()).await).contains("not sealed"));
+    server.stop().await;
+}
+
+async fn what_cannot_be_signed_fails_where_it_is_seen(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (damaged, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let (unknown, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    for change in [
+        format!("secret = 'AAAA' WHERE id = '{damaged}'"),
+        // As where the new one of a replacement has not come to this node.
+        format!("master_key_id = 'ffffffffffffffff' WHERE id = '{unknown}'"),
+    ] {
+        assert_eq!(database.execute(&format!("UPDATE webhooks SET {change}")).await, 1);
+    }
+    let mut watch = server.watch().await;
+    assert_eq!(server.publish("content.ready", "{}").await, 2);
+    const REASON: &str = "Signing secret cannot be read";
+    for change in watch.until(2, |change| change.status() == DeliveryStatus::Failed).await {
+        assert_eq!((change.attempts, change.last_error.as_deref()), (6, Some(REASON)));
+    }
+    for id in [damaged, unknown] {
+        let test = server.post(&format!("/v1/webhooks/{id}/test"), "{}").await.data();
+        assert_eq!((&test["status"], &test["lastError"]), (&json!("failed"), &json!(REASON)));
+    }
+    assert!(receiver.received().is_empty());
     server.stop().await;
 }
 
