@@ -44,6 +44,8 @@ static LOST: Seldom = Seldom::new(SAY_AGAIN);
 const NO_ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 /// What the log of a delivery says of an attempt that could not be signed.
 const UNSIGNED: &str = "Signing secret cannot be read";
+/// What it says of a test event whose caller was told that it is not sent.
+const UNSENT_TEST: &str = "The test was not sent";
 
 /// A place on the wire, given back as soon as the request has ended, and not only when its result is recorded: the next
 /// attempt for the webhook need not wait for a commit.
@@ -171,10 +173,12 @@ impl Engine {
         }
     }
 
-    /// Gives the lease back unused, again and again while the database fails and the lease lasts.
+    /// Gives the lease back unused, again and again while the database fails and the lease lasts. A test event ends by it.
     async fn give_back(&self, mut leased: Leased, due_at: Timestamp) {
-        // Whoever waits for a test hears at once that there is none.
-        drop(leased.done.take());
+        // Whoever waits for a test hears at once that there is none; it is not to go out later then.
+        if leased.done.take().is_some() {
+            return self.fail(leased, UNSENT_TEST).await;
+        }
         while let Err(error) = self.store.release_one(&leased, due_at).await {
             if clock::now().after(RECORD_AGAIN) >= leased.expires_at {
                 if let Some(count) = RAN_OUT.reasons() {

@@ -9,9 +9,9 @@ use std::{
 use http::Method;
 use serde_json::json;
 use shortkit_webhooks::{
-    grpc::proto::{SendTestEventRequest, webhook_service_client::WebhookServiceClient},
-    store::KeyKind,
-    webhook::Environment,
+    grpc::proto::{DeliveryStatus, SendTestEventRequest, webhook_service_client::WebhookServiceClient},
+    store::{KeyKind, Lease, NewEvent},
+    webhook::{Environment, EventData, Tenant},
 };
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -25,6 +25,7 @@ use crate::support::{Answer, Bearer, Database, Receiver, TestServer, on_both_dat
 on_both_databases!(
     an_organisation_may_have_as_many_as_are_free,
     a_test_counts_until_its_attempt_has_ended_also_when_its_caller_has_left,
+    a_test_that_was_not_sent_is_not_sent_later,
 );
 
 const MAX_TESTS: usize = 128;
@@ -157,5 +158,23 @@ async fn a_test_counts_until_its_attempt_has_ended_also_when_its_caller_has_left
     soon("another test", again).await;
     // With what still comes.
     drop(hanging);
+    server.stop().await;
+}
+
+async fn a_test_that_was_not_sent_is_not_sent_later(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    // As one that lay around for so long that its lease would run out under way.
+    let lease = Lease { length: Duration::from_secs(20), first_wait: Duration::ZERO };
+    let event = NewEvent { event_type: "content.ready".to_owned(), data: EventData::parse("{}").unwrap() };
+    let tenant = Tenant::new("acme", Environment::Test).unwrap();
+    let (delivery_id, attempted) = server.store.publish_test(tenant, &id, event, lease).await.unwrap();
+    assert!(soon("the end of the test", attempted).await.is_err(), "nobody hears of an attempt");
+    let ended = watch.until(1, |change| change.status() != DeliveryStatus::Pending).await.remove(0);
+    assert_eq!(ended.delivery_id, delivery_id);
+    assert_eq!((ended.status(), ended.last_error.as_deref()), (DeliveryStatus::Failed, Some("The test was not sent")));
+    assert!(receiver.received().is_empty());
     server.stop().await;
 }
