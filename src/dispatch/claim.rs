@@ -77,13 +77,19 @@ pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
 impl Claims {
     /// Claims what is due and there is room for; answers how long nothing more will be, unless there is more at once.
     async fn round(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<(Claimed, Duration), Error> {
-        // Leases run out by the clock, not by what happens here: looking once in a while is enough.
+        // Leases run out by the clock, not by what happens here: looking once in a while is enough. What cannot be taken over,
+        // or looked through, is tried again as seldom, and holds up nothing that is known to be due.
         if self.rescues.is_time() {
             self.list.may_have_room();
-            self.rescue(schedule).await?;
+            if let Err(error) = self.rescue(schedule).await {
+                tracing::warn!(%error, "deliveries of nodes that are gone could not be taken over; trying again");
+            }
         }
-        if self.until_look().is_zero() {
-            self.look().await?;
+        if self.until_look().is_zero()
+            && let Err(error) = self.look().await
+        {
+            self.looked = Some((clock::stopwatch(), POLL));
+            tracing::warn!(%error, "what waits could not be looked through; trying again");
         }
         // After the look, which may not have seen it yet.
         let News { waiting, room } = self.store.news();
@@ -91,7 +97,7 @@ impl Claims {
         room.iter().for_each(|webhook_id| self.list.has_room(webhook_id));
         let now = clock::now();
         let mut claimed = self.store.claim(&mut self.list, now, lease).await?;
-        claimed.more |= !self.list.is_complete();
+        claimed.more |= !self.list.is_complete() && self.until_look().is_zero();
         // What is due and was not claimed has no room: freeing some rings the bell.
         let next = self.list.next_due_at().map_or(POLL, |due_at| now.until(due_at));
         Ok((claimed, next.min(self.until_look()).min(POLL)))

@@ -21,6 +21,7 @@ on_both_databases!(
     test_events_go_to_disabled_webhooks_and_are_not_retried,
     disabled_webhooks_hold_their_deliveries,
     what_is_due_sooner_than_was_known_is_found,
+    what_cannot_be_rescued_holds_up_nothing,
     deleted_webhooks_take_their_deliveries_along,
     a_retry_by_hand_is_one_attempt,
     the_answer_is_capped_and_kept,
@@ -206,6 +207,25 @@ async fn what_is_due_sooner_than_was_known_is_found(database: Database) {
         receiver.wait_for(expected).await;
         watch.until(1, |change| change.attempts == 2).await;
     }
+    server.stop().await;
+}
+
+/// Every second it is tried in vain; what is due goes out.
+async fn what_cannot_be_rescued_holds_up_nothing(database: Database) {
+    let schedule = RetrySchedule::parse("0s,2s").unwrap();
+    let server = TestServer::with(Config { retry_schedule: schedule, ..config(&database) }).await;
+    let receiver = Receiver::scripted(|index, _| Reply::status(if index == 0 { 500 } else { 200 })).await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let of_no_tenant = "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, \
+        attempts, granted, once, lost_leases, lease_node, lease_expires_at_ms, created_at_ms) VALUES ('whk_1', 'del_1', \
+        'acme', 'nowhere', 'evt_1', 'content.ready', 'pending', 1, FALSE, FALSE, 0, 'node_1', 1, 1)";
+    assert_eq!(database.execute(of_no_tenant).await, 1);
+    let mut watch = server.watch().await;
+    server.publish("content.ready", "{}").await;
+    let sent = watch.until(1, |change| change.status() == DeliveryStatus::Success).await.remove(0);
+    assert_eq!(sent.attempts, 2);
+    let left = "SELECT 1 FROM deliveries WHERE lease_node = 'node_1'";
+    assert_eq!(database.rows(left).await.len(), 1, "it could not be rescued");
     server.stop().await;
 }
 
