@@ -28,8 +28,8 @@ const MAX_HEADERS: usize = 13;
 
 /// An attempt begins only when its lease lasts this much longer than the attempt may: time to record the result.
 const TO_RECORD: Duration = Duration::from_secs(5);
-/// Between tries to record a result while the database cannot be reached.
-const RECORD_AGAIN: Duration = Duration::from_secs(1);
+/// Between tries to record a result, or to give leases back, while the database fails.
+pub(super) const RECORD_AGAIN: Duration = Duration::from_secs(1);
 /// What a database that fails does to thousands of attempts is said once in this time.
 const SAY_AGAIN: Duration = Duration::from_secs(1);
 static NOT_READ: Seldom = Seldom::new(SAY_AGAIN);

@@ -16,7 +16,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    attempt::{Freed, Place, Slot},
+    attempt::{Freed, Place, RECORD_AGAIN, Slot},
     queue::Queue,
     shares::Shares,
 };
@@ -111,7 +111,7 @@ impl Engine {
         }
         let finish = self.finish(ready, claims, queue, &mut running, calls_ended);
         if tokio::time::timeout(grace, finish).await.is_err() {
-            tracing::warn!(count = running.len(), "attempts were cut off; their leases will run out");
+            tracing::warn!(count = running.len(), "attempts were cut off; leases that are not given back will run out");
         }
     }
 
@@ -127,25 +127,37 @@ impl Engine {
         if !claims.is_finished() {
             let _ = claims.await;
         }
-        let mut ended = false;
+        let (mut unused, mut ended) = (Vec::new(), false);
         loop {
             while let Ok(leased) = ready.try_recv() {
                 self.take(leased, &mut queue, running);
             }
-            let unused = queue.drain();
-            if let Err(error) = self.store.release(&unused).await {
-                tracing::warn!(%error, count = unused.len(), "leases could not be given back; they will run out");
-            }
-            if ended {
+            unused.append(&mut queue.drain());
+            if self.give_back_all(&mut unused).await && ended {
                 break;
             }
             // Calls that are still open may publish, and wait for a test.
             tokio::select! {
-                () = calls_ended.cancelled() => ended = true,
+                () = calls_ended.cancelled(), if !ended => ended = true,
                 Some(leased) = ready.recv() => self.take(leased, &mut queue, running),
+                () = tokio::time::sleep(RECORD_AGAIN), if !unused.is_empty() => {}
             }
         }
         while running.join_next().await.is_some() {}
+    }
+
+    /// Gives leases back in one commit. When it fails they are all kept, to be tried again: whether it was done is not known,
+    /// and a lease that was given back is not there a second time.
+    async fn give_back_all(&self, unused: &mut Vec<Leased>) -> bool {
+        if unused.is_empty() {
+            return true;
+        }
+        if let Err(error) = self.store.release(unused).await {
+            tracing::warn!(%error, count = unused.len(), "leases could not be given back; trying again");
+            return false;
+        }
+        unused.clear();
+        true
     }
 
     fn take(self: &Arc<Self>, leased: Leased, queue: &mut Queue<Leased>, running: &mut JoinSet<()>) {

@@ -13,7 +13,7 @@ use std::{
 use http::Method;
 use tokio::process::Command;
 
-use crate::support::{Database, Kind, Process, Receiver, Reply, on_both_databases, soon};
+use crate::support::{Database, Kind, Process, Receiver, Reply, TestServer, on_both_databases, soon};
 
 on_both_databases!(killed_in_the_middle, stopped_in_the_middle, a_stop_begins_no_attempts);
 
@@ -163,4 +163,36 @@ async fn a_stop_begins_no_attempts(database: Database) {
     // Those that began in the moment of the signal may still have come.
     let after = receiver.received().len() - before;
     assert!(after <= 32 && receiver.received().len() < 3 * EVENTS, "{after} went out after the signal");
+}
+
+/// On PostgreSQL, where a sequence counts also what is rolled back.
+#[tokio::test]
+async fn leases_are_given_back_though_a_commit_fails() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::scripted(|_, _| Reply { delay: Duration::from_secs(2), ..Reply::status(200) }).await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    database
+        .execute(
+            "CREATE SEQUENCE tries;
+            CREATE FUNCTION refuse_once() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                IF nextval('tries') = 1 THEN RAISE EXCEPTION 'not this time'; END IF;
+                RETURN NEW;
+            END $$;
+            CREATE TRIGGER refuse_once BEFORE UPDATE ON deliveries FOR EACH ROW WHEN (NEW.granted)
+                EXECUTE FUNCTION refuse_once();",
+        )
+        .await;
+    for _ in 0..EVENTS {
+        server.publish("content.ready", "{}").await;
+    }
+    receiver.wait_for(1).await;
+    server.stop().await;
+    let count = async |condition: &str| {
+        let counted = format!("SELECT count(*) FROM deliveries WHERE {condition}");
+        database.rows(&counted).await[0].try_get_by_index::<i64>(0).unwrap()
+    };
+    assert_eq!(count("lease_node IS NOT NULL").await, 0, "leases are left to run out");
+    assert!(count("granted AND attempts = 1").await > 0, "some had not begun");
+    assert_eq!(count("(SELECT last_value FROM tries) > 1").await, EVENTS as i64, "the first commit failed");
 }
