@@ -167,7 +167,7 @@ pub struct ServeArgs {
     /// How long the log of a delivery's attempts, with what was answered, is kept after it ended; at least 1h, and no longer than --retain [default: forever]
     #[arg(long, env = "SHORTKIT_RETAIN_ATTEMPTS", value_name = "DURATION")]
     retain_attempts: Option<String>,
-    /// How long shutting down may take before what is under way is cut off; at most 1h [default: 35s]
+    /// How long shutting down may take before what is under way is cut off, and may be sent again; at most 1h [default: request-timeout + 5s]
     #[arg(long, env = "SHORTKIT_SHUTDOWN_GRACE", value_name = "DURATION")]
     shutdown_grace: Option<String>,
     /// Whether gRPC reflection is served, which needs no key [default: true]
@@ -240,6 +240,9 @@ impl ServeArgs {
         let mut settings = Settings::open(self.database.config.as_deref());
         let DatabaseConfig { database_url, log } = settings.database(self.database);
         let (vault, master_key_file) = settings.master_keys(self.master_key, !self.dev);
+        let request_timeout = settings.read("request-timeout", self.request_timeout, |text| {
+            duration(text, Duration::from_secs(1), MAX_REQUEST_TIMEOUT)
+        });
         let config = Config {
             database_url,
             log,
@@ -254,9 +257,7 @@ impl ServeArgs {
             allow_loopback: self.dev,
             retry_schedule: settings.read("retry-schedule", self.retry_schedule, RetrySchedule::parse),
             event_types: settings.read("event-types", self.event_types, EventTypes::parse),
-            request_timeout: settings.read("request-timeout", self.request_timeout, |text| {
-                duration(text, Duration::from_secs(1), MAX_REQUEST_TIMEOUT)
-            }),
+            request_timeout,
             rate_limit: settings.read("rate-limit", self.rate_limit, |text| match text {
                 "off" => Ok(None),
                 rate => RateLimit::parse(rate).map(Some),
@@ -277,9 +278,7 @@ impl ServeArgs {
                 backlog,
             ),
             retention: settings.retention(self.retain, self.retain_payloads, self.retain_attempts),
-            shutdown_grace: settings.read("shutdown-grace", self.shutdown_grace, |text| {
-                duration(text, Duration::ZERO, Duration::from_secs(60 * 60))
-            }),
+            shutdown_grace: settings.shutdown_grace(self.shutdown_grace, request_timeout),
             reflection: settings.read("reflection", self.reflection, boolean),
             health: settings.read("health", self.health, boolean),
             limits: Limits {
@@ -318,6 +317,20 @@ mod tests {
             let database = DatabaseArgs { database_url: Some(url.to_owned()), ..DatabaseArgs::default() };
             assert_eq!(refused(ServeArgs { database, ..ServeArgs::development() }), 1, "{url}");
         }
+    }
+
+    #[test]
+    fn requests_end_within_the_grace() {
+        let grace = |request_timeout: Option<&str>, shutdown_grace: Option<&str>| {
+            let [request_timeout, shutdown_grace] =
+                [request_timeout, shutdown_grace].map(|text| text.map(str::to_owned));
+            let args = ServeArgs { request_timeout, shutdown_grace, ..ServeArgs::development() };
+            args.load().map(|config| config.shutdown_grace.as_secs()).map_err(|Invalid(faults)| faults.join(""))
+        };
+        assert_eq!(grace(None, None), Ok(35));
+        assert_eq!(grace(Some("2m"), None), Ok(125));
+        assert_eq!(grace(Some("2m"), Some("0s")), Ok(0), "whoever would rather have repeats");
+        assert!(grace(None, Some("2h")).is_err_and(|fault| fault.starts_with("shutdown-grace: `2h` is not from 0s")));
     }
 
     #[test]

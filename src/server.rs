@@ -86,6 +86,13 @@ pub async fn run(
     store.limit_backlog(BacklogLimits { total: config.max_backlog, organization: config.max_backlog_per_organization });
     store.look_at_backlog().await?;
     store.retain(config.retention);
+    if config.shutdown_grace < config.request_timeout {
+        tracing::warn!(
+            shutdown_grace = ?config.shutdown_grace,
+            request_timeout = ?config.request_timeout,
+            "shutting down cuts requests off that may have arrived, and are sent again; raise --shutdown-grace"
+        );
+    }
     let open_files = raise_open_files();
     config.limits.connections = callers(config.limits.connections, open_files);
     let client = client(&config, open_files)?;

@@ -23,6 +23,11 @@ const MIN_RETENTION: Duration = Duration::from_secs(60 * 60);
 /// … and for at most as long as this, which is 100 years, unless it is kept for ever.
 const MAX_RETENTION: Duration = Duration::from_secs(100 * 31_557_600);
 
+/// The grace when it is not given: time for what is on the wire to end, and to be written down.
+const LONGER_THAN_A_REQUEST: &str = "request-timeout + 5s";
+const GRACE_AFTER_REQUESTS: Duration = Duration::from_secs(5);
+const MAX_SHUTDOWN_GRACE: Duration = Duration::from_secs(60 * 60);
+
 /// No setting of the backlog is larger than this.
 const MAX_BACKLOG: u64 = 1_000_000_000_000;
 
@@ -48,7 +53,7 @@ pub(super) const SETTINGS: [(&str, &str); 27] = [
     ("retain", "forever"),
     ("retain-payloads", "forever"),
     ("retain-attempts", "forever"),
-    ("shutdown-grace", "35s"),
+    ("shutdown-grace", LONGER_THAN_A_REQUEST),
     ("reflection", "true"),
     ("health", "true"),
     ("max-connections", "4096"),
@@ -141,6 +146,14 @@ impl Settings {
             parse(default).expect("a default is valid")
         };
         parsed.and_then(Result::ok).unwrap_or_else(default)
+    }
+
+    /// How long shutting down may take; by itself a little longer than a request.
+    pub(super) fn shutdown_grace(&mut self, given: Option<String>, request_timeout: Duration) -> Duration {
+        self.read("shutdown-grace", given, |text| match text {
+            LONGER_THAN_A_REQUEST => Ok(request_timeout + GRACE_AFTER_REQUESTS),
+            _ => duration(text, Duration::ZERO, MAX_SHUTDOWN_GRACE),
+        })
     }
 
     pub(super) fn retention(
