@@ -23,9 +23,9 @@ pub const DEFAULT_CONNECTIONS: u32 = 16;
 const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
 /// What is not used for this long is closed: other nodes may need it, and firewalls forget connections in silence.
 const MAX_IDLE: Duration = Duration::from_secs(60);
-/// A connection that comes back, perhaps from somebody who gave up, is closed unless it answers within this time.
+/// A connection that comes back, perhaps from somebody who gave up, is closed unless it answers within this time that it is
+/// in no transaction.
 const MAX_PING: Duration = Duration::from_secs(1);
-
 /// The ways to one database.
 pub(super) struct Connections {
     pub(super) read: DatabaseConnection,
@@ -116,15 +116,15 @@ fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> Conne
         })
         .map_sqlx_postgres_pool_opts(|pool| {
             let pool = pool.after_connect(|connection, _| Box::pin(takes_writes(connection)));
-            // The pool asks as well, but without an end.
-            pool.after_release(|connection, _| Box::pin(async { Ok(answers(connection).await) }))
+            // The pool asks as well, but without an end, and not about transactions.
+            pool.after_release(|connection, _| Box::pin(async { Ok(is_free(connection).await) }))
         })
         .map_sqlx_postgres_before_acquire(move |connection, its| {
             let trust = silence.trust(its.age);
             Box::pin(async move {
                 Ok(match trust {
                     Trust::Gone => false,
-                    Trust::Ask => answers(connection).await,
+                    Trust::Ask => is_free(connection).await,
                     Trust::Use => true,
                 })
             })
@@ -156,8 +156,13 @@ async fn takes_writes(connection: &mut PgConnection) -> Result<(), sqlx::Error> 
     Ok(())
 }
 
-async fn answers(connection: &mut PgConnection) -> bool {
-    tokio::time::timeout(MAX_PING, connection.ping()).await.is_ok_and(|answered| answered.is_ok())
+/// Whether it answers, and is in no transaction. Whoever leaves before the answer to a BEGIN leaves one open that the driver
+/// does not know of: what the next one writes would be acknowledged, and undone later.
+async fn is_free(connection: &mut PgConnection) -> bool {
+    // It begins nothing, so the driver finds that it did not, by what the server says of the connection; unless there was a
+    // transaction before. In one that has failed, it fails as well.
+    let asked = tokio::time::timeout(MAX_PING, connection.begin_with("SELECT 1")).await;
+    matches!(asked, Ok(Err(sqlx::Error::BeginFailed)))
 }
 
 /// Why there is no connection, which a pool does not say.

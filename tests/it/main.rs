@@ -7,6 +7,7 @@ mod auditing;
 mod backlog;
 mod canaries;
 mod command_line;
+mod connections;
 mod crashing;
 mod delivering;
 mod documented_examples;

@@ -1,0 +1,100 @@
+//! The connections to PostgreSQL: what one call leaves to the next, what is asked of the server, and several nodes at once.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use shortkit_webhooks::store::Store;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::Notify,
+};
+
+use crate::support::{Database, Kind, soon};
+
+/// A way to the database that can be held up at the next beginning of a transaction.
+#[derive(Default)]
+struct Way {
+    /// How long it takes in each direction.
+    length: Duration,
+    /// How many connections were made.
+    connections: AtomicUsize,
+    armed: AtomicBool,
+    /// It is held up.
+    held: Notify,
+    /// It is to go on.
+    go_on: Notify,
+}
+
+impl Way {
+    /// One that is so long, and the URL of the database over it.
+    async fn to(database: &Database, length: Duration) -> (Arc<Self>, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (server, name) = database.url["postgres://postgres@".len()..].split_once('/').unwrap();
+        let url = format!("postgres://postgres@{}/{name}", listener.local_addr().unwrap());
+        let server = server.to_owned();
+        let way = Arc::new(Self { length, ..Self::default() });
+        let its = Arc::clone(&way);
+        tokio::spawn(async move {
+            while let Ok((from, _)) = listener.accept().await {
+                its.connections.fetch_add(1, Ordering::SeqCst);
+                let (asks, hears) = from.into_split();
+                let (answers, asked) = TcpStream::connect(&server).await.unwrap().into_split();
+                tokio::spawn(Arc::clone(&its).carry(asks, asked));
+                tokio::spawn(Arc::clone(&its).carry(answers, hears));
+            }
+        });
+        (way, url)
+    }
+
+    async fn carry(self: Arc<Self>, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
+        let mut buffer = [0; 16 * 1024];
+        while let Ok(count @ 1..) = from.read(&mut buffer).await {
+            let begins = buffer[..count].windows(5).any(|word| word == b"BEGIN");
+            if begins && self.armed.swap(false, Ordering::SeqCst) {
+                self.held.notify_one();
+                self.go_on.notified().await;
+            }
+            tokio::time::sleep(self.length).await;
+            if to.write_all(&buffer[..count]).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The next call would be part of the transaction, and undone with it.
+#[tokio::test]
+async fn a_transaction_that_nobody_waited_for_does_not_stay_open() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let (way, url) = Way::to(&database, Duration::ZERO).await;
+    // So few that what tenants do shares one.
+    let store = Store::connect_with(&url, 8).await.unwrap();
+    store.migrate().await.unwrap();
+    let before = way.connections.load(Ordering::SeqCst);
+
+    way.armed.store(true, Ordering::SeqCst);
+    tokio::select! {
+        _ = store.revoke_key("key_1") => panic!("it is held up"),
+        () = soon("the beginning of a transaction", way.held.notified()) => {}
+    }
+    way.go_on.notify_one();
+
+    store.token_key().await.unwrap();
+    let kept = database.rows("SELECT 1 FROM settings WHERE name = 'token_key'").await;
+    assert_eq!(kept.len(), 1, "what was acknowledged is not in the database");
+    for _ in 0..3 {
+        assert!(!store.revoke_key("key_1").await.unwrap());
+        store.token_key().await.unwrap();
+    }
+    // The others go from call to call.
+    assert_eq!(way.connections.load(Ordering::SeqCst), before + 1);
+}
