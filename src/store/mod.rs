@@ -90,6 +90,10 @@ use crate::{
 
 /// What the database's clock says is taken over when it was asked and answered within this time.
 const MAX_CLOCK_ROUND_TRIP: Duration = Duration::from_millis(250);
+/// Identifies, among PostgreSQL's advisory locks, the one of whoever brings the schema up to date.
+const MIGRATION_LOCK: i64 = 0x736b_776d;
+/// Who finds it taken tries again after this time.
+const MIGRATION_WAIT: Duration = Duration::from_millis(200);
 
 /// The database and what this node holds of it in memory. Cheap to clone.
 #[derive(Clone)]
@@ -173,11 +177,37 @@ impl Store {
         Ok(store)
     }
 
-    /// Brings the schema up to date.
+    /// Brings the schema up to date. Of nodes that start together on one PostgreSQL one does, and the others wait for it.
     pub async fn migrate(&self) -> Result<(), Error> {
+        let turn = if self.sqlite() { None } else { Some(self.turn_to_migrate().await?) };
         self.work_in_files(true).await?;
         migrations::Migrator::up(&self.0.write, None).await?;
+        drop(turn);
         self.work_in_files(false).await
+    }
+
+    /// Until it ends, no other node migrates: two that take the same step fail each other.
+    async fn turn_to_migrate(&self) -> Result<DatabaseTransaction, Error> {
+        let mut waits = false;
+        loop {
+            let attempt = async {
+                let turn = self.write_by(&self.0.engine_write).await?;
+                // It does nothing for as long as the steps take.
+                turn.execute_unprepared("SET LOCAL idle_in_transaction_session_timeout TO 0").await?;
+                let lock = sql::Sql::new(&format!("SELECT pg_try_advisory_xact_lock({MIGRATION_LOCK})"));
+                let row = turn.query_one_raw(lock.build(DbBackend::Postgres)).await?;
+                let taken = row.map(|row| row.try_get_by_index(0)).transpose()?.unwrap_or(false);
+                Ok::<_, Error>(taken.then_some(turn))
+            };
+            if let Some(turn) = self.heard(attempt).await? {
+                return Ok(turn);
+            }
+            if !waits {
+                tracing::info!("another node brings the schema up to date; waiting for it");
+                waits = true;
+            }
+            tokio::time::sleep(MIGRATION_WAIT).await;
+        }
     }
 
     /// Has SQLite put what it works with into files, for steps that go through all there is, or into memory.

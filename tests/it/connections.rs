@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use shortkit_webhooks::store::Store;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -97,4 +98,12 @@ async fn a_transaction_that_nobody_waited_for_does_not_stay_open() {
     }
     // The others go from call to call.
     assert_eq!(way.connections.load(Ordering::SeqCst), before + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_start_together_migrate_one_after_another() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let nodes = join_all((0..8).map(|_| Store::connect(&database.url))).await;
+    let migrated = join_all(nodes.iter().map(|node| node.as_ref().unwrap().migrate())).await;
+    assert!(migrated.iter().all(Result::is_ok), "{migrated:?}");
 }
