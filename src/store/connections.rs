@@ -1,6 +1,9 @@
 //! How the database is reached.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Once},
+    time::Duration,
+};
 
 use sea_orm::{
     ConnectOptions, Database, DatabaseConnection, DbErr, RuntimeErr,
@@ -147,11 +150,21 @@ fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> Conne
     options
 }
 
-/// Refuses a server that only reads: a replica, or one that was the primary until a moment ago and still has its name.
+/// Refuses a server that only reads: a replica, or one that was the primary until a moment ago and still has its name. And
+/// has what it acknowledges written to its disk, should the server, the role or the database be set to acknowledge it before.
+/// Other settings, which say whose disks are waited for, stay as they are.
 async fn takes_writes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    const READS_ONLY: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean";
-    if sqlx::query_scalar(READS_ONLY).fetch_one(connection).await? {
+    const READS_ONLY: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean, \
+        CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', false) END";
+    static WARNED: Once = Once::new();
+    let (reads_only, set): (bool, Option<String>) = sqlx::query_as(READS_ONLY).fetch_one(connection).await?;
+    if reads_only {
         return Err(sqlx::Error::Configuration("the database takes no writes: is it a replica?".into()));
+    }
+    if set.is_some() {
+        WARNED.call_once(|| {
+            tracing::warn!("synchronous_commit is off in the database, by which a crash loses commits; here it is on");
+        });
     }
     Ok(())
 }

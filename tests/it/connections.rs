@@ -107,3 +107,26 @@ async fn nodes_that_start_together_migrate_one_after_another() {
     let migrated = join_all(nodes.iter().map(|node| node.as_ref().unwrap().migrate())).await;
     assert!(migrated.iter().all(Result::is_ok), "{migrated:?}");
 }
+
+/// Unless it only says whose disks are waited for.
+#[tokio::test]
+async fn what_is_acknowledged_is_on_disk_whatever_the_database_is_set_to() {
+    for (set, expected) in [("off", "on"), ("on", "on"), ("local", "local"), ("remote_apply", "remote_apply")] {
+        let database = Database::fresh(Kind::Postgres).await;
+        Store::connect(&database.url).await.unwrap().migrate().await.unwrap();
+        let (_, name) = database.url.rsplit_once('/').unwrap();
+        database
+            .execute(&format!(
+                "ALTER DATABASE {name} SET synchronous_commit = {set};
+                CREATE TABLE seen (value TEXT);
+                CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                    INSERT INTO seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$;
+                CREATE TRIGGER see AFTER INSERT ON settings EXECUTE FUNCTION see();"
+            ))
+            .await;
+        Store::connect(&database.url).await.unwrap().token_key().await.unwrap();
+        let seen = database.rows("SELECT value FROM seen").await;
+        assert_eq!(seen.len(), 1);
+        assert_eq!(seen[0].try_get_by_index::<String>(0).unwrap(), expected, "{set}");
+    }
+}
