@@ -37,6 +37,7 @@ mod silence;
 mod sql;
 mod targets;
 mod test_events;
+mod time;
 mod turns;
 mod waiting;
 mod webhooks;
@@ -81,15 +82,8 @@ use self::{
     test_events::TestEvents,
     writer::Writer,
 };
-use crate::{
-    clock,
-    feed::Feed,
-    vault::Vault,
-    webhook::{Retention, Timestamp},
-};
+use crate::{clock, feed::Feed, vault::Vault, webhook::Retention};
 
-/// What the database's clock says is taken over when it was asked and answered within this time.
-const MAX_CLOCK_ROUND_TRIP: Duration = Duration::from_millis(250);
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever brings the schema up to date.
 const MIGRATION_LOCK: i64 = 0x736b_776d;
 /// Who finds it taken tries again after this time.
@@ -133,6 +127,7 @@ struct Inner {
     /// The master keys, once [`Store::unlock`] has them.
     vault: std::sync::RwLock<Option<Vault>>,
     exclusive: std::sync::Mutex<Option<std::fs::File>>,
+    followed: time::Followed,
 }
 
 impl Store {
@@ -172,6 +167,7 @@ impl Store {
             retention: std::sync::OnceLock::new(),
             vault: std::sync::RwLock::default(),
             exclusive: std::sync::Mutex::new(None),
+            followed: time::Followed::default(),
         }));
         let _ = store.0.writer.set(Writer::start(Arc::downgrade(&store.0)));
         Ok(store)
@@ -227,26 +223,6 @@ impl Store {
         let store = Self::connect(&url).await.unwrap();
         store.migrate().await.unwrap();
         (directory, store)
-    }
-
-    /// Makes [`clock::now`] go by the clock of a database that several nodes share. To be called once in a while, since
-    /// no two clocks run equally fast; an answer that took long is of no use and left alone.
-    pub async fn follow_clock(&self) -> Result<(), Error> {
-        const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
-        if self.sqlite() {
-            return Ok(());
-        }
-        let asked = clock::stopwatch();
-        let now = async {
-            let statement = sql::Sql::new(NOW).build(DbBackend::Postgres);
-            Ok(self.0.engine_read.query_one_raw(statement).await?)
-        };
-        let row = self.heard(now).await?;
-        let took = asked.elapsed();
-        if let Some(row) = row.filter(|_| took <= MAX_CLOCK_ROUND_TRIP) {
-            clock::follow(Timestamp::from_millis(row.try_get_by_index(0)?), asked + took / 2);
-        }
-        Ok(())
     }
 
     /// Makes sure, until the last clone is gone, that no other process serves the same SQLite database; several may share

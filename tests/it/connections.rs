@@ -9,17 +9,18 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use shortkit_webhooks::store::Store;
+use shortkit_webhooks::{clock, store::Store};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
+    process::Command,
     sync::Notify,
 };
 
-use crate::support::{Database, Kind, soon};
+use crate::support::{Database, Kind, Process, soon};
 
 /// A way to the database that can be held up at the next beginning of a transaction.
 #[derive(Default)]
@@ -129,4 +130,24 @@ async fn what_is_acknowledged_is_on_disk_whatever_the_database_is_set_to() {
         assert_eq!(seen.len(), 1);
         assert_eq!(seen[0].try_get_by_index::<String>(0).unwrap(), expected, "{set}");
     }
+}
+
+/// The clock of its machine is two hours ahead, and the database never answers fast enough to be sure of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_database_tells_the_time_as_well() {
+    let database = Database::fresh(Kind::Postgres).await;
+    Store::connect(&database.url).await.unwrap().migrate().await.unwrap();
+    let (_way, url) = Way::to(&database, Duration::from_millis(130)).await;
+    let libraries = std::fs::read_dir("/usr/lib").unwrap().flatten();
+    let mut libraries = libraries.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1"));
+    let library = libraries.find(|path| path.exists()).expect("libfaketime; tests/run installs it");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"));
+    command.env("LD_PRELOAD", library).env("FAKETIME", "+2h");
+    command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1").env("DONT_FAKE_MONOTONIC", "1");
+    let directory = tempfile::tempdir().unwrap();
+    let process = Process::start(command, &["--database-url", &url], directory.path()).await;
+    process.webhook("http://127.0.0.1:9009/").await;
+    let made: i64 = database.rows("SELECT created_at_ms FROM webhooks").await[0].try_get_by_index(0).unwrap();
+    let ahead = made - clock::now().millis();
+    assert!(ahead.abs() < 60_000, "{ahead} ms ahead");
 }

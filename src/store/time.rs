@@ -1,0 +1,112 @@
+//! The clock of a database that several nodes share, by which all of them go.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use sea_orm::{ConnectionTrait, DbBackend};
+
+use super::{Error, Store, sql::Sql};
+use crate::{clock, webhook::Timestamp};
+
+/// What the database's clock says may be wrong by half the time that asking took. Up to this time it is good enough.
+const MAX_ROUND_TRIP: Duration = Duration::from_millis(250);
+/// Who goes by no clock yet asks so many times, unless an answer is good enough before, and takes the best there was: the
+/// clock of its machine may be wrong by any time, and what other nodes have leased would be taken from them.
+const FIRST_TRIES: usize = 5;
+/// Two clocks drift apart by less than one part in so many. A slow answer is taken when it is better than what that leaves
+/// of the one before.
+const DRIFT: u32 = 1_000;
+/// That no answer was good enough for so long is said, and again after as long.
+const MAX_WITHOUT: Duration = Duration::from_secs(60);
+
+static WITHOUT: clock::Seldom = clock::Seldom::new(MAX_WITHOUT);
+
+/// The answer by which this node goes.
+#[derive(Default)]
+pub(super) struct Followed(Mutex<Option<Answer>>);
+
+#[derive(Clone, Copy)]
+struct Answer {
+    now: Timestamp,
+    asked: Instant,
+    round_trip: Duration,
+}
+
+impl Answer {
+    fn is_good(&self) -> bool {
+        self.round_trip <= MAX_ROUND_TRIP
+    }
+
+    /// Whether to go by this one, after the `last`.
+    fn is_better_than(&self, last: Option<Self>) -> bool {
+        let left = |last: Self| last.round_trip + self.asked.saturating_duration_since(last.asked) / DRIFT;
+        self.is_good() || last.is_none_or(|last| self.round_trip <= left(last))
+    }
+
+    /// Whether this node goes by an answer that was not good, or by one of long ago.
+    fn is_doubtful(&self) -> bool {
+        !self.is_good() || self.asked.elapsed() >= MAX_WITHOUT
+    }
+}
+
+impl Store {
+    /// Makes [`clock::now`] go by the clock of a database that several nodes share. To be called once in a while, since
+    /// no two clocks run equally fast.
+    pub async fn follow_clock(&self) -> Result<(), Error> {
+        if self.sqlite() {
+            return Ok(());
+        }
+        let followed = || self.0.followed.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = *followed();
+        let mut best = self.ask_clock().await?;
+        for _ in 1..FIRST_TRIES {
+            if last.is_some() || best.is_good() {
+                break;
+            }
+            let next = self.ask_clock().await?;
+            best = if next.round_trip < best.round_trip { next } else { best };
+        }
+        let known = last.filter(|_| !best.is_better_than(last)).unwrap_or(best);
+        if known.is_doubtful() && WITHOUT.is_time() {
+            let round_trip_secs = best.round_trip.as_secs_f64();
+            tracing::warn!(
+                round_trip_secs,
+                "the database answers so slowly that the time it tells may be wrong by half of that"
+            );
+        }
+        *followed() = Some(known);
+        clock::follow(known.now, known.asked + known.round_trip / 2);
+        Ok(())
+    }
+
+    async fn ask_clock(&self) -> Result<Answer, Error> {
+        const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
+        let asked = clock::stopwatch();
+        let row = async { Ok(self.0.engine_read.query_one_raw(Sql::new(NOW).build(DbBackend::Postgres)).await?) };
+        let row = self.heard(row).await?.ok_or(Error::Corrupt("time"))?;
+        let round_trip = asked.elapsed();
+        Ok(Answer { now: Timestamp::from_millis(row.try_get_by_index(0)?), asked, round_trip })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_answer_is_better_than_none_or_an_old_one() {
+        let start = clock::stopwatch();
+        let after = |secs, millis| Answer {
+            now: Timestamp::from_millis(0),
+            asked: start + Duration::from_secs(secs),
+            round_trip: Duration::from_millis(millis),
+        };
+        assert!(after(0, 3_000).is_better_than(None));
+        assert!(after(2, 2_000).is_better_than(Some(after(0, 3_000))));
+        assert!(after(2, 250).is_better_than(Some(after(0, 1))), "it is good");
+        assert!(!after(60, 300).is_better_than(Some(after(0, 1))));
+        assert!(after(300, 300).is_better_than(Some(after(0, 1))), "the one before has drifted");
+    }
+}
