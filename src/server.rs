@@ -84,7 +84,10 @@ pub async fn run(
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
     }
     store.limit_backlog(BacklogLimits { total: config.max_backlog, organization: config.max_backlog_per_organization });
-    store.look_at_backlog().await?;
+    // Where it takes too long, or something holds the counts, a node has to start all the same.
+    if let Err(error) = store.look_at_backlog().await {
+        tracing::warn!(%error, "the backlog could not be counted; until it is, what was pending before does not count");
+    }
     store.retain(config.retention);
     if config.shutdown_grace < config.request_timeout {
         tracing::warn!(

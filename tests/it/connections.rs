@@ -9,6 +9,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
+use sea_orm::{ConnectionTrait, TransactionTrait};
 use shortkit_webhooks::{clock, store::Store};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -20,7 +21,7 @@ use tokio::{
     sync::Notify,
 };
 
-use crate::support::{Database, Kind, Process, soon};
+use crate::support::{Database, Kind, Process, TestServer, soon};
 
 /// A way to the database that can be held up at the next beginning of a transaction.
 #[derive(Default)]
@@ -150,4 +151,17 @@ async fn a_slow_database_tells_the_time_as_well() {
     let made: i64 = database.rows("SELECT created_at_ms FROM webhooks").await[0].try_get_by_index(0).unwrap();
     let ahead = made - clock::now().millis();
     assert!(ahead.abs() < 60_000, "{ahead} ms ahead");
+}
+
+#[tokio::test]
+async fn a_node_starts_when_the_backlog_cannot_be_counted() {
+    let database = Database::fresh(Kind::Postgres).await;
+    Store::connect(&database.url).await.unwrap().migrate().await.unwrap();
+    let elsewhere = database.open().await;
+    let locked = elsewhere.begin().await.unwrap();
+    locked.execute_unprepared("LOCK TABLE delivery_counts IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let server = TestServer::start(&database).await;
+    assert_eq!(server.get("/v1/webhooks").await.status, 200);
+    locked.rollback().await.unwrap();
+    server.stop().await;
 }
