@@ -26,10 +26,19 @@ use crate::{
 /// and another follows. What is left out is not read: a page costs this much memory, however long the data of the next is.
 const MAX_PAGE_BYTES: usize = 4 * 1024 * 1024;
 
-/// The columns of a list: all but `response`, which may be long and is shown by [`Store::get_delivery`] only.
-const LISTED: &str = "webhook_id, id, organization, environment, event_id, event_type, status, attempts, granted, once, \
-    lost_leases, next_attempt_at_ms, lease_node, lease_expires_at_ms, status_code, response_time_ms, last_error, \
-    last_attempt_at_ms, created_at_ms, NULL AS response";
+/// The columns of a list, or of what was written: all but `response`, which may be long and is shown by
+/// [`Store::get_delivery`] only. By their names: PostgreSQL refuses what a connection has prepared as soon as it would have one
+/// more, which a later version may add while this one runs.
+macro_rules! listed {
+    () => {
+        "webhook_id, id, organization, environment, event_id, event_type, status, attempts, granted, once, lost_leases, \
+         next_attempt_at_ms, lease_node, lease_expires_at_ms, status_code, response_time_ms, last_error, \
+         last_attempt_at_ms, created_at_ms, NULL AS response"
+    };
+}
+pub(super) use listed;
+
+const LISTED: &str = listed!();
 
 /// How long the data of an event is, which both databases know without reading it: SQLite from the head of the row,
 /// PostgreSQL from the pointer to where long values are.
@@ -173,7 +182,7 @@ impl Store {
              lost_leases = 0, next_attempt_at_ms = ",
         );
         sql.value(now.millis()).text(" WHERE webhook_id = ").value(webhook_id);
-        sql.text(" AND id = ").value(id).text(" AND status = 'failed' RETURNING *");
+        sql.text(" AND id = ").value(id).text(concat!(" AND status = 'failed' RETURNING ", listed!()));
         let transaction = self.write().await?;
         let statement = sql.build(transaction.get_database_backend());
         let updated = delivery::Entity::find().from_raw_sql(statement).one(&transaction).await.map_err(Error::from)?;

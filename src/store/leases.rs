@@ -6,6 +6,7 @@ use sea_orm::{ColumnTrait, ConnectionTrait, DbBackend, EntityTrait, FromQueryRes
 
 use super::{
     Error, Store,
+    deliveries::listed,
     entity::{delivery, event},
     keys::tenant,
     rows::{Cell, Column, Rows, int, text},
@@ -44,8 +45,8 @@ const WANTED: &[Column] =
 /// The webhook is not joined: before there are statistics, PostgreSQL takes active ones for few, and would compare each with
 /// each. What other nodes claim at the same time is left to them, and what a webhook holds that is not active any more where
 /// it is. Data of an event comes with the first of its deliveries only.
-const CLAIM_ON_POSTGRES: &str = "\
-    WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
+const CLAIM_ON_POSTGRES: &str = concat!(
+    "WITH due AS MATERIALIZED (SELECT d.webhook_id, d.id, rows.node, rows.expires_at_ms FROM {rows} CROSS JOIN LATERAL (\
      SELECT webhook_id, id FROM deliveries WHERE deliveries.webhook_id = (SELECT w.id FROM webhooks w \
       WHERE w.id = rows.webhook_id AND w.status = 'active' AND w.deleted_at_ms IS NULL) \
      AND next_attempt_at_ms >= rows.due_at_ms AND next_attempt_at_ms <= rows.now_ms \
@@ -54,9 +55,12 @@ const CLAIM_ON_POSTGRES: &str = "\
      UPDATE deliveries SET attempts = attempts + CASE WHEN granted THEN 0 ELSE 1 END, granted = FALSE, \
      next_attempt_at_ms = NULL, lease_node = due.node, lease_expires_at_ms = due.expires_at_ms FROM due \
      WHERE deliveries.webhook_id = due.webhook_id AND deliveries.id = due.id RETURNING deliveries.*) \
-    SELECT claimed.*, e.created_at_ms AS published_at_ms, \
-    CASE WHEN row_number() OVER (PARTITION BY claimed.event_id) = 1 THEN e.data END AS data \
-    FROM claimed LEFT JOIN events e ON e.id = claimed.event_id";
+    SELECT named.*, e.created_at_ms AS published_at_ms, \
+    CASE WHEN row_number() OVER (PARTITION BY named.event_id) = 1 THEN e.data END AS data \
+    FROM (SELECT ",
+    listed!(),
+    " FROM claimed) AS named LEFT JOIN events e ON e.id = named.event_id"
+);
 
 /// What leases are taken for.
 #[derive(Debug, Clone)]
@@ -288,7 +292,7 @@ impl Store {
              next_attempt_at_ms = NULL, lease_node = ",
         );
         sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
-        sql.text(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due) RETURNING *");
+        sql.text(concat!(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due) RETURNING ", listed!()));
         // One transaction with reading the events: a claim that nobody hears of would hold its leases for nothing.
         let transaction = self.write().await?;
         let claim = sql.build(DbBackend::Sqlite);

@@ -10,7 +10,11 @@ use std::{
 
 use futures_util::future::join_all;
 use sea_orm::{ConnectionTrait, TransactionTrait};
-use shortkit_webhooks::{clock, store::Store};
+use shortkit_webhooks::{
+    clock,
+    store::{Actor, Store, Waiting, Waitlist},
+    webhook::Timestamp,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -164,4 +168,38 @@ async fn a_node_starts_when_the_backlog_cannot_be_counted() {
     assert_eq!(server.get("/v1/webhooks").await.status, 200);
     locked.rollback().await.unwrap();
     server.stop().await;
+}
+
+/// A later version may do so before all nodes of this one have stopped.
+#[tokio::test]
+async fn a_column_more_does_not_stop_those_who_do_not_know_it() {
+    const TURNS: usize = 16;
+    let database = Database::fresh(Kind::Postgres).await;
+    let store = Store::connect_with(&database.url, 8).await.unwrap();
+    store.migrate().await.unwrap();
+    database
+        .execute(
+            "INSERT INTO webhooks (id, organization, environment, url, description, events, status, secret, created_at_ms)
+             VALUES ('whk_1', 'acme', 'live', 'https://example.com/', '', '[]', 'active', '', 1);
+             INSERT INTO events (id, event_type, data, created_at_ms) VALUES ('evt_1', 'content.ready', '{}', 1);
+             INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts,
+             granted, once, lost_leases, next_attempt_at_ms, created_at_ms)
+             VALUES ('whk_1', 'del_1', 'acme', 'live', 'evt_1', 'content.ready', 'pending', 0, FALSE, FALSE, 0, 1, 1)",
+        )
+        .await;
+    for turn in 0..TURNS {
+        // Until then, every connection has prepared what it runs.
+        if turn == TURNS / 2 {
+            database.execute("ALTER TABLE deliveries ADD COLUMN later TEXT").await;
+        }
+        let mut list = Waitlist::default();
+        let due_at = Timestamp::from_millis(1);
+        list.add(Waiting { webhook_id: "whk_1".into(), organization: "acme".into(), due_at });
+        let claimed = store.claim(&mut list, clock::now(), Duration::from_secs(60)).await.unwrap();
+        assert_eq!(claimed.count, 1, "{turn}");
+        let fail = "UPDATE deliveries SET status = 'failed', lease_node = NULL, lease_expires_at_ms = NULL";
+        assert_eq!(database.execute(fail).await, 1);
+        store.retry_delivery("whk_1", "del_1", &Actor::command_line()).await.unwrap();
+        store.get_delivery("whk_1", "del_1").await.unwrap().unwrap();
+    }
 }
