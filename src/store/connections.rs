@@ -29,6 +29,10 @@ const MAX_IDLE: Duration = Duration::from_secs(60);
 /// A connection that comes back, perhaps from somebody who gave up, is closed unless it answers within this time that it is
 /// in no transaction.
 const MAX_PING: Duration = Duration::from_secs(1);
+/// SQLite's log is cut to so many bytes, 64 MiB, when it begins anew. It is used again, so a smaller one would be cut and made
+/// longer again and again; usually it has 4 MiB.
+const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
+
 /// The ways to one database.
 pub(super) struct Connections {
     pub(super) read: DatabaseConnection,
@@ -138,6 +142,8 @@ fn options(url: &str, connections: u32, plans: Plans, silence: Silence) -> Conne
                 // What is acknowledged is on disk, also when the machine loses power.
                 .pragma("synchronous", "FULL")
                 .pragma("busy_timeout", "5000")
+                // After a burst, or a long read, the log begins anew with no more than this; else it stays as it was.
+                .pragma("journal_size_limit", MAX_LOG_BYTES.to_string())
                 // What a statement would have to undo is otherwise a file of its own in each commit.
                 .pragma("temp_store", "MEMORY")
         })
@@ -190,4 +196,26 @@ pub fn sqlite_path(url: &str) -> Option<&str> {
     let path = url.strip_prefix("sqlite:")?;
     let path = path.strip_prefix("//").unwrap_or(path).split('?').next()?;
     (!path.is_empty() && path != ":memory:").then_some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::ConnectionTrait;
+
+    use super::*;
+    use crate::store::Store;
+
+    /// A burst leaves no log behind that keeps its length for ever.
+    #[tokio::test]
+    async fn a_long_log_is_cut_when_it_begins_anew() {
+        let (directory, store) = Store::fresh().await;
+        let log = || std::fs::metadata(directory.path().join("test.db-wal")).unwrap().len();
+        let write = async |sql: &str| store.0.write.execute_unprepared(sql).await.unwrap();
+        write("CREATE TABLE t (b BLOB)").await;
+        write(&format!("INSERT INTO t VALUES (zeroblob({}))", MAX_LOG_BYTES + MAX_LOG_BYTES / 4)).await;
+        assert!(log() > MAX_LOG_BYTES, "{}", log());
+        store.0.commits.checkpoint().await;
+        write("INSERT INTO t VALUES ('')").await;
+        assert!(log() <= MAX_LOG_BYTES, "{}", log());
+    }
 }
