@@ -16,6 +16,9 @@ use ulid::{ULID_LEN, Ulid};
 
 use crate::webhook::Timestamp;
 
+/// By less than this the time of day does not leap: a clock that is followed is not read exactly.
+const LEAP: Duration = Duration::from_secs(1);
+
 /// The last id given out: ids made within one millisecond count up from it, so that a list keeps their order.
 static LAST_ID: Mutex<Ulid> = Mutex::new(Ulid::nil());
 
@@ -100,6 +103,22 @@ impl Seldom {
     }
 }
 
+/// Notices when the time of day leaps ahead of the time that passes: its clock was set, or the machine slept.
+#[derive(Default)]
+pub struct Leaps(Option<(Timestamp, Instant)>);
+
+impl Leaps {
+    /// Whether it did since this was last asked.
+    pub fn any(&mut self) -> bool {
+        self.any_until(now(), stopwatch())
+    }
+
+    fn any_until(&mut self, now: Timestamp, at: Instant) -> bool {
+        let last = self.0.replace((now, at));
+        last.is_some_and(|(then, since)| now > then.after(at - since + LEAP))
+    }
+}
+
 /// Bytes that nobody can guess.
 ///
 /// # Panics
@@ -163,6 +182,17 @@ mod tests {
             past.done = past.done.map(|done| done - Duration::from_secs(3_600));
         }
         assert_eq!(once.reasons(), Some(3));
+    }
+
+    #[test]
+    fn notices_when_time_leaps_forward() {
+        let (mut leaps, start, began) = (Leaps::default(), now(), stopwatch());
+        // What the time of day says after so many seconds.
+        let steps = [(0, 0, false), (1, 1, false), (70, 70, false), (7_271, 71, true), (7_272, 72, false)];
+        for (says, passed, leapt) in steps.into_iter().chain([(73, 73, false), (74, 74, false), (77, 75, true)]) {
+            let [says, passed] = [says, passed].map(Duration::from_secs);
+            assert_eq!(leaps.any_until(start.after(says), began + passed), leapt, "{says:?} {passed:?}");
+        }
     }
 
     /// One test, since the clock is the process's: it leaves things as they were for the others.

@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Engine, lease_length};
 use crate::{
-    clock::{self, Seldom},
+    clock::{self, Leaps, Seldom},
     store::{Claimed, Error, News, Store, Waitlist},
     webhook::RetrySchedule,
 };
@@ -35,13 +35,17 @@ struct Claims {
     /// When the sweep that is under way began; none when it has ended.
     sweep: Option<Instant>,
     rescues: Seldom,
+    leaps: Leaps,
+    /// When the clock last leapt forward.
+    leapt: Option<Instant>,
 }
 
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
 pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
     let Engine { store, schedule, request_timeout, .. } = engine;
     let rescues = Seldom::new(POLL);
-    let mut claims = Claims { store, list: Waitlist::default(), looked: None, sweep: None, rescues };
+    let (list, leaps) = (Waitlist::default(), Leaps::default());
+    let mut claims = Claims { store, list, looked: None, sweep: None, rescues, leaps, leapt: None };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let round = clock::stopwatch();
@@ -81,7 +85,7 @@ impl Claims {
         // or looked through, is tried again as seldom, and holds up nothing that is known to be due.
         if self.rescues.is_time() {
             self.list.may_have_room();
-            if let Err(error) = self.rescue(schedule).await {
+            if let Err(error) = self.rescue(schedule, lease).await {
                 tracing::warn!(%error, "deliveries of nodes that are gone could not be taken over; trying again");
             }
         }
@@ -123,10 +127,22 @@ impl Claims {
         self.looked.map_or(Duration::ZERO, |(at, rest)| rest.saturating_sub(at.elapsed()))
     }
 
-    async fn rescue(&self, schedule: &RetrySchedule) -> Result<(), Error> {
+    /// Whether leases that seem to have run out have. A clock that leaps forward says nothing of those that were taken before:
+    /// their attempts may be on the wire, and would be made twice. When as much time has passed as a lease lasts, they have.
+    fn leases_end(&mut self, lease: Duration) -> bool {
+        if self.leaps.any() {
+            tracing::warn!(wait = ?lease, "the clock was set forward; for so long no leases are taken over");
+            self.leapt = Some(clock::stopwatch());
+        }
+        self.leapt.is_none_or(|leapt| leapt.elapsed() >= lease)
+    }
+
+    async fn rescue(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<(), Error> {
         let mut rescued = 0;
         // A node that is gone may have held thousands, and one step takes only so many.
-        while let more @ 1.. = self.store.rescue(false, schedule).await? {
+        while self.leases_end(lease)
+            && let more @ 1.. = self.store.rescue(false, schedule).await?
+        {
             rescued += more;
         }
         if rescued > 0 {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -195,4 +195,46 @@ async fn leases_are_given_back_though_a_commit_fails() {
     assert_eq!(count("lease_node IS NOT NULL").await, 0, "leases are left to run out");
     assert!(count("granted AND attempts = 1").await > 0, "some had not begun");
     assert_eq!(count("(SELECT last_value FROM tries) > 1").await, EVENTS as i64, "the first commit failed");
+}
+
+/// The clock of the machine is set forward while a request is on the wire. Nodes on PostgreSQL go by the database's.
+#[tokio::test]
+async fn a_clock_that_is_set_forward_repeats_nothing() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let directory = tempfile::tempdir().unwrap();
+    let clock = directory.path().join("clock");
+    let set = |offset: &str| std::fs::write(&clock, offset).unwrap();
+    set("+0");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"));
+    command.env("LD_PRELOAD", faketime()).env("FAKETIME_TIMESTAMP_FILE", &clock).env("FAKETIME_NO_CACHE", "1");
+    // The time of day leaps; what only ever runs forward does not.
+    command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1").env("DONT_FAKE_MONOTONIC", "1");
+    let arguments = ["--database-url", &database.url, "--rate-limit", "off"];
+    let process = Process::start(command, &arguments, directory.path()).await;
+    // Long enough for a few looks at what has run out.
+    let receiver = Receiver::scripted(|_, _| Reply { delay: Duration::from_secs(4), ..Reply::status(200) }).await;
+    process.webhook(&receiver.url()).await;
+    process.publish("{}").await;
+    receiver.wait_for(1).await;
+    set("+7200");
+    let webhooks = process.call(Method::GET, "/v1/webhooks", String::new()).await.data();
+    let path = format!("/v1/webhooks/{}/deliveries", webhooks[0]["id"].as_str().unwrap());
+    let ended = async {
+        loop {
+            let delivery = process.call(Method::GET, &path, String::new()).await.data()[0].clone();
+            if delivery["status"] != "pending" {
+                break delivery;
+            }
+        }
+    };
+    let delivery = soon("the end of the delivery", ended).await;
+    assert_eq!((delivery["status"].as_str(), delivery["attempts"].as_i64()), (Some("success"), Some(1)));
+    assert_eq!(receiver.received().len(), 1);
+}
+
+/// The library that lies about the time.
+fn faketime() -> PathBuf {
+    let folders = std::fs::read_dir("/usr/lib").unwrap().map(|entry| entry.unwrap().path());
+    let mut libraries = folders.map(|folder| folder.join("faketime/libfaketimeMT.so.1"));
+    libraries.find(|path| path.exists()).expect("libfaketime is installed; tests/run does it")
 }
