@@ -36,6 +36,9 @@ pub enum Error {
     /// More writes wait than may.
     #[error("too many writes are waiting for the database")]
     Overloaded,
+    /// As many publishes of the organisation wait as may, lest there be no room for others.
+    #[error("too many publishes of the organization are waiting for the database")]
+    OrganizationOverloaded,
     /// As many deliveries of the organisation are pending as may be.
     #[error("too many deliveries of the organization are pending")]
     OrganizationBacklog,

@@ -30,6 +30,7 @@ mod record;
 mod rescue;
 mod retention;
 mod revisions;
+mod room;
 mod rows;
 mod script;
 mod secrets;
@@ -117,8 +118,7 @@ struct Inner {
     writer: std::sync::OnceLock<Writer>,
     known_keys: known_keys::KnownKeys,
     revisions: revisions::Revisions,
-    /// A permit for each byte of event data that waits for its commit.
-    publishing: Arc<tokio::sync::Semaphore>,
+    publishing: room::Rooms,
     /// Deliveries leased to this node, on their way to `dispatch`.
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
@@ -160,7 +160,7 @@ impl Store {
             writer: std::sync::OnceLock::new(),
             known_keys: known_keys::KnownKeys::default(),
             revisions: revisions::Revisions::default(),
-            publishing: Arc::new(tokio::sync::Semaphore::new(publish::MAX_WAITING_BYTES as usize)),
+            publishing: room::Rooms::default(),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use sea_orm::DbBackend;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Error, Leased, Store,
@@ -12,6 +12,7 @@ use super::{
     idempotency::{Keep, Kept},
     leases::Lease,
     log::{Entry, Log},
+    room::{MAX_WAITING_BYTES, Room},
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
     targets::{Subscribers, Subscription},
     test_events::TestCaller,
@@ -23,11 +24,8 @@ use crate::{
     webhook::{Attempt, ChangeKind, DeliveryStatus, Event, EventData, Plan, Tenant, Timestamp},
 };
 
-/// Publishes that wait for their commit may have this much data together; one more is refused with
-/// [`Error::Overloaded`].
-pub(super) const MAX_WAITING_BYTES: u32 = 64 * 1024 * 1024;
-/// An event counts as at least this much, which bounds how many wait.
-const MIN_BYTES: u32 = MAX_WAITING_BYTES / 65_536;
+/// An event counts as at least this much, which bounds how many wait for their commit.
+const MIN_BYTES: usize = MAX_WAITING_BYTES / 65_536;
 
 const EVENTS: &[Column] = &[text("id"), text("event_type"), text("data"), int("created_at_ms")];
 pub(super) const INSERT_EVENTS: &str = "INSERT INTO events (id, event_type, data, created_at_ms) \
@@ -83,8 +81,8 @@ pub(super) struct Publish {
     test: Option<Test>,
     /// For a named request.
     keep: Option<Keep<Vec<Published>>>,
-    /// Its share of [`MAX_WAITING_BYTES`], held until it is stored or refused, whether or not its caller still waits.
-    room: Option<OwnedSemaphorePermit>,
+    /// Held until it is stored or refused, whether or not its caller still waits.
+    room: Option<Room>,
 }
 
 struct Test {
@@ -103,7 +101,7 @@ pub(super) struct Draft {
     plan: Plan,
     done: Option<TestCaller>,
     keep: Option<Keep<Vec<Published>>>,
-    _room: Option<OwnedSemaphorePermit>,
+    _room: Option<Room>,
 }
 
 struct DraftEvent {
@@ -130,9 +128,8 @@ impl Store {
     ) -> Result<Vec<Published>, Error> {
         // Judged again in its turn; here, so that what is refused does not even queue.
         self.0.backlog.admit(tenant.organization(), 0)?;
-        let bytes = |event: &NewEvent| u32::try_from(event.data.as_str().len()).unwrap_or(u32::MAX).max(MIN_BYTES);
-        let bytes = events.iter().map(bytes).fold(0, u32::saturating_add).min(MAX_WAITING_BYTES);
-        let room = Arc::clone(&self.0.publishing).try_acquire_many_owned(bytes).map_err(|_| Error::Overloaded)?;
+        let bytes = events.iter().map(|event| event.data.as_str().len().max(MIN_BYTES)).sum();
+        let room = self.0.publishing.take(tenant.shared_organization(), bytes)?;
         self.submit(Publish { tenant, events, lease, test: None, keep, room: Some(room) }).await
     }
 
@@ -365,23 +362,34 @@ mod tests {
     #[tokio::test]
     async fn who_leaves_does_not_make_room() {
         let (_directory, store) = Store::fresh().await;
-        let tenant = Tenant::new("acme", Environment::Live).unwrap();
-        let publish = |bytes: usize| {
+        let publish = |organization: &str, bytes: usize| {
+            let tenant = Tenant::new(organization, Environment::Live).unwrap();
             let data = EventData::parse(&format!("{{\"a\":\"{}\"}}", "x".repeat(bytes))).unwrap();
             let lease = Lease { length: std::time::Duration::from_secs(60), first_wait: std::time::Duration::ZERO };
             let event = NewEvent { event_type: "content.ready".to_owned(), data };
-            store.publish(tenant.clone(), vec![event], lease, None)
+            store.publish(tenant, vec![event], lease, None)
         };
         // Nothing is stored meanwhile.
         let busy = store.write().await.unwrap();
-        let most = MAX_WAITING_BYTES as usize;
-        assert!(publish(most / 2).now_or_never().is_none());
-        assert!(publish(most / 4).now_or_never().is_none());
-        assert!(matches!(publish(most / 2).now_or_never(), Some(Err(Error::Overloaded))));
+        let most = MAX_WAITING_BYTES;
+        assert!(publish("acme", most / 4).now_or_never().is_none());
+        assert!(publish("acme", most / 2).now_or_never().is_none());
+        assert!(matches!(publish("acme", 1).now_or_never(), Some(Err(Error::OrganizationOverloaded))));
+        assert!(matches!(publish("other", most / 4).now_or_never(), Some(Err(Error::Overloaded))));
+        let mut quiet = Box::pin(publish("other", most / 8));
+        assert!(quiet.as_mut().now_or_never().is_none(), "there is room for others");
         drop(busy);
-        let last = publish(10).await.unwrap();
+        let quiet = quiet.await.unwrap();
+        let last = loop {
+            match publish("acme", 10).await {
+                Ok(last) => break last,
+                Err(Error::OrganizationOverloaded) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        };
         let stored = event::Entity::find().all(&store.0.read).await.unwrap();
-        assert_eq!(stored.into_iter().map(|event| event.id).collect::<Vec<_>>(), [last[0].event_id.clone()]);
-        assert!(publish(most / 2).await.is_ok());
+        let stored: Vec<_> = stored.into_iter().map(|event| event.id).collect();
+        assert_eq!(stored, [&quiet, &last].map(|published| published[0].event_id.clone()));
+        assert!(publish("acme", most / 2).await.is_ok());
     }
 }

@@ -51,7 +51,7 @@ pub(super) enum Write {
     Release(Release, Answer<()>),
 }
 
-/// The way to the task. What waits is bounded by those who send: publishes by [`publish::MAX_WAITING_BYTES`], the others
+/// The way to the task. What waits is bounded by those who send: publishes by [`super::room::MAX_WAITING_BYTES`], the others
 /// by what the node holds.
 pub(super) struct Writer {
     queue: mpsc::UnboundedSender<Write>,

@@ -1,13 +1,18 @@
-//! Nobody's receivers slow the others down. How much is measured by `cargo bench --bench fairness`.
+//! Nobody slows the others down. How much is measured by `cargo bench --bench fairness`.
 
 use std::time::Duration;
 
-use shortkit_webhooks::config::Config;
-use tokio::net::TcpListener;
+use http::Method;
+use sea_orm::{ConnectionTrait, TransactionTrait};
+use shortkit_webhooks::{config::Config, store::KeyKind, webhook::Environment};
+use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::support::{Database, Receiver, TestServer, config, on_both_databases};
+use crate::support::{Database, Receiver, TestServer, config, on_both_databases, soon};
 
-on_both_databases!(receivers_that_never_answer_leave_room_for_the_others);
+on_both_databases!(
+    receivers_that_never_answer_leave_room_for_the_others,
+    who_publishes_much_leaves_room_for_the_others,
+);
 
 /// 80 receivers that never answer, each with more waiting than it may have under way: no more than one that has not been
 /// heard of, for two minutes.
@@ -31,9 +36,7 @@ async fn receivers_that_never_answer_leave_room_for_the_others(database: Databas
     for _ in 0..32 {
         assert_eq!(server.publish("export.ready", "{}").await, 80);
     }
-    crate::support::soon("the silent receivers have what they may have", taken.wait_for(|taken| *taken >= 80 * 8))
-        .await
-        .unwrap();
+    soon("the silent receivers have what they may have", taken.wait_for(|taken| *taken >= 80 * 8)).await.unwrap();
 
     let receiver = Receiver::start().await;
     server.webhook(&receiver.url(), &["content.ready"]).await;
@@ -45,5 +48,35 @@ async fn receivers_that_never_answer_leave_room_for_the_others(database: Databas
     assert_eq!(dead["stats"].get("lastDeliveryAt"), None, "none of the silent ones has given up its place: {dead}");
     assert_eq!(*taken.borrow(), 80 * 8, "attempts under way to those that never answer");
     accepting.abort();
+    server.stop().await;
+}
+
+/// More data than may wait for its commit, all of one organisation, while the database is busy.
+async fn who_publishes_much_leaves_room_for_the_others(database: Database) {
+    let server = TestServer::start(&database).await;
+    let quiet = server.new_key(Some("quiet"), KeyKind::Secret, Environment::Test).await;
+    let publish = |key: &str, bytes: usize| {
+        let body = format!(r#"{{"event":"content.ready","data":{{"a":"{}"}}}}"#, "x".repeat(bytes));
+        let request = server.anonymous(Method::POST, "/v1/events").bearer_auth(key);
+        request.header("content-type", "application/json").body(body)
+    };
+    for key in [&server.key, &quiet] {
+        assert_eq!(server.send(publish(key, 1)).await.status, 202);
+    }
+    let connection = database.open().await;
+    let busy = connection.begin().await.unwrap();
+    let is_sqlite = database.url.starts_with("sqlite:");
+    let hold = if is_sqlite { "UPDATE settings SET value = value" } else { "LOCK TABLE events IN SHARE MODE" };
+    busy.execute_unprepared(hold).await.unwrap();
+    let mut loud = JoinSet::new();
+    for _ in 0..70 {
+        loud.spawn(publish(&server.key, 1_000_000).send());
+    }
+    let refused = soon("a publish too many", loud.join_next()).await.unwrap().unwrap().unwrap();
+    assert_eq!((refused.status().as_u16(), refused.headers()["retry-after"].as_bytes()), (429, b"1".as_slice()));
+    let waits = tokio::spawn(publish(&quiet, 1).send());
+    assert_eq!(server.send(publish(&server.key, 1)).await.status, 429);
+    busy.rollback().await.unwrap();
+    assert_eq!(soon("an answer", waits).await.unwrap().unwrap().status(), 202);
     server.stop().await;
 }
