@@ -67,7 +67,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
         let parts = filter_parts(&webhook.id, filter.status, filter.event_type.as_deref());
         let purpose = Purpose { call: "deliveries", tenant: &tenant, filter: &parts };
         let after = self.cursor(&purpose, request.cursor.as_deref())?;
-        let page = self.store.list_deliveries(&webhook.id, &filter, after.as_deref(), limit).await;
+        let page = self.store.list_deliveries(&tenant, &webhook.id, &filter, after.as_deref(), limit).await;
         let page = page.map_err(status::store)?;
         let last = page.items.last().filter(|_| page.more);
         Ok(Response::new(proto::ListDeliveriesResponse {
@@ -85,7 +85,8 @@ impl proto::delivery_service_server::DeliveryService for Api {
         let request = request.into_inner();
         let webhook = self.webhook(&tenant, &request.webhook_id).await?;
         validate::id("delivery", &request.delivery_id)?;
-        let found = self.store.get_delivery(&webhook.id, &request.delivery_id).await.map_err(status::store)?;
+        let found = self.store.get_delivery(&tenant, &webhook.id, &request.delivery_id).await;
+        let found = found.map_err(status::store)?;
         let detail = found.ok_or_else(|| status::not_found("delivery"))?;
         Ok(Response::new(proto::GetDeliveryResponse { delivery: Some(convert::detail(detail)) }))
     }

@@ -184,6 +184,11 @@ pub(crate) fn store(error: store::Error) -> Status {
             let message = "too many events of this organization are waiting to be stored; publish again later";
             coded(Code::ResourceExhausted, "RATE_LIMITED", message, details)
         }
+        store::Error::OrganizationReads => {
+            let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+            let message = "too many reads of this organization are under way; try again";
+            coded(Code::ResourceExhausted, "RATE_LIMITED", message, details)
+        }
         store::Error::OrganizationBacklog => {
             let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER_BACKLOG));
             let message = "too many deliveries of this organization are pending; publish again later";

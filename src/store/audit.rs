@@ -1,6 +1,8 @@
 //! Who did what: an entry for each change of a key, a webhook, a secret or a delivery that somebody asked for, written in
 //! the transaction of the change. Entries are only ever added; the database refuses anything else.
 
+use std::sync::Arc;
+
 use sea_orm::{
     ColumnTrait, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
     QuerySelect, Value,
@@ -189,6 +191,11 @@ impl Store {
         after: Option<&str>,
         limit: u64,
     ) -> Result<Page<AuditEntry>, Error> {
+        let organization = filter.organization.as_deref().map(Arc::from);
+        let _turn = match &organization {
+            Some(organization) => Some(self.0.reads.turn(organization).await?),
+            None => None,
+        };
         let all = Entity::find().filter(condition(filter));
         // Of a tenant, an action and a webhook an index has no more than is counted; nothing of it is written often.
         let total = i64::try_from(all.clone().count(&self.0.read).await?).unwrap_or(i64::MAX);

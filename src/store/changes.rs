@@ -181,6 +181,7 @@ impl Store {
         sql.text(" AND seq >= ").value(log::row(after + 1)).text(" ORDER BY seq LIMIT ").value(MAX_READ);
         sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES);
         sql.text(" LEFT JOIN changes AS log ON log.seq = sized.seq ORDER BY log.seq");
+        let _turn = self.0.reads.turn_of_stream(tenant.shared_organization()).await;
         let (mut forgotten, mut rows) = (None, Vec::new());
         let statement = sql.build(self.0.read.get_database_backend());
         for row in self.heard(async { Ok(self.0.read.query_all_raw(statement).await?) }).await? {

@@ -23,7 +23,7 @@ const MIN_CONNECTIONS: u32 = ENGINE_CONNECTIONS + REVISIONS_CONNECTIONS + 2;
 pub const DEFAULT_CONNECTIONS: u32 = 16;
 /// A call waits this long for a connection, then ends with [`super::Error::Unavailable`]. A publish may wait behind another that
 /// waits, and is to be refused within five seconds.
-const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
+pub(super) const MAX_WAIT_FOR_CONNECTION: Duration = Duration::from_secs(2);
 /// What is not used for this long is closed: other nodes may need it, and firewalls forget connections in silence.
 const MAX_IDLE: Duration = Duration::from_secs(60);
 /// A connection that comes back, perhaps from somebody who gave up, is closed unless it answers within this time that it is
@@ -36,6 +36,8 @@ const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
 /// The ways to one database.
 pub(super) struct Connections {
     pub(super) read: DatabaseConnection,
+    /// How many connections `read` has at most.
+    pub(super) readers: u32,
     /// On SQLite the one connection that writes; on PostgreSQL the same pool.
     pub(super) write: DatabaseConnection,
     /// As `read` and `write`, for the engine.
@@ -49,17 +51,17 @@ pub(super) struct Connections {
 
 impl Connections {
     pub(super) async fn open(url: &str, most: u32, silence: &Silence) -> Result<Self, DbErr> {
-        let others = most.max(MIN_CONNECTIONS) - ENGINE_CONNECTIONS - REVISIONS_CONNECTIONS - 1;
+        let readers = most.max(MIN_CONNECTIONS) - ENGINE_CONNECTIONS - REVISIONS_CONNECTIONS - 1;
         let connect = |connections, plans| Database::connect(options(url, connections, plans, silence.clone()));
         if url.starts_with("sqlite:") {
             // The writer first: it makes the file.
             let write = connect(1, Plans::New).await?;
-            let read = connect(others, Plans::New).await?;
+            let read = connect(readers, Plans::New).await?;
             let engine_read = connect(ENGINE_CONNECTIONS, Plans::New).await?;
             let (revisions, commits) = (engine_read.clone(), write.clone());
-            Ok(Self { read, engine_read, engine_write: write.clone(), revisions, commits, write })
+            Ok(Self { read, readers, engine_read, engine_write: write.clone(), revisions, commits, write })
         } else {
-            let pool = match connect(others, Plans::New).await {
+            let pool = match connect(readers, Plans::New).await {
                 Ok(pool) => pool,
                 Err(error) => return Err(why_not(url).await.unwrap_or(error)),
             };
@@ -67,7 +69,7 @@ impl Connections {
             let revisions = connect(REVISIONS_CONNECTIONS, Plans::New).await?;
             let commits = connect(1, Plans::Kept).await?;
             let (read, engine_read) = (pool.clone(), engine.clone());
-            Ok(Self { read, write: pool, engine_read, engine_write: engine, revisions, commits })
+            Ok(Self { read, readers, write: pool, engine_read, engine_write: engine, revisions, commits })
         }
     }
 }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     clock,
-    webhook::{Answer, Attempt, ChangeKind, Delivery, DeliveryStatus, EventData, Timestamp},
+    webhook::{Answer, Attempt, ChangeKind, Delivery, DeliveryStatus, EventData, Tenant, Timestamp},
 };
 
 /// The data of the deliveries on a page is at most this long together, unless it is that of one; then the page ends early,
@@ -118,14 +118,16 @@ impl<T> Page<T> {
 }
 
 impl Store {
-    /// A page of a webhook's deliveries, the newest first, after the one with id `after`.
+    /// A page of the deliveries of a tenant's webhook, the newest first, after the one with id `after`.
     pub async fn list_deliveries(
         &self,
+        tenant: &Tenant,
         webhook_id: &str,
         filter: &DeliveryFilter,
         after: Option<&str>,
         limit: u64,
     ) -> Result<Page<ListedDelivery>, Error> {
+        let _turn = self.0.reads.turn(tenant.shared_organization()).await?;
         let mut counts = self.counts(webhook_id).await?;
         // Where nothing is, PostgreSQL would go through all that was pending since it was vacuumed, to find none.
         counts.retain(|count| {
@@ -156,7 +158,13 @@ impl Store {
     }
 
     /// One delivery with every attempt.
-    pub async fn get_delivery(&self, webhook_id: &str, id: &str) -> Result<Option<DeliveryDetail>, Error> {
+    pub async fn get_delivery(
+        &self,
+        tenant: &Tenant,
+        webhook_id: &str,
+        id: &str,
+    ) -> Result<Option<DeliveryDetail>, Error> {
+        let _turn = self.0.reads.turn(tenant.shared_organization()).await?;
         let key = (webhook_id.to_owned(), id.to_owned());
         let Some(row) = delivery::Entity::find_by_id(key).one(&self.0.read).await? else { return Ok(None) };
         if self.has_forgotten_attempts(&row) {

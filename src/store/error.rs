@@ -33,12 +33,15 @@ pub enum Error {
     /// A secret does not open.
     #[error(transparent)]
     Sealed(#[from] vault::OpenError),
-    /// More writes wait than may.
-    #[error("too many writes are waiting for the database")]
+    /// More writes wait than may, or a read has waited behind others for two seconds.
+    #[error("too many requests are waiting for the database")]
     Overloaded,
     /// As many publishes of the organisation wait as may, lest there be no room for others.
     #[error("too many publishes of the organization are waiting for the database")]
     OrganizationOverloaded,
+    /// As many reads of the organisation are under way as may be, and have been for two seconds.
+    #[error("too many reads of the organization are under way")]
+    OrganizationReads,
     /// As many deliveries of the organisation are pending as may be.
     #[error("too many deliveries of the organization are pending")]
     OrganizationBacklog,

@@ -26,6 +26,7 @@ mod log;
 mod migrations;
 mod parameter;
 mod publish;
+mod reads;
 mod record;
 mod rescue;
 mod retention;
@@ -119,6 +120,7 @@ struct Inner {
     known_keys: known_keys::KnownKeys,
     revisions: revisions::Revisions,
     publishing: room::Rooms,
+    reads: reads::Reads,
     /// Deliveries leased to this node, on their way to `dispatch`.
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
@@ -140,7 +142,7 @@ impl Store {
     pub async fn connect_with(url: &str, connections: u32) -> Result<Self, Error> {
         let silence = Silence::of(url);
         let opened = Connections::open(url, connections, &silence).await?;
-        let Connections { read, write, engine_read, engine_write, revisions, commits } = opened;
+        let Connections { read, readers, write, engine_read, engine_write, revisions, commits } = opened;
         let (ready, ready_out) = mpsc::unbounded_channel();
         let store = Self(Arc::new(Inner {
             read,
@@ -161,6 +163,7 @@ impl Store {
             known_keys: known_keys::KnownKeys::default(),
             revisions: revisions::Revisions::default(),
             publishing: room::Rooms::default(),
+            reads: reads::Reads::over(readers),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),

@@ -96,6 +96,7 @@ impl Store {
         after: Option<&str>,
         limit: u64,
     ) -> Result<Page<Webhook>, Error> {
+        let _turn = self.0.reads.turn(tenant.shared_organization()).await?;
         let all = webhook::Entity::find().filter(of(tenant));
         // An index-only count of the tenant's own webhooks, which are few; deliveries are counted as they change.
         let total = i64::try_from(all.clone().count(&self.0.read).await?).unwrap_or(i64::MAX);

@@ -7,7 +7,7 @@ use sea_orm::{ConnectionTrait, TransactionTrait};
 use shortkit_webhooks::{config::Config, store::KeyKind, webhook::Environment};
 use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::support::{Database, Receiver, TestServer, config, on_both_databases, soon};
+use crate::support::{Database, Kind, Receiver, TestServer, config, on_both_databases, soon};
 
 on_both_databases!(
     receivers_that_never_answer_leave_room_for_the_others,
@@ -78,5 +78,30 @@ async fn who_publishes_much_leaves_room_for_the_others(database: Database) {
     assert_eq!(server.send(publish(&server.key, 1)).await.status, 429);
     busy.rollback().await.unwrap();
     assert_eq!(soon("an answer", waits).await.unwrap().unwrap().status(), 202);
+    server.stop().await;
+}
+
+/// More lists of one organisation than there are connections, none of which comes to an end; where the others need a look-up
+/// of a key that nobody has used before.
+#[tokio::test]
+async fn who_reads_much_leaves_connections_to_the_others() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let server = TestServer::start(&database).await;
+    let (webhook, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    let quiet = server.new_key(Some("quiet"), KeyKind::Secret, Environment::Test).await;
+    let connection = database.open().await;
+    let busy = connection.begin().await.unwrap();
+    busy.execute_unprepared("LOCK TABLE deliveries").await.unwrap();
+    let mut loud = JoinSet::new();
+    for _ in 0..20 {
+        loud.spawn(server.request(Method::GET, &format!("/v1/webhooks/{webhook}/deliveries")).send());
+    }
+    // The first that ends is one that has waited for its turn.
+    let refused = soon("a list too many", loud.join_next()).await.unwrap().unwrap().unwrap();
+    let listed = server.send(server.anonymous(Method::GET, "/v1/webhooks").bearer_auth(&quiet)).await;
+    assert_eq!((refused.status().as_u16(), listed.status), (429, 200));
+    assert_eq!(refused.headers()["retry-after"], "1");
+    busy.rollback().await.unwrap();
+    assert_eq!(server.get(&format!("/v1/webhooks/{webhook}/deliveries")).await.status, 200);
     server.stop().await;
 }

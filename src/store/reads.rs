@@ -1,0 +1,162 @@
+//! Turns at reading: how many reads of one organisation are under way on this node, so that its lists and streams, however
+//! many, leave connections and processors to the others.
+//!
+//! What is found by one key has no turns: it takes no time, and a key that is not known yet must not wait for lists.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{Error, connections::MAX_WAIT_FOR_CONNECTION};
+
+/// Of the connections for what tenants do, an organisation reads over one in so many at a time. Its other reads wait, and
+/// after [`MAX_WAIT_FOR_CONNECTION`] end with [`Error::OrganizationReads`] …
+const CONNECTIONS_PER_SHARE: usize = 3;
+/// … and all of them leave so many to what is found by one key. Those that wait for others as long end with
+/// [`Error::Overloaded`].
+const FOR_LOOK_UPS: usize = 1;
+
+/// The turns of organisations at reading what they ask for.
+pub(super) struct Reads {
+    lists: Lanes,
+    all: Arc<Semaphore>,
+}
+
+/// A turn at reading, which ends when this is dropped.
+pub(super) struct Turn {
+    _of_all: Option<OwnedSemaphorePermit>,
+    _of_organization: LaneTurn,
+}
+
+/// A lane for each organisation that reads: so many at a time, first come, first served.
+struct Lanes {
+    at_a_time: usize,
+    of: Arc<Mutex<HashMap<Arc<str>, Lane>>>,
+}
+
+struct Lane {
+    turns: Arc<Semaphore>,
+    /// How many read or wait; without any, it goes.
+    users: usize,
+}
+
+/// A turn in a lane, which ends when this is dropped.
+pub(super) struct LaneTurn {
+    _permit: Option<OwnedSemaphorePermit>,
+    _user: User,
+}
+
+struct User {
+    of: Arc<Mutex<HashMap<Arc<str>, Lane>>>,
+    organization: Arc<str>,
+}
+
+impl Reads {
+    /// Over so many connections.
+    pub(super) fn over(connections: u32) -> Self {
+        let connections = connections as usize;
+        Self {
+            lists: Lanes::new((connections / CONNECTIONS_PER_SHARE).max(1)),
+            all: Arc::new(Semaphore::new(connections.saturating_sub(FOR_LOOK_UPS).max(1))),
+        }
+    }
+
+    /// A turn at reading what a call asks for.
+    pub(super) async fn turn(&self, organization: &Arc<str>) -> Result<Turn, Error> {
+        let mut its_turn = false;
+        let turn = async {
+            let of_organization = self.lists.turn(organization).await;
+            its_turn = true;
+            Turn { _of_all: Arc::clone(&self.all).acquire_owned().await.ok(), _of_organization: of_organization }
+        };
+        let turn = tokio::time::timeout(MAX_WAIT_FOR_CONNECTION, turn).await;
+        turn.map_err(|_| if its_turn { Error::Overloaded } else { Error::OrganizationReads })
+    }
+
+    /// The same for a stream, which waits for as long as it takes.
+    pub(super) async fn turn_of_stream(&self, organization: &Arc<str>) -> Turn {
+        let of_organization = self.lists.turn(organization).await;
+        Turn { _of_all: Arc::clone(&self.all).acquire_owned().await.ok(), _of_organization: of_organization }
+    }
+}
+
+impl Lanes {
+    fn new(at_a_time: usize) -> Self {
+        Self { at_a_time, of: Arc::default() }
+    }
+
+    async fn turn(&self, organization: &Arc<str>) -> LaneTurn {
+        let (turns, user) = self.enter(organization);
+        LaneTurn { _permit: turns.acquire_owned().await.ok(), _user: user }
+    }
+
+    fn enter(&self, organization: &Arc<str>) -> (Arc<Semaphore>, User) {
+        let mut of = lock(&self.of);
+        let new = || Lane { turns: Arc::new(Semaphore::new(self.at_a_time)), users: 0 };
+        let lane = of.entry(Arc::clone(organization)).or_insert_with(new);
+        lane.users += 1;
+        let user = User { of: Arc::clone(&self.of), organization: Arc::clone(organization) };
+        (Arc::clone(&lane.turns), user)
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        let mut of = lock(&self.of);
+        if let Some(lane) = of.get_mut(&self.organization) {
+            lane.users -= 1;
+            if lane.users == 0 {
+                of.remove(&self.organization);
+            }
+        }
+    }
+}
+
+fn lock(of: &Mutex<HashMap<Arc<str>, Lane>>) -> MutexGuard<'_, HashMap<Arc<str>, Lane>> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn an_organisation_reads_over_a_third_and_all_leave_one() {
+        let reads = Reads::over(9);
+        let [loud, other, third, fourth] = ["loud", "other", "third", "fourth"].map(Arc::from);
+        let turn = |organization| reads.turn_of_stream(organization).now_or_never();
+        let held: Vec<_> = (0..9).map_while(|_| turn(&loud)).collect();
+        assert_eq!(held.len(), 3);
+        let others: Vec<_> = [&other, &third].into_iter().flat_map(|name| (0..9).map_while(|_| turn(name))).collect();
+        assert_eq!(others.len(), 5);
+        assert!(turn(&fourth).is_none());
+        drop(held);
+        assert!(turn(&fourth).is_some() && Reads::over(2).turn_of_stream(&loud).now_or_never().is_some());
+    }
+
+    #[test]
+    fn an_organisation_has_so_many_turns_at_a_time() {
+        let lanes = Lanes::new(2);
+        let [loud, quiet] = ["loud", "quiet"].map(Arc::from);
+        let turn = |organization| lanes.turn(organization).now_or_never();
+        let held: Vec<_> = [turn(&loud), turn(&loud), turn(&quiet), turn(&quiet)].into_iter().flatten().collect();
+        assert_eq!(held.len(), 4);
+        let [mut first, mut second] = [(); 2].map(|()| Box::pin(lanes.turn(&loud)));
+        assert!(first.as_mut().now_or_never().is_none() && second.as_mut().now_or_never().is_none());
+        let mut held = held.into_iter();
+        drop(held.next());
+        assert!(second.as_mut().now_or_never().is_none(), "the other was first");
+        let third = first.as_mut().now_or_never().unwrap();
+        drop(first);
+        assert!(turn(&loud).is_none(), "whoever does not wait any more has left no turn behind");
+        drop((third, held));
+        assert!(second.as_mut().now_or_never().is_some());
+        drop(second);
+        assert!(lock(&lanes.of).is_empty());
+    }
+}
