@@ -72,10 +72,17 @@ async fn who_publishes_much_leaves_room_for_the_others(database: Database) {
     for _ in 0..70 {
         loud.spawn(publish(&server.key, 1_000_000).send());
     }
-    let refused = soon("a publish too many", loud.join_next()).await.unwrap().unwrap().unwrap();
-    assert_eq!((refused.status().as_u16(), refused.headers()["retry-after"].as_bytes()), (429, b"1".as_slice()));
+    let mut answers = Vec::new();
+    while let Some(answer) = soon("an answer", loud.join_next()).await {
+        let answer = answer.unwrap().unwrap();
+        let wait = answer.headers().get("retry-after").map(|wait| wait.to_str().unwrap().to_owned());
+        answers.push((answer.status().as_u16(), wait));
+        if answer.status() == 429 {
+            break;
+        }
+    }
+    assert_eq!(answers.last(), Some(&(429, Some("1".to_owned()))), "{answers:?}");
     let waits = tokio::spawn(publish(&quiet, 1).send());
-    assert_eq!(server.send(publish(&server.key, 1)).await.status, 429);
     busy.rollback().await.unwrap();
     assert_eq!(soon("an answer", waits).await.unwrap().unwrap().status(), 202);
     server.stop().await;
