@@ -212,6 +212,8 @@ impl Watch {
     }
 
     async fn read_log(&mut self) -> Result<(), WatchError> {
+        let turn = self.store.0.reads.turn_at_log(self.filter.tenant.shared_organization()).await;
+        let began = clock::stopwatch();
         let (forgotten, rows) = self.store.read_log(&self.filter.tenant, self.position).await?;
         if forgotten.is_some_and(|place| place > self.position) {
             return Err(WatchError::TooOld);
@@ -225,6 +227,9 @@ impl Watch {
         for row in rows {
             log::changes(&row, self.position)?.into_iter().for_each(|change| self.take(&change));
             self.position = log::end(row.seq);
+        }
+        if self.pending.is_empty() && !self.caught_up {
+            turn.rest(began.elapsed()).await;
         }
         Ok(())
     }
@@ -277,6 +282,10 @@ mod tests {
 
     /// Adds rows with so many changes each to the log.
     async fn log(store: &Store, rows: usize, changes: usize) {
+        log_of(store, "acme", rows, changes).await;
+    }
+
+    async fn log_of(store: &Store, organization: &str, rows: usize, changes: usize) {
         let entry = concat!(
             r#"{"k":"attempted","w":"whk_1","d":"del_1","e":"content.ready","s":"failed","n":1,"t":0,"#,
             r#""x":"Connection timeout"}"#
@@ -284,7 +293,7 @@ mod tests {
         let entries = format!("[{}]", vec![entry; changes].join(","));
         for _ in 0..rows {
             let mut sql = Sql::new("INSERT INTO changes (organization, environment, entries, occurred_at_ms) VALUES ");
-            sql.row(["acme".into(), "test".into(), entries.as_str().into(), 0.into()]);
+            sql.row([organization.into(), "test".into(), entries.as_str().into(), 0.into()]);
             store.0.write.execute_raw(sql.build(store.0.write.get_database_backend())).await.unwrap();
         }
     }
@@ -303,8 +312,11 @@ mod tests {
     }
 
     async fn watch(store: &Store, after: Option<i64>) -> Watch {
-        let filter = ChangeFilter { tenant: tenant(), webhook_id: None, status: None, event_type: None };
-        store.watch(filter, after).await.unwrap()
+        store.watch(filter(None), after).await.unwrap()
+    }
+
+    fn filter(webhook_id: Option<&str>) -> ChangeFilter {
+        ChangeFilter { tenant: tenant(), webhook_id: webhook_id.map(str::to_owned), status: None, event_type: None }
     }
 
     /// Reads the next changes, which are those of rows `from` to `to`.
@@ -378,5 +390,45 @@ mod tests {
         read(&mut slow, 1, 1).await;
         assert!(matches!(slow.next().await, Err(WatchError::TooSlow)));
         read(&mut quick, 1, 401).await;
+    }
+
+    #[tokio::test]
+    async fn an_organisation_reads_the_log_for_two_streams_at_a_time() {
+        let (_directory, store) = Store::fresh().await;
+        let of = |name| ChangeFilter { tenant: Tenant::new(name, Environment::Test).unwrap(), ..filter(None) };
+        let [mut third, mut other] = [watch(&store, None).await, store.watch(of("other"), None).await.unwrap()];
+        let organization = tenant().shared_organization().clone();
+        let reads = &store.0.reads;
+        let two = [reads.turn_at_log(&organization).await, reads.turn_at_log(&organization).await];
+        log(&store, 1, 1).await;
+        log_of(&store, "other", 1, 1).await;
+        tokio::select! {
+            biased;
+            _ = third.next() => panic!("a third one reads"),
+            () = read(&mut other, 2, 2) => {}
+        }
+        drop(two);
+        read(&mut third, 1, 1).await;
+    }
+
+    #[tokio::test]
+    async fn who_reads_the_log_in_vain_rests_in_its_turn() {
+        let (_directory, store) = Store::fresh().await;
+        store.0.feed.begin(0);
+        log(&store, 100, 1).await;
+        let organization = tenant().shared_organization().clone();
+        for (webhook_id, in_vain) in [("whk_1", false), ("whk_2", true)] {
+            let rests = async {
+                // All that happens here between two looks is what the stream waits for.
+                while store.0.reads.under_way(&organization) != [0, 1] {
+                    tokio::task::yield_now().await;
+                }
+            };
+            let rested = tokio::select! {
+                watch = store.watch(filter(Some(webhook_id)), Some(0)) => watch.is_err(),
+                () = rests => true,
+            };
+            assert_eq!(rested, in_vain, "{webhook_id}");
+        }
     }
 }

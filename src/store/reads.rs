@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -18,11 +19,16 @@ const CONNECTIONS_PER_SHARE: usize = 3;
 /// … and all of them leave so many to what is found by one key. Those that wait for others as long end with
 /// [`Error::Overloaded`].
 const FOR_LOOK_UPS: usize = 1;
+/// The log is read for so many streams of an organisation at a time; the others wait, for as long as it takes.
+const MAX_LOG_READS: usize = 2;
+/// A stream rests for at most this long after a read of the log in which nothing was for it.
+const MAX_REST: Duration = Duration::from_millis(100);
 
 /// The turns of organisations at reading what they ask for.
 pub(super) struct Reads {
     lists: Lanes,
     all: Arc<Semaphore>,
+    log: Lanes,
 }
 
 /// A turn at reading, which ends when this is dropped.
@@ -61,6 +67,7 @@ impl Reads {
         Self {
             lists: Lanes::new((connections / CONNECTIONS_PER_SHARE).max(1)),
             all: Arc::new(Semaphore::new(connections.saturating_sub(FOR_LOOK_UPS).max(1))),
+            log: Lanes::new(MAX_LOG_READS),
         }
     }
 
@@ -80,6 +87,25 @@ impl Reads {
     pub(super) async fn turn_of_stream(&self, organization: &Arc<str>) -> Turn {
         let of_organization = self.lists.turn(organization).await;
         Turn { _of_all: Arc::clone(&self.all).acquire_owned().await.ok(), _of_organization: of_organization }
+    }
+
+    /// A stream's turn at the log, within which it takes one at each read.
+    pub(super) async fn turn_at_log(&self, organization: &Arc<str>) -> LaneTurn {
+        self.log.turn(organization).await
+    }
+
+    /// How many read or wait for it, and how many of them are for its streams.
+    #[cfg(test)]
+    pub(super) fn under_way(&self, organization: &str) -> [usize; 2] {
+        [&self.lists, &self.log].map(|lanes| lock(&lanes.of).get(organization).map_or(0, |lane| lane.users))
+    }
+}
+
+impl LaneTurn {
+    /// Rests within the turn for as long as a read took, with waiting for a connection, in which nothing was for the stream:
+    /// those of an organisation that go through much in vain use half of their turns, however many they are.
+    pub(super) async fn rest(self, took: Duration) {
+        tokio::time::sleep(took.min(MAX_REST)).await;
     }
 }
 
