@@ -5,8 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect};
-use tokio::sync::broadcast;
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseConnection, EntityTrait, FromQueryResult, QueryFilter, QueryOrder,
+    QuerySelect,
+};
+use tokio::{sync::broadcast, task::JoinSet};
 
 use super::{Error, Store, entity::change, keys::tenant, log, sql::Sql};
 use crate::{
@@ -75,6 +78,17 @@ pub struct Watch {
     paused: Duration,
 }
 
+/// What was found in the log.
+struct LogRead {
+    /// The place of the last change of the tenant that was removed.
+    forgotten: Option<i64>,
+    changes: Vec<Change>,
+    /// The place after what was read.
+    end: i64,
+    /// Whether there was nothing more to read.
+    is_all: bool,
+}
+
 impl Store {
     /// Watches changes from now on, or right after number `after`.
     pub async fn watch(&self, filter: ChangeFilter, after: Option<i64>) -> Result<Watch, WatchError> {
@@ -82,7 +96,10 @@ impl Store {
         let live = self.0.feed.subscribe(filter.tenant.clone()).ok_or(WatchError::TooMany)?;
         let position = match after {
             Some(position) => position,
-            None => self.end().await?,
+            None => {
+                let _turn = self.0.reads.turn_of_stream(filter.tenant.shared_organization()).await;
+                self.end(&self.0.read).await?
+            }
         };
         let mut watch = Watch {
             store: self.clone(),
@@ -125,7 +142,7 @@ impl Store {
                 Some(after) => after,
                 // Says where the feed begins, so that a watcher who saw less reads the log.
                 None => {
-                    let newest = self.end().await?;
+                    let newest = self.end(&self.0.engine_read).await?;
                     self.0.feed.begin(newest);
                     newest
                 }
@@ -148,10 +165,9 @@ impl Store {
     }
 
     /// The place after everything in the log.
-    async fn end(&self) -> Result<i64, Error> {
-        let sql = Sql::new("SELECT max(seq) FROM changes");
-        let statement = sql.build(self.0.engine_read.get_database_backend());
-        let row = self.heard(async { Ok(self.0.engine_read.query_one_raw(statement).await?) }).await?;
+    async fn end(&self, connection: &DatabaseConnection) -> Result<i64, Error> {
+        let statement = Sql::new("SELECT max(seq) FROM changes").build(connection.get_database_backend());
+        let row = self.heard(async { Ok(connection.query_one_raw(statement).await?) }).await?;
         let newest = row.map(|row| row.try_get_by_index::<Option<i64>>(0)).transpose()?.flatten();
         Ok(newest.map_or(0, log::end))
     }
@@ -190,6 +206,30 @@ impl Store {
         }
         Ok((forgotten, rows))
     }
+
+    /// What there is in the log for a stream after a place, in its organisation's turn.
+    async fn select_log(self, filter: ChangeFilter, after: i64) -> Result<LogRead, Error> {
+        let turn = self.0.reads.turn_at_log(filter.tenant.shared_organization()).await;
+        let began = clock::stopwatch();
+        let (forgotten, rows) = self.read_log(&filter.tenant, after).await?;
+        let mut read = LogRead { forgotten, changes: Vec::new(), end: after, is_all: rows.is_empty() };
+        for row in rows {
+            read.changes.extend(log::changes(&row, read.end)?.into_iter().filter(|change| filter.selects(change)));
+            read.end = log::end(row.seq);
+        }
+        if read.changes.is_empty() && !read.is_all {
+            turn.rest(began.elapsed()).await;
+        }
+        Ok(read)
+    }
+}
+
+impl ChangeFilter {
+    fn selects(&self, change: &Change) -> bool {
+        self.webhook_id.as_ref().is_none_or(|id| *id == change.webhook_id)
+            && self.status.is_none_or(|status| status == change.status)
+            && self.event_type.as_ref().is_none_or(|event_type| *event_type == change.event_type)
+    }
 }
 
 impl Watch {
@@ -212,25 +252,19 @@ impl Watch {
     }
 
     async fn read_log(&mut self) -> Result<(), WatchError> {
-        let turn = self.store.0.reads.turn_at_log(self.filter.tenant.shared_organization()).await;
-        let began = clock::stopwatch();
-        let (forgotten, rows) = self.store.read_log(&self.filter.tenant, self.position).await?;
-        if forgotten.is_some_and(|place| place > self.position) {
+        // A task of its own, which ends with the stream: one whose reader takes nothing is not asked for more, and would keep
+        // its turn, and a connection, for as long.
+        let mut reading = JoinSet::new();
+        reading.spawn(self.store.clone().select_log(self.filter.clone(), self.position));
+        let read = reading.join_next().await.and_then(Result::ok).unwrap_or(Err(Error::Closed))?;
+        if read.forgotten.is_some_and(|place| place > self.position) {
             return Err(WatchError::TooOld);
         }
         self.paused = Duration::ZERO;
-        self.caught_up = rows.is_empty();
-        if self.caught_up {
-            // What the log was read for is of other tenants: it need not be read for again.
-            self.position = self.position.max(self.behind);
-        }
-        for row in rows {
-            log::changes(&row, self.position)?.into_iter().for_each(|change| self.take(&change));
-            self.position = log::end(row.seq);
-        }
-        if self.pending.is_empty() && !self.caught_up {
-            turn.rest(began.elapsed()).await;
-        }
+        self.caught_up = read.is_all;
+        // What the log was read for may be of other tenants: it need not be read for again.
+        self.position = if read.is_all { self.position.max(self.behind) } else { read.end };
+        self.pending.extend(read.changes);
         Ok(())
     }
 
@@ -261,11 +295,7 @@ impl Watch {
     }
 
     fn take(&mut self, change: &Change) {
-        let filter = &self.filter;
-        if filter.webhook_id.as_ref().is_none_or(|id| *id == change.webhook_id)
-            && filter.status.is_none_or(|status| status == change.status)
-            && filter.event_type.as_ref().is_none_or(|event_type| *event_type == change.event_type)
-        {
+        if self.filter.selects(change) {
             self.pending.push_back(change.clone());
         }
     }
@@ -273,6 +303,8 @@ impl Watch {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::webhook::Environment;
 
@@ -409,6 +441,22 @@ mod tests {
         }
         drop(two);
         read(&mut third, 1, 1).await;
+    }
+
+    /// A stream is asked for no more while its reader takes nothing, in the middle of whatever it does.
+    #[tokio::test]
+    async fn who_is_not_asked_for_more_keeps_no_turn() {
+        let (_directory, store) = Store::fresh().await;
+        let mut stalled = Vec::new();
+        for _ in 0..4 {
+            stalled.push(watch(&store, None).await);
+        }
+        let mut reader = watch(&store, None).await;
+        log(&store, 1, 1).await;
+        let mut asked: Vec<_> = stalled.iter_mut().map(|watch| Box::pin(watch.next())).collect();
+        assert!(asked.iter_mut().all(|next| next.as_mut().now_or_never().is_none()));
+        let next = tokio::time::timeout(Duration::from_secs(20), read(&mut reader, 1, 1)).await;
+        assert!(next.is_ok(), "another stream reads on");
     }
 
     #[tokio::test]

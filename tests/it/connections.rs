@@ -13,7 +13,7 @@ use sea_orm::{ConnectionTrait, TransactionTrait};
 use shortkit_webhooks::{
     clock,
     store::{Actor, Store, Waiting, Waitlist},
-    webhook::Timestamp,
+    webhook::{Environment, Tenant, Timestamp},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -187,6 +187,7 @@ async fn a_column_more_does_not_stop_those_who_do_not_know_it() {
              VALUES ('whk_1', 'del_1', 'acme', 'live', 'evt_1', 'content.ready', 'pending', 0, FALSE, FALSE, 0, 1, 1)",
         )
         .await;
+    let tenant = Tenant::new("acme", Environment::Live).unwrap();
     for turn in 0..TURNS {
         // Until then, every connection has prepared what it runs.
         if turn == TURNS / 2 {
@@ -200,6 +201,6 @@ async fn a_column_more_does_not_stop_those_who_do_not_know_it() {
         let fail = "UPDATE deliveries SET status = 'failed', lease_node = NULL, lease_expires_at_ms = NULL";
         assert_eq!(database.execute(fail).await, 1);
         store.retry_delivery("whk_1", "del_1", &Actor::command_line()).await.unwrap();
-        store.get_delivery("whk_1", "del_1").await.unwrap().unwrap();
+        store.get_delivery(&tenant, "whk_1", "del_1").await.unwrap().unwrap();
     }
 }
