@@ -453,8 +453,12 @@ mod tests {
         }
         let mut reader = watch(&store, None).await;
         log(&store, 1, 1).await;
+        // They wait for their turn, which comes when they are not asked any more.
+        let organization = tenant().shared_organization().clone();
+        let turns = [store.0.reads.turn_at_log(&organization).await, store.0.reads.turn_at_log(&organization).await];
         let mut asked: Vec<_> = stalled.iter_mut().map(|watch| Box::pin(watch.next())).collect();
         assert!(asked.iter_mut().all(|next| next.as_mut().now_or_never().is_none()));
+        drop(turns);
         let next = tokio::time::timeout(Duration::from_secs(20), read(&mut reader, 1, 1)).await;
         assert!(next.is_ok(), "another stream reads on");
     }
