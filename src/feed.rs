@@ -43,6 +43,9 @@ pub(crate) struct Watching {
     batches: broadcast::Receiver<Batch>,
 }
 
+/// What comes after a moment for those who watch a tenant.
+pub(crate) struct Tail(broadcast::Receiver<Batch>);
+
 #[derive(Default)]
 struct Rings {
     of: HashMap<Tenant, Ring>,
@@ -137,9 +140,21 @@ impl Watching {
         self.batches.recv().await
     }
 
-    /// Goes on with what comes from now on, after some was missed: what is left would be missed one by one as more comes.
-    pub(crate) fn skip(&mut self) {
-        self.batches = self.batches.resubscribe();
+    /// Where what comes later is found, for somebody else to begin again with [`Tail::now`].
+    pub(crate) fn tail(&self) -> Tail {
+        Tail(self.batches.resubscribe())
+    }
+
+    /// Goes on with what has come since then.
+    pub(crate) fn go_on_from(&mut self, tail: Tail) {
+        self.batches = tail.0;
+    }
+}
+
+impl Tail {
+    /// What comes from now on: after some was missed, what is left would be missed one by one as more comes.
+    pub(crate) fn now(&self) -> Self {
+        Self(self.0.resubscribe())
     }
 }
 

@@ -14,15 +14,15 @@ use tokio::{sync::broadcast, task::JoinSet};
 use super::{Error, Store, entity::change, keys::tenant, log, sql::Sql};
 use crate::{
     clock,
-    feed::Watching,
+    feed::{Tail, Watching},
     webhook::{Change, DeliveryStatus, Tenant},
 };
 
 /// A watcher that reads the log takes at most this many rows of it at a time …
-const MAX_READ: i64 = 64;
+const MAX_READ: usize = 64;
 /// … and none after so many bytes, which are some 300 changes; what follows is in the next read. It holds no more than that
 /// and the last row, which has 128 changes at most.
-const MAX_READ_BYTES: i64 = 64 * 1024;
+const MAX_READ_BYTES: usize = 64 * 1024;
 /// A reader that took nothing for so long, while more came than the feed remembers, is too slow: its stream ends. Whoever is
 /// behind for another reason reads on in the log.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
@@ -85,8 +85,10 @@ struct LogRead {
     changes: Vec<Change>,
     /// The place after what was read.
     end: i64,
-    /// Whether there was nothing more to read.
+    /// Whether that was all there was.
     is_all: bool,
+    /// What has come since then.
+    tail: Tail,
 }
 
 impl Store {
@@ -194,8 +196,8 @@ impl Store {
              FROM (SELECT seq, octet_length(entries) AS bytes FROM changes WHERE organization = ",
         );
         sql.value(organization).text(" AND environment = ").value(environment);
-        sql.text(" AND seq >= ").value(log::row(after + 1)).text(" ORDER BY seq LIMIT ").value(MAX_READ);
-        sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES);
+        sql.text(" AND seq >= ").value(log::row(after + 1)).text(" ORDER BY seq LIMIT ").value(MAX_READ as i64);
+        sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES as i64);
         sql.text(" LEFT JOIN changes AS log ON log.seq = sized.seq ORDER BY log.seq");
         let _turn = self.0.reads.turn_of_stream(tenant.shared_organization()).await;
         let (mut forgotten, mut rows) = (None, Vec::new());
@@ -208,11 +210,14 @@ impl Store {
     }
 
     /// What there is in the log for a stream after a place, in its organisation's turn.
-    async fn select_log(self, filter: ChangeFilter, after: i64) -> Result<LogRead, Error> {
+    async fn select_log(self, filter: ChangeFilter, after: i64, tail: Tail) -> Result<LogRead, Error> {
         let turn = self.0.reads.turn_at_log(filter.tenant.shared_organization()).await;
         let began = clock::stopwatch();
+        // First the feed, then the log. However long the turn was in coming, no more has come since than the feed remembers.
+        let tail = tail.now();
         let (forgotten, rows) = self.read_log(&filter.tenant, after).await?;
-        let mut read = LogRead { forgotten, changes: Vec::new(), end: after, is_all: rows.is_empty() };
+        let is_all = rows.len() < MAX_READ && rows.iter().map(|row| row.entries.len()).sum::<usize>() < MAX_READ_BYTES;
+        let mut read = LogRead { forgotten, changes: Vec::new(), end: after, is_all, tail };
         for row in rows {
             read.changes.extend(log::changes(&row, read.end)?.into_iter().filter(|change| filter.selects(change)));
             read.end = log::end(row.seq);
@@ -255,15 +260,16 @@ impl Watch {
         // A task of its own, which ends with the stream: one whose reader takes nothing is not asked for more, and would keep
         // its turn, and a connection, for as long.
         let mut reading = JoinSet::new();
-        reading.spawn(self.store.clone().select_log(self.filter.clone(), self.position));
+        reading.spawn(self.store.clone().select_log(self.filter.clone(), self.position, self.live.tail()));
         let read = reading.join_next().await.and_then(Result::ok).unwrap_or(Err(Error::Closed))?;
         if read.forgotten.is_some_and(|place| place > self.position) {
             return Err(WatchError::TooOld);
         }
         self.paused = Duration::ZERO;
         self.caught_up = read.is_all;
+        self.live.go_on_from(read.tail);
         // What the log was read for may be of other tenants: it need not be read for again.
-        self.position = if read.is_all { self.position.max(self.behind) } else { read.end };
+        self.position = if read.is_all { read.end.max(self.behind) } else { read.end };
         self.pending.extend(read.changes);
         Ok(())
     }
@@ -272,8 +278,7 @@ impl Watch {
         let batch = match self.live.next().await {
             Ok(batch) => batch,
             Err(broadcast::error::RecvError::Lagged(_)) if self.paused < MAX_PAUSE => {
-                // It was busy with the log, or very much came at once. First the feed, then the log, as at the beginning.
-                self.live.skip();
+                // It was busy with the log, or very much came at once.
                 self.caught_up = false;
                 return Ok(());
             }
@@ -369,7 +374,7 @@ mod tests {
         {
             after = log::end(last.seq);
             let bytes = rows[..rows.len() - 1].iter().map(|row| row.entries.len()).sum::<usize>();
-            assert!(bytes < usize::try_from(MAX_READ_BYTES).unwrap());
+            assert!(bytes < MAX_READ_BYTES);
             reads.push(rows.len());
         }
         assert_eq!((reads.iter().sum::<usize>(), reads[0], log::row(after)), (120, 64, 120));
@@ -388,16 +393,34 @@ mod tests {
         log(&store, 400, 1).await;
         show(&store, log::end(100)).await;
         read(&mut watch, 2, 500).await;
-        watch.read_log().await.unwrap();
         assert!(watch.caught_up);
-        // The feed has forgotten some; then it goes on with it.
-        for (next, caught_up) in [(501, false), (502, true)] {
-            log(&store, 1, 1).await;
-            show(&store, log::end(next - 1)).await;
-            read(&mut watch, next, next).await;
-            assert_eq!(watch.caught_up, caught_up);
-            watch.read_log().await.unwrap();
-        }
+    }
+
+    /// Two streams read the log at a time: however long its turn is in coming, a stream is live again behind one read that
+    /// found all there was.
+    #[tokio::test]
+    async fn who_waits_for_its_turn_is_live_behind_it() {
+        let (_directory, store) = Store::fresh().await;
+        store.0.feed.begin(0);
+        let mut watch = watch(&store, None).await;
+        watch.read_log().await.unwrap();
+        let organization = tenant().shared_organization().clone();
+        let turns =
+            async || [store.0.reads.turn_at_log(&organization).await, store.0.reads.turn_at_log(&organization).await];
+        let held = turns().await;
+        // More than the feed remembers, and while it waits for that reason, as much again.
+        log(&store, 40, 1).await;
+        show(&store, 0).await;
+        let mut next = Box::pin(watch.next());
+        assert!(next.as_mut().now_or_never().is_none());
+        (0..40).for_each(|_| store.0.feed.show(&tenant(), log::end(40), Vec::new()));
+        drop(held);
+        assert_eq!(log::row(next.await.unwrap().seq), 1);
+        read(&mut watch, 2, 40).await;
+        let _held = turns().await;
+        log(&store, 1, 1).await;
+        show(&store, log::end(40)).await;
+        assert!(watch.next().now_or_never().is_some(), "it does not read the log");
     }
 
     #[tokio::test]
