@@ -100,7 +100,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
         let request = request.into_inner();
         let webhook = self.webhook(&tenant, &request.webhook_id).await?;
         validate::id("delivery", &request.delivery_id)?;
-        let retried = self.store.retry_delivery(&webhook.id, &request.delivery_id, &by).await;
+        let retried = self.store.retry_delivery(&tenant, &webhook.id, &request.delivery_id, &by).await;
         let delivery = retried.map_err(status::retry)?;
         Ok(Response::new(proto::RetryDeliveryResponse {
             id: delivery.id,

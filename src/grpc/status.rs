@@ -184,9 +184,9 @@ pub(crate) fn store(error: store::Error) -> Status {
             let message = "too many events of this organization are waiting to be stored; publish again later";
             coded(Code::ResourceExhausted, "RATE_LIMITED", message, details)
         }
-        store::Error::OrganizationReads => {
+        store::Error::OrganizationBusy => {
             let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
-            let message = "too many reads of this organization are under way; try again";
+            let message = "too many calls of this organization are under way; try again";
             coded(Code::ResourceExhausted, "RATE_LIMITED", message, details)
         }
         store::Error::OrganizationBacklog => {

@@ -11,7 +11,6 @@ use super::{
     audit::{Actor, AuditAction, Record},
     counts::Deltas,
     entity::{attempt, delivery, delivery_count, event},
-    keys::tenant,
     log::{Entry, Log},
     script::Script,
     sql::Sql,
@@ -183,7 +182,13 @@ impl Store {
     }
 
     /// Grants a failed delivery one more attempt, due now.
-    pub async fn retry_delivery(&self, webhook_id: &str, id: &str, by: &Actor) -> Result<Delivery, RetryError> {
+    pub async fn retry_delivery(
+        &self,
+        tenant: &Tenant,
+        webhook_id: &str,
+        id: &str,
+        by: &Actor,
+    ) -> Result<Delivery, RetryError> {
         let now = clock::now();
         let mut sql = Sql::new(
             "UPDATE deliveries SET status = 'pending', attempts = attempts + 1, granted = TRUE, once = TRUE, \
@@ -191,6 +196,7 @@ impl Store {
         );
         sql.value(now.millis()).text(" WHERE webhook_id = ").value(webhook_id);
         sql.text(" AND id = ").value(id).text(concat!(" AND status = 'failed' RETURNING ", listed!()));
+        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let statement = sql.build(transaction.get_database_backend());
         let updated = delivery::Entity::find().from_raw_sql(statement).one(&transaction).await.map_err(Error::from)?;
@@ -209,13 +215,12 @@ impl Store {
         if needed.map_err(Error::from)?.rows_affected() == 0 {
             return Err(RetryError::PayloadRemoved);
         }
-        let tenant = tenant(&row.organization, &row.environment)?;
-        let record = Record::of_webhook(AuditAction::DeliveryRetried, &tenant, webhook_id);
+        let record = Record::of_webhook(AuditAction::DeliveryRetried, tenant, webhook_id);
         Record { resource_id: id, ..record }.write(&transaction, by).await?;
         let (mut deltas, mut log) = (Deltas::default(), Log::default());
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Failed, -1);
         deltas.add(webhook_id, &row.event_type, DeliveryStatus::Pending, 1);
-        log.push(&tenant, &Entry::of(&row, ChangeKind::Retried, now));
+        log.push(tenant, &Entry::of(&row, ChangeKind::Retried, now));
         Script::default().tell(transaction.get_database_backend(), deltas, log)?.run(&transaction).await?;
         transaction.commit().await.map_err(Error::from)?;
         self.0.feed.announce();

@@ -40,8 +40,8 @@ pub enum Error {
     #[error("too many publishes of the organization are waiting for the database")]
     OrganizationOverloaded,
     /// As many reads of the organisation are under way as may be, and have been for two seconds.
-    #[error("too many reads of the organization are under way")]
-    OrganizationReads,
+    #[error("too many calls of the organization are under way")]
+    OrganizationBusy,
     /// As many deliveries of the organisation are pending as may be.
     #[error("too many deliveries of the organization are pending")]
     OrganizationBacklog,

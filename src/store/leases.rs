@@ -530,7 +530,7 @@ mod tests {
 
         let failed = "UPDATE deliveries SET status = 'failed', next_attempt_at_ms = NULL";
         store.0.write.execute_unprepared(failed).await.unwrap();
-        store.retry_delivery("whk_1", &leased.delivery_id, &by).await.unwrap();
+        store.retry_delivery(&tenant, "whk_1", &leased.delivery_id, &by).await.unwrap();
         assert!(told(&store).unwrap() >= before, "it was retried by hand");
     }
 }

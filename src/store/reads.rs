@@ -1,7 +1,9 @@
-//! Turns at reading: how many reads of one organisation are under way on this node, so that its lists and streams, however
-//! many, leave connections and processors to the others.
+//! Turns at reading and writing: how many calls of one organisation are at the database on this node, so that its lists,
+//! streams and changes, however many, leave connections and processors to the others. Events and results have turns of their
+//! own ([`super::turns`]).
 //!
-//! What is found by one key has no turns: it takes no time, and a key that is not known yet must not wait for lists.
+//! What is found by one key has no turns, but for a delivery with all that belongs to it: it takes no time, and a key that is
+//! not known yet must not wait for lists.
 
 use std::{
     collections::HashMap,
@@ -14,21 +16,25 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::{Error, connections::MAX_WAIT_FOR_CONNECTION};
 
 /// Of the connections for what tenants do, an organisation reads over one in so many at a time. Its other reads wait, and
-/// after [`MAX_WAIT_FOR_CONNECTION`] end with [`Error::OrganizationReads`] …
+/// after [`MAX_WAIT_FOR_CONNECTION`] end with [`Error::OrganizationBusy`] …
 const CONNECTIONS_PER_SHARE: usize = 3;
 /// … and all of them leave so many to what is found by one key. Those that wait for others as long end with
 /// [`Error::Overloaded`].
 const FOR_LOOK_UPS: usize = 1;
+/// An organisation changes one thing at a time: a change holds the connection that all write by on SQLite, and the rows that
+/// say what has changed on PostgreSQL. Its other changes wait, as its reads do.
+const MAX_CHANGES: usize = 1;
 /// The log is read for so many streams of an organisation at a time; the others wait, for as long as it takes.
 const MAX_LOG_READS: usize = 2;
 /// A stream rests for at most this long after a read of the log in which nothing was for it.
 const MAX_REST: Duration = Duration::from_millis(100);
 
-/// The turns of organisations at reading what they ask for.
+/// The turns of organisations at what they ask for.
 pub(super) struct Reads {
     lists: Lanes,
     all: Arc<Semaphore>,
     log: Lanes,
+    changes: Lanes,
 }
 
 /// A turn at reading, which ends when this is dropped.
@@ -68,6 +74,7 @@ impl Reads {
             lists: Lanes::new((connections / CONNECTIONS_PER_SHARE).max(1)),
             all: Arc::new(Semaphore::new(connections.saturating_sub(FOR_LOOK_UPS).max(1))),
             log: Lanes::new(MAX_LOG_READS),
+            changes: Lanes::new(MAX_CHANGES),
         }
     }
 
@@ -80,10 +87,16 @@ impl Reads {
             Turn { _of_all: Arc::clone(&self.all).acquire_owned().await.ok(), _of_organization: of_organization }
         };
         let turn = tokio::time::timeout(MAX_WAIT_FOR_CONNECTION, turn).await;
-        turn.map_err(|_| if its_turn { Error::Overloaded } else { Error::OrganizationReads })
+        turn.map_err(|_| if its_turn { Error::Overloaded } else { Error::OrganizationBusy })
     }
 
-    /// The same for a stream, which waits for as long as it takes.
+    /// A turn at changing what a call asks for.
+    pub(super) async fn turn_to_change(&self, organization: &Arc<str>) -> Result<LaneTurn, Error> {
+        let turn = tokio::time::timeout(MAX_WAIT_FOR_CONNECTION, self.changes.turn(organization)).await;
+        turn.map_err(|_| Error::OrganizationBusy)
+    }
+
+    /// The same as [`Reads::turn`] for a stream, which waits for as long as it takes.
     pub(super) async fn turn_of_stream(&self, organization: &Arc<str>) -> Turn {
         let of_organization = self.lists.turn(organization).await;
         Turn { _of_all: Arc::clone(&self.all).acquire_owned().await.ok(), _of_organization: of_organization }
@@ -147,9 +160,39 @@ fn lock(of: &Mutex<HashMap<Arc<str>, Lane>>) -> MutexGuard<'_, HashMap<Arc<str>,
 
 #[cfg(test)]
 mod tests {
-    use futures_util::FutureExt;
+    use std::cell::Cell;
+
+    use futures_util::{
+        FutureExt,
+        future::{join_all, join3},
+    };
 
     use super::*;
+    use crate::{
+        store::{Actor, Lease, NewEvent, Store},
+        webhook::{Environment, EventData, Tenant},
+    };
+
+    /// What is published waits for the connection behind one change of an organisation, and not behind all that it has.
+    #[tokio::test]
+    async fn an_organisation_changes_one_thing_at_a_time() {
+        let (_directory, store) = Store::fresh().await;
+        let [loud, quiet] = ["loud", "quiet"].map(|name| Tenant::new(name, Environment::Live).unwrap());
+        let (changed, by) = (Cell::new(0), Actor::command_line());
+        let change = async || {
+            assert!(!store.delete_webhook(&loud, "whk_1", &by).await.unwrap(), "there is none");
+            changed.set(changed.get() + 1);
+        };
+        let publish = async {
+            let event = NewEvent { event_type: "content.ready".to_owned(), data: EventData::parse("{}").unwrap() };
+            let lease = Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
+            store.publish(quiet, vec![event], lease, None).await.unwrap();
+            changed.get()
+        };
+        let busy = store.write().await.unwrap();
+        let (_, before, ()) = join3(join_all((0..100).map(|_| change())), publish, async { drop(busy) }).await;
+        assert!(before < 5 && changed.get() == 100, "{before}");
+    }
 
     #[test]
     fn an_organisation_reads_over_a_third_and_all_leave_one() {

@@ -70,6 +70,7 @@ impl Store {
             deleted_at_ms: Set(None),
             master_key_id: Set(Some(sealed.master_key_id)),
         };
+        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         if webhook::Entity::find().filter(of(tenant)).count(&transaction).await? >= most {
             return Err(Error::TooManyWebhooks(most));
@@ -117,6 +118,7 @@ impl Store {
         update: WebhookUpdate,
         by: &Actor,
     ) -> Result<Option<Webhook>, Error> {
+        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
         let changed_fields = changed_fields(&update);
@@ -154,6 +156,7 @@ impl Store {
 
     /// Removes a webhook from sight at once; its deliveries are removed in small steps by [`Store::remove_deleted`].
     pub async fn delete_webhook(&self, tenant: &Tenant, id: &str, by: &Actor) -> Result<bool, Error> {
+        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(false) };
         let mut row = found.into_active_model();
@@ -176,6 +179,7 @@ impl Store {
         let secret = new_secret();
         let vault = self.vault()?;
         let previous_expires_at = clock::now().after(ROTATION_OVERLAP);
+        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
         let rotated = Rotated { secret, previous_expires_at };

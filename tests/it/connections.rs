@@ -200,7 +200,7 @@ async fn a_column_more_does_not_stop_those_who_do_not_know_it() {
         assert_eq!(claimed.count, 1, "{turn}");
         let fail = "UPDATE deliveries SET status = 'failed', lease_node = NULL, lease_expires_at_ms = NULL";
         assert_eq!(database.execute(fail).await, 1);
-        store.retry_delivery("whk_1", "del_1", &Actor::command_line()).await.unwrap();
+        store.retry_delivery(&tenant, "whk_1", "del_1", &Actor::command_line()).await.unwrap();
         store.get_delivery(&tenant, "whk_1", "del_1").await.unwrap().unwrap();
     }
 }
