@@ -36,6 +36,11 @@ const FILES_PER_CALLER: usize = 4;
 /// … and so many, however few files.
 const MIN_CALLERS: usize = 16;
 
+/// A message to health or reflection, which need no key, is at most this long: far more than the name of anything here. A
+/// longer one is refused, since what it names is said again in the answer, and that is to fit into one piece of
+/// `listen/body.rs`, for which no room is counted.
+const MAX_OPEN_MESSAGE_BYTES: usize = 256;
+
 /// Between looks at the file of the master keys.
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between two looks at the database's clock.
@@ -213,7 +218,7 @@ async fn open_services(config: &Config, shutdown: &CancellationToken) -> Result<
         reporter.set_serving::<WebhookServiceServer<Api>>().await;
         reporter.set_serving::<DeliveryServiceServer<Api>>().await;
         reporter.set_serving::<AuditServiceServer<Api>>().await;
-        routes.add_service(health);
+        routes.add_service(health.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
         tokio::spawn(not_ready(reporter, shutdown.clone()));
     }
     if config.reflection {
@@ -224,8 +229,8 @@ async fn open_services(config: &Config, shutdown: &CancellationToken) -> Result<
                 // What errors carry, so that clients who know us by reflection only can read it.
                 .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
         };
-        routes.add_service(reflection().build_v1()?);
-        routes.add_service(reflection().build_v1alpha()?);
+        routes.add_service(reflection().build_v1()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
+        routes.add_service(reflection().build_v1alpha()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
     }
     Ok(routes.routes())
 }

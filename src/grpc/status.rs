@@ -6,7 +6,6 @@ use std::{any::Any, collections::HashMap, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
-use super::services::MAX_MESSAGE_BYTES;
 use crate::{
     clock::Seldom,
     egress::UrlError,
@@ -127,7 +126,9 @@ pub(super) fn explained(bare: &Status) -> Status {
         }
         Code::Unimplemented => (Code::Unimplemented, "UNSUPPORTED_MEDIA_TYPE"),
         Code::OutOfRange => {
-            let message = format!("the message must be at most {MAX_MESSAGE_BYTES} bytes");
+            // tonic ends with what the service allows, which is not the same everywhere.
+            let most = message.rsplit_once("the limit is: ").map_or("", |(_, most)| most);
+            let message = format!("the message must be at most {most}");
             return coded(Code::ResourceExhausted, "PAYLOAD_TOO_LARGE", message, ErrorDetails::new());
         }
         // tonic calls a message that cannot be read an internal error; our own of that code have details.

@@ -5,7 +5,7 @@ mod wire;
 use std::time::Duration;
 
 use serde_json::Value;
-use shortkit_webhooks::{clock, config::Config, listen::Limits, store::KeyKind, webhook::Environment};
+use shortkit_webhooks::{clock, config::Config, grpc, listen::Limits, store::KeyKind, webhook::Environment};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -439,6 +439,47 @@ async fn bodies_beyond_what_is_held() {
     }
     assert_eq!(server.post("/v1/events", &body).await.status, 202, "given back");
     drop(slow);
+    assert_serves(server).await;
+}
+
+/// What reflection and health answer to whoever asks is never so long that room is counted for it: here there is none.
+#[tokio::test]
+async fn answers_without_a_key() {
+    use prost::Message;
+    use tonic_reflection::pb::v1::{ServerReflectionRequest, server_reflection_request::MessageRequest};
+
+    let (server, _database) = server(Limits { body_bytes: 16 * 1024, ..Limits::default() }).await;
+    let client = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
+    let ask = async |path: &str, messages: &[Vec<u8>]| {
+        let framed =
+            |message: &Vec<u8>| [&[0], &u32::try_from(message.len()).unwrap().to_be_bytes()[..], message].concat();
+        let body = messages.iter().flat_map(framed).collect::<Vec<u8>>();
+        let request =
+            client.post(format!("http://{}/{path}", server.address)).header("content-type", "application/grpc");
+        let answer = request.body(body).send().await.unwrap();
+        let status = answer.headers().get("grpc-status").cloned();
+        (status, answer.bytes().await.expect("it is not cut off").len())
+    };
+    let pool = prost_reflect::DescriptorPool::decode(grpc::DESCRIPTORS).unwrap();
+    for reflection in ["grpc.reflection.v1", "grpc.reflection.v1alpha"].map(|of| format!("{of}.ServerReflection")) {
+        let path = format!("{reflection}/ServerReflectionInfo");
+        for file in pool.files() {
+            let of_host = |bytes: usize| {
+                let message_request = Some(MessageRequest::FileByFilename(file.name().to_owned()));
+                ServerReflectionRequest { host: "x".repeat(bytes), message_request }.encode_to_vec()
+            };
+            let room = 256 - of_host(0).len() - 3;
+            let (most, more) = (of_host(room), of_host(room + 1));
+            assert!(most.len() == 256 && more.len() == 257);
+            let length = ask(&path, &[most]).await.1;
+            assert!(length > 256 && length <= 16 * 1024, "{}: {length}", file.name());
+            assert_eq!(ask(&path, &[more]).await.1, 0, "{}", file.name());
+            let many = vec![of_host(0); 20];
+            assert!(ask(&path, &many).await.1 > 0);
+        }
+    }
+    let too_long = ask("grpc.health.v1.Health/Check", &[[vec![0x0a, 0xff, 0x01], vec![b'x'; 255]].concat()]).await;
+    assert_eq!(too_long.0.unwrap(), "8", "RESOURCE_EXHAUSTED");
     assert_serves(server).await;
 }
 
