@@ -21,7 +21,7 @@ const MAX_LIMIT: u64 = 100;
 /// One call publishes at most this many events; more are refused.
 const MAX_EVENTS: usize = 1_000;
 
-/// What an update may change.
+/// What an update may change, in the order in which [`named`] tells it.
 const CHANGEABLE: [&str; 4] = ["url", "events", "description", "status"];
 
 /// Refuses what cannot be an id, so that no database has to.
@@ -119,25 +119,24 @@ impl Api {
 
     pub(super) async fn update(&self, request: proto::UpdateWebhookRequest) -> Result<WebhookUpdate, Status> {
         let mask = request.update_mask.unwrap_or_default().paths;
-        changeable(&mask)?;
-        let named = |field: &str| mask.iter().any(|path| path == field);
+        let [url, events, description, status] = named(&mask)?;
         let new = request.webhook.unwrap_or_default();
         let mut update = WebhookUpdate::default();
         // Cheap checks first, as above.
-        if named("events") {
+        if events {
             validate_events(&new.events, &self.event_types).map_err(status::fault)?;
             update.events = Some(new.events);
         }
-        if named("description") {
+        if description {
             if let Some(description) = &new.description {
                 validate_description(description).map_err(status::fault)?;
             }
             update.description = Some(new.description);
         }
-        if named("status") {
+        if status {
             update.status = Some(webhook_status(new.status)?);
         }
-        if named("url") {
+        if url {
             let url = new.url.as_deref().unwrap_or_default();
             update.url = Some(self.client.check(url).await.map_err(status::url)?.into());
         }
@@ -145,8 +144,9 @@ impl Api {
     }
 }
 
-/// Refuses a mask that names nothing, something unknown, or a field twice: what is left is short, however long the message.
-fn changeable(mask: &[String]) -> Result<(), Status> {
+/// Which of [`CHANGEABLE`] a mask names, which is a set: however often it names one, that is judged and changed once. Refuses
+/// one that names nothing, or something unknown.
+fn named(mask: &[String]) -> Result<[bool; CHANGEABLE.len()], Status> {
     if mask.is_empty() {
         return Err(status::invalid("update_mask", "required", "name at least one field to change"));
     }
@@ -156,11 +156,9 @@ fn changeable(mask: &[String]) -> Result<(), Status> {
             let known = "update_mask may name url, events, description and status";
             return Err(status::invalid("update_mask", "unknown", known));
         };
-        if std::mem::replace(&mut named[place], true) {
-            return Err(status::invalid("update_mask", "duplicate", format!("update_mask names {path} twice")));
-        }
+        named[place] = true;
     }
-    Ok(())
+    Ok(named)
 }
 
 fn webhook_status(field: Option<i32>) -> Result<WebhookStatus, Status> {

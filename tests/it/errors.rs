@@ -226,14 +226,23 @@ async fn same_over_grpc(database: Database) {
         let status = server.webhooks().create_webhook(request).await.unwrap_err();
         assert_eq!(facts(&status), expected);
     }
-    // A mask comes before what it names: a field that is named again and again is not checked again and again.
-    for paths in [&[][..], &["url", "name"], &["description", "description"], &["url"; 100_000]] {
+    // A mask comes before what it names, and is a set: a field that is named again and again is not judged again and again.
+    let update = async |paths: &[&str], url: &str, description: &str| {
         let update_mask = Some(prost_types::FieldMask { paths: paths.iter().map(|path| (*path).to_owned()).collect() });
-        let webhook = Some(proto::WebhookUpdate { url: Some("https://10.0.0.1/".to_owned()), ..Default::default() });
+        let (url, description) = (Some(url.to_owned()), Some(description.to_owned()));
+        let webhook = Some(proto::WebhookUpdate { url, description, ..Default::default() });
         let update = proto::UpdateWebhookRequest { id: id.clone(), webhook, update_mask };
-        let status = server.webhooks().update_webhook(update).await.unwrap_err();
-        assert_eq!(facts(&status), invalid("update_mask"), "{:?}", paths.first());
+        server.webhooks().update_webhook(update).await.map(|answer| answer.into_inner().webhook.unwrap_or_default())
+    };
+    for paths in [&[][..], &["url", "name"]] {
+        let status = update(paths, "https://10.0.0.1/", "").await.unwrap_err();
+        assert_eq!(facts(&status), invalid("update_mask"), "{paths:?}");
     }
+    let status = update(&["url"; 100_000], "https://10.0.0.1/", "").await.unwrap_err();
+    assert_eq!(facts(&status), invalid("url"));
+    let often = [["description"; 50_000], ["url"; 50_000]].concat();
+    let updated = update(&often, "https://example.com/2", "new").await.unwrap();
+    assert_eq!((updated.description.as_deref(), &*updated.url), (Some("new"), "https://example.com/2"));
     let missing = proto::GetWebhookRequest { id: "whk_none".to_owned() };
     let status = server.webhooks().get_webhook(missing).await.unwrap_err();
     assert_eq!(facts(&status), fact(Code::NotFound, "NOT_FOUND", ""));
