@@ -176,7 +176,13 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
     let services = Services::new(api, open_services(config, &shutdown).await?);
     // An attempt made for a test may take its whole time, and looking up its name comes on top.
     let deadline = config.request_timeout + Duration::from_secs(10);
-    let limits = rest::Limits { deadline, shutdown: shutdown.clone(), ..rest::Limits::default() };
+    let limits = rest::Limits {
+        deadline,
+        shutdown: shutdown.clone(),
+        // A request has its principal only inside; what came with its connection is told of it there.
+        organization: |extensions| extensions.get::<listen::Caller>()?.organization().cloned(),
+        ..rest::Limits::default()
+    };
     let transcode = rest::Transcode::new(DESCRIPTORS, limits)?;
     // The other methods may be repeated anyway.
     let named = transcode.calls(&Method::POST).map(str::to_owned).collect();

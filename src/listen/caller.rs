@@ -74,7 +74,7 @@ impl Caller {
     }
 
     /// Whose call it is, once that is known.
-    pub(super) fn organization(&self) -> Option<&Arc<str>> {
+    pub fn organization(&self) -> Option<&Arc<str>> {
         self.organization.get()
     }
 

@@ -3,7 +3,11 @@
 //! What unpacking costs is not bounded by what comes out of it: a block of ten bits that holds nothing costs as much as
 //! kilobytes of text, so a mebibyte of them is seconds of work for an empty body.
 
-use std::io::{self, BufRead, ErrorKind, Read};
+use std::{
+    collections::HashMap,
+    io::{self, BufRead, ErrorKind, Read},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use bytes::{Buf, Bytes};
 use flate2::bufread::MultiGzDecoder;
@@ -15,9 +19,24 @@ const PIECE_BYTES: usize = 4 * 1024;
 /// for encoders that cannot leave as it is what cannot be packed, the rest for heads with a name and a comment.
 const MAX_EXCESS_BYTES: usize = 16 * 1024;
 
-/// Pieces are unpacked one at a time, those of all bodies in turn. Between blocks that hold something there is room for
-/// others, which no count of bytes tells; but whatever bodies hold, they take no more than one core together.
-static TURN: Semaphore = Semaphore::const_new(1);
+/// One body of an organization is unpacked at a time; its others wait, packed as they came.
+const MAX_AT_A_TIME: usize = 1;
+
+/// Unpacks bodies of organizations, whose names are known when a body is read.
+pub(super) struct Unpacker {
+    /// Pieces are unpacked one at a time, those of all organizations in turn. Between blocks that hold something there is room
+    /// for others, which no count of bytes tells; but whatever bodies hold, they take no more than one core together.
+    turn: Semaphore,
+    /// The lanes of organizations that have a body here.
+    lanes: Mutex<HashMap<Arc<str>, Arc<Semaphore>>>,
+}
+
+/// One more body in the lane of its organization. The lane goes with the last one.
+struct Lane<'a> {
+    unpacker: &'a Unpacker,
+    organization: Arc<str>,
+    turns: Arc<Semaphore>,
+}
 
 /// Why a body could not be unpacked.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,29 +53,64 @@ struct Pieces {
     out: usize,
 }
 
-/// Unpacks all members.
-pub(super) async fn unpack(packed: Bytes, max_bytes: usize) -> Result<Vec<u8>, Fault> {
-    let (all, mut unpacked) = (packed.len(), Vec::new());
-    let mut decoder = MultiGzDecoder::new(Pieces { packed, out: 0 });
-    // One byte more than allowed tells a body that is too long from one that just fits.
-    let limit = max_bytes + 1;
-    loop {
-        decoder.get_mut().out = PIECE_BYTES;
-        let turn = TURN.acquire().await;
-        let left = u64::try_from(limit - unpacked.len()).unwrap_or(u64::MAX);
-        let ended = (&mut decoder).take(left).read_to_end(&mut unpacked);
-        drop(turn);
-        match ended {
-            Ok(_) if unpacked.len() == limit => return Err(Fault::TooLong),
-            Ok(_) => return Ok(unpacked),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(_) => return Err(Fault::Invalid),
+impl Default for Unpacker {
+    fn default() -> Self {
+        Self { turn: Semaphore::new(1), lanes: Mutex::default() }
+    }
+}
+
+impl Unpacker {
+    /// Unpacks all members of a body, when it is the turn of its organization; bodies of nobody share a lane.
+    pub(super) async fn unpack(
+        &self,
+        organization: Option<Arc<str>>,
+        packed: Bytes,
+        max_bytes: usize,
+    ) -> Result<Vec<u8>, Fault> {
+        let lane = self.lane(organization.unwrap_or_default());
+        let _turn = lane.turns.acquire().await;
+        let (all, mut unpacked) = (packed.len(), Vec::new());
+        let mut decoder = MultiGzDecoder::new(Pieces { packed, out: 0 });
+        // One byte more than allowed tells a body that is too long from one that just fits.
+        let limit = max_bytes + 1;
+        loop {
+            decoder.get_mut().out = PIECE_BYTES;
+            let turn = self.turn.acquire().await;
+            let left = u64::try_from(limit - unpacked.len()).unwrap_or(u64::MAX);
+            let ended = (&mut decoder).take(left).read_to_end(&mut unpacked);
+            drop(turn);
+            match ended {
+                Ok(_) if unpacked.len() == limit => return Err(Fault::TooLong),
+                Ok(_) => return Ok(unpacked),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => return Err(Fault::Invalid),
+            }
+            let read = all - decoder.get_ref().packed.len();
+            if read > unpacked.len() + unpacked.len() / 8 + MAX_EXCESS_BYTES {
+                return Err(Fault::Invalid);
+            }
+            yield_now().await;
         }
-        let read = all - decoder.get_ref().packed.len();
-        if read > unpacked.len() + unpacked.len() / 8 + MAX_EXCESS_BYTES {
-            return Err(Fault::Invalid);
+    }
+
+    fn lane(&self, organization: Arc<str>) -> Lane<'_> {
+        let mut lanes = self.lanes();
+        let lane = lanes.entry(Arc::clone(&organization)).or_insert_with(|| Arc::new(Semaphore::new(MAX_AT_A_TIME)));
+        Lane { unpacker: self, organization, turns: Arc::clone(lane) }
+    }
+
+    fn lanes(&self) -> MutexGuard<'_, HashMap<Arc<str>, Arc<Semaphore>>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Lane<'_> {
+    fn drop(&mut self) {
+        let mut lanes = self.unpacker.lanes();
+        // One is in the map and one here: both are made and dropped only under the lock.
+        if Arc::strong_count(&self.turns) == 2 {
+            lanes.remove(&self.organization);
         }
-        yield_now().await;
     }
 }
 
@@ -106,6 +160,10 @@ mod tests {
         encoder.finish().unwrap()
     }
 
+    async fn unpack(packed: Bytes, max_bytes: usize) -> Result<Vec<u8>, Fault> {
+        Unpacker::default().unpack(None, packed, max_bytes).await
+    }
+
     #[tokio::test]
     async fn what_was_packed_comes_out() {
         let mut state = 1_u32;
@@ -147,7 +205,7 @@ mod tests {
         flushed.write_all(&[b' '; 500_000]).unwrap();
         flushed.flush().unwrap();
         let body: Bytes = [flushed.get_ref().clone(), nothing(10 * PIECE_BYTES)].concat().into();
-        let mut unpacking = pin!(unpack(body.clone(), 1_000_000));
+        let mut unpacking = pin!(unpack(body, 1_000_000));
         let mut turns = 0;
         let unpacked = loop {
             match poll!(&mut unpacking) {
@@ -161,10 +219,31 @@ mod tests {
 
     #[tokio::test]
     async fn one_piece_at_a_time() {
-        let turn = TURN.acquire().await.unwrap();
-        let mut waiting = pin!(unpack(packed(b"{}", 6).into(), 2));
+        let unpacker = Unpacker::default();
+        let turn = unpacker.turn.acquire().await.unwrap();
+        let mut waiting = pin!(unpacker.unpack(None, packed(b"{}", 6).into(), 2));
         assert!(poll!(&mut waiting).is_pending());
         drop(turn);
         assert_eq!(waiting.await.unwrap(), b"{}");
+    }
+
+    #[tokio::test]
+    async fn an_organization_waits_for_itself() {
+        let unpacker = Unpacker::default();
+        let [loud, other] = ["loud", "other"].map(Arc::from);
+        let unpack =
+            |of: &Arc<str>, bytes: &[u8]| unpacker.unpack(Some(Arc::clone(of)), packed(bytes, 0).into(), 100_000);
+        let long = [b'x'; 100_000];
+        let (mut first, mut second) = (Box::pin(unpack(&loud, &long)), Box::pin(unpack(&loud, b"{}")));
+        let mut left = Box::pin(unpack(&loud, &long));
+        for _ in 0..3 {
+            assert!(poll!(&mut first).is_pending() && poll!(&mut left).is_pending());
+            assert!(poll!(&mut second).is_pending(), "one at a time");
+            assert_eq!(unpack(&other, b"{}").await.unwrap(), b"{}");
+        }
+        drop(left);
+        assert_eq!(first.await.unwrap(), long);
+        assert_eq!(second.await.unwrap(), b"{}");
+        assert!(unpacker.lanes().is_empty());
     }
 }

@@ -31,7 +31,7 @@ mod wire;
 
 use std::{sync::Arc, time::Duration};
 
-use http::Response;
+use http::{Extensions, Response};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::Layer;
@@ -53,6 +53,9 @@ pub struct Limits {
     pub heartbeat: Duration,
     /// Ends open streams.
     pub shutdown: CancellationToken,
+    /// Tells from the extensions of a request for which organization it is, once the service inside knows: each has one packed
+    /// body unpacked at a time.
+    pub organization: fn(&Extensions) -> Option<Arc<str>>,
 }
 
 /// The layer.
@@ -63,6 +66,7 @@ pub struct Transcode(Arc<Plan>);
 struct Plan {
     routes: Routes,
     limits: Limits,
+    unpacker: gzip::Unpacker,
 }
 
 impl Default for Limits {
@@ -71,6 +75,7 @@ impl Default for Limits {
             deadline: Duration::from_secs(60),
             heartbeat: Duration::from_secs(15),
             shutdown: CancellationToken::new(),
+            organization: |_| None,
         }
     }
 }
@@ -78,7 +83,7 @@ impl Default for Limits {
 impl Transcode {
     /// Reads the annotations; a route that is wrong or stands twice is an error that names its method.
     pub fn new(descriptor_set: &[u8], limits: Limits) -> Result<Self, StartError> {
-        Ok(Self(Arc::new(Plan { routes: Routes::read(descriptor_set)?, limits })))
+        Ok(Self(Arc::new(Plan { routes: Routes::read(descriptor_set)?, limits, unpacker: gzip::Unpacker::default() })))
     }
 
     /// The gRPC paths of all calls that REST makes with this method.

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{HeaderValue, Uri, request::Parts};
+use http::{Extensions, HeaderValue, Uri, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::value::RawValue;
 use tonic::{Code, Status, body::Body};
 
 use super::{
-    MAX_BODY_BYTES, call, decode,
+    MAX_BODY_BYTES, Plan, call, decode,
     error::Failure,
-    gzip::{self, Fault},
+    gzip::Fault,
     query,
     routes::{BodyRule, Route},
     template::Bound,
@@ -28,20 +28,31 @@ pub(super) struct Source {
     /// For each variable of the path.
     bound: Vec<String>,
     content_type: Option<HeaderValue>,
-    content_encoding: Option<HeaderValue>,
+    packed: Option<Packed>,
     last_event_id: Option<HeaderValue>,
     body: Body,
 }
 
+/// What a body that is not as it is goes by.
+struct Packed {
+    encoding: HeaderValue,
+    plan: Arc<Plan>,
+    extensions: Extensions,
+}
+
 impl Source {
-    pub(super) fn new(route: &Arc<Route>, bound: Bound<'_>, head: &Parts, body: Body) -> Self {
+    pub(super) fn new(plan: &Arc<Plan>, route: &Arc<Route>, bound: Bound<'_>, head: &Parts, body: Body) -> Self {
         let header = |name: &str| head.headers.get(name).cloned();
         Self {
             route: Arc::clone(route),
             uri: head.uri.clone(),
             bound: bound.into_iter().map(|(_, text)| text).collect(),
             content_type: header("content-type"),
-            content_encoding: header("content-encoding"),
+            packed: header("content-encoding").map(|encoding| Packed {
+                encoding,
+                plan: Arc::clone(plan),
+                extensions: head.extensions.clone(),
+            }),
             last_event_id: header("last-event-id"),
             body,
         }
@@ -52,7 +63,7 @@ impl Source {
     pub(super) async fn message(self) -> Result<Vec<u8>, Failure> {
         let route = &self.route;
         let query = self.uri.query().unwrap_or_default();
-        let body = read(route, self.content_encoding.as_ref(), self.body).await?;
+        let body = read(route, self.packed, self.body).await?;
         let mut out = Vec::with_capacity(call::PREFIX + body.len() + query.len() + 64);
         out.resize(call::PREFIX, 0);
         append_body(&mut out, route, self.content_type.as_ref(), &body)?;
@@ -127,7 +138,7 @@ fn nothing_to_change() -> Failure {
     Failure::new("VALIDATION_ERROR", "name at least one field to change")
 }
 
-async fn read(route: &Route, encoding: Option<&HeaderValue>, body: Body) -> Result<Bytes, Failure> {
+async fn read(route: &Route, packed: Option<Packed>, body: Body) -> Result<Bytes, Failure> {
     let too_large = || Failure::new("PAYLOAD_TOO_LARGE", format!("the body must be at most {MAX_BODY_BYTES} bytes"));
     let collected = Limited::new(body, MAX_BODY_BYTES).collect().await.map_err(|error| {
         if error.is::<LengthLimitError>() {
@@ -142,14 +153,18 @@ async fn read(route: &Route, encoding: Option<&HeaderValue>, body: Body) -> Resu
         }
     })?;
     let bytes = collected.to_bytes();
-    match encoding.map(|value| value.to_str().unwrap_or_default().trim()) {
-        None | Some("" | "identity") => Ok(bytes),
-        Some(encoding) if encoding.eq_ignore_ascii_case("gzip") => match gzip::unpack(bytes, MAX_BODY_BYTES).await {
-            Ok(unpacked) => Ok(unpacked.into()),
-            Err(Fault::TooLong) => Err(too_large()),
-            Err(Fault::Invalid) => Err(Failure::request("the body is not valid gzip")),
-        },
-        Some(_) => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "the body may be encoded with gzip only")),
+    let Some(Packed { encoding, plan, extensions }) = packed else { return Ok(bytes) };
+    match encoding.to_str().unwrap_or_default().trim() {
+        "" | "identity" => Ok(bytes),
+        encoding if encoding.eq_ignore_ascii_case("gzip") => {
+            let organization = (plan.limits.organization)(&extensions);
+            match plan.unpacker.unpack(organization, bytes, MAX_BODY_BYTES).await {
+                Ok(unpacked) => Ok(unpacked.into()),
+                Err(Fault::TooLong) => Err(too_large()),
+                Err(Fault::Invalid) => Err(Failure::request("the body is not valid gzip")),
+            }
+        }
+        _ => Err(Failure::new("UNSUPPORTED_MEDIA_TYPE", "the body may be encoded with gzip only")),
     }
 }
 

@@ -117,7 +117,7 @@ where
         let (parts, body) = request.into_parts();
         let deadline = self.plan.limits.deadline;
         let whole = async {
-            let (body, mut fault) = call::body(Source::new(route, bound, &parts, body));
+            let (body, mut fault) = call::body(Source::new(&self.plan, route, bound, &parts, body));
             let called = self.inner.oneshot(call::request(route, parts, body)).await;
             let response = match called {
                 Ok(response) => response,
