@@ -136,7 +136,11 @@ pub(super) fn explained(bare: &Status) -> Status {
         Code::NotFound => (Code::NotFound, "NOT_FOUND"),
         Code::DeadlineExceeded => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         Code::InvalidArgument => (Code::InvalidArgument, "INVALID_REQUEST"),
-        Code::Unavailable => (Code::Unavailable, "SERVICE_UNAVAILABLE"),
+        Code::Unavailable => return unavailable(message),
+        Code::ResourceExhausted => {
+            let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+            return coded(Code::ResourceExhausted, "RATE_LIMITED", message, details);
+        }
         code => (code, "INTERNAL_ERROR"),
     };
     coded(code, reason, message, ErrorDetails::new())

@@ -23,7 +23,10 @@ use tokio::{
 };
 use tonic::{Status, body::Body};
 
-use super::{connection::Call, peers::Reserved};
+use super::{
+    connection::Call,
+    peers::{Full, Reserved},
+};
 
 /// An answer leaves in pieces of this size. The next one is asked for only when the one before could leave, so that one
 /// piece and what the service holds is all that waits for a slow reader; what is longer than a piece is counted while it does.
@@ -106,11 +109,15 @@ impl http_body::Body for Receiving {
         let Some(body) = &mut self.body else { return Poll::Ready(None) };
         let ended = match Pin::new(body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => {
-                if self.reserved.grow(frame.data_ref().map_or(0, Bytes::len)) {
-                    return Poll::Ready(Some(Ok(frame)));
-                }
+                let refused = match self.reserved.grow(frame.data_ref().map_or(0, Bytes::len)) {
+                    Ok(()) => return Poll::Ready(Some(Ok(frame))),
+                    Err(Full::Memory) => Status::unavailable("too many requests are being received; try again"),
+                    Err(Full::Share) => Status::resource_exhausted(
+                        "too many requests of this organization are being received; try again",
+                    ),
+                };
                 self.give_up();
-                Some(Status::unavailable("too many requests are being received; try again"))
+                Some(refused)
             }
             Poll::Ready(Some(Err(error))) => Some(Status::from_error(error.into())),
             Poll::Ready(None) => None,
@@ -159,7 +166,7 @@ impl Sending {
     pub(super) fn of(response: Response<Body>, reserved: Reserved, call: Call) -> Response<Self> {
         let compressed = http_body::Body::size_hint(response.body()).exact().is_none();
         let whole = response.extensions().get::<Whole>().copied().filter(|_| compressed);
-        let room = whole.is_none_or(|Whole(bytes)| reserved.grow(bytes));
+        let room = whole.is_none_or(|Whole(bytes)| reserved.grow(bytes).is_ok());
         let taking = TAKING.try_with(Arc::clone).ok();
         response.map(|body| {
             let body = if room { body } else { Body::new(StreamBody::new(stream::once(ready(Err(too_many()))))) };
@@ -169,11 +176,11 @@ impl Sending {
 
     /// Whether there is room for what the service gave. One piece needs none.
     fn holds(&self) -> bool {
-        self.whole || self.rest.len() <= PIECE_BYTES || self.reserved.grow(self.rest.len())
+        self.whole || self.rest.len() <= PIECE_BYTES || self.reserved.grow(self.rest.len()).is_ok()
     }
 }
 
-/// The answer has begun, so this is the end of its stream.
+/// The head of the answer is out, or nobody here could make another that callers understand: this is the end of its stream.
 fn too_many() -> Status {
     Status::unavailable("too many answers wait for their readers")
 }

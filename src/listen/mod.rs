@@ -39,7 +39,7 @@ pub struct Limits {
     pub connections: usize,
     /// Bytes of request bodies that are held at a time; beyond, a body is refused as unavailable. As many of answers, of
     /// those longer than a piece; beyond, an answer is cut off. One address has at most half of them, and an organization
-    /// not more than are free of that half.
+    /// not more than are free of that half; beyond, its body is refused as one too many of it.
     pub body_bytes: usize,
     /// For a TLS handshake.
     pub handshake_time: Duration,

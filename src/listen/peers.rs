@@ -22,9 +22,7 @@ pub(super) struct Peers {
     max_connections: usize,
     max_bytes: usize,
     all: Held,
-    by_owner: Mutex<HashMap<IpAddr, Arc<Held>>>,
-    /// The bytes of organizations that hold any, by what they are of.
-    by_organization: [Mutex<HashMap<Arc<str>, usize>>; 2],
+    by_owner: Mutex<HashMap<IpAddr, Arc<OfOwner>>>,
 }
 
 /// What is held for one address, or for all.
@@ -33,6 +31,23 @@ struct Held {
     connections: AtomicUsize,
     /// By what they are of.
     bytes: [AtomicUsize; 2],
+}
+
+/// What is held for one address.
+#[derive(Default)]
+struct OfOwner {
+    held: Held,
+    /// The bytes of organizations that hold any at this address, by what they are of.
+    by_organization: [Mutex<HashMap<Arc<str>, usize>>; 2],
+}
+
+/// What has no more room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Full {
+    /// The memory of all, or of all at one address.
+    Memory,
+    /// What an organization may have of it.
+    Share,
 }
 
 /// What bytes are of; each has as much room as the other.
@@ -48,7 +63,7 @@ pub(super) enum Memory {
 pub(super) struct Admitted {
     peers: Arc<Peers>,
     owner: IpAddr,
-    held: Arc<Held>,
+    of_owner: Arc<OfOwner>,
 }
 
 /// Bytes of one call that may be held.
@@ -57,17 +72,13 @@ pub(super) struct Reserved {
     caller: Caller,
     memory: Memory,
     bytes: AtomicUsize,
+    /// Those of them that count for its organization.
+    charged: AtomicUsize,
 }
 
 impl Peers {
     pub(super) fn new(max_connections: usize, max_bytes: usize) -> Self {
-        Self {
-            max_connections,
-            max_bytes,
-            all: Held::default(),
-            by_owner: Mutex::default(),
-            by_organization: Default::default(),
-        }
+        Self { max_connections, max_bytes, all: Held::default(), by_owner: Mutex::default() }
     }
 
     /// Room for one connection more, when there is any for this address.
@@ -77,18 +88,20 @@ impl Peers {
         if !take(&self.all.connections, 1, self.max_connections) {
             return None;
         }
-        let held = by_owner.entry(owner).or_default();
-        if !take(&held.connections, 1, half(self.max_connections)) {
+        let of_owner = by_owner.entry(owner).or_default();
+        if !take(&of_owner.held.connections, 1, half(self.max_connections)) {
             give_back(&self.all.connections, 1);
             return None;
         }
-        Some(Admitted { peers: Arc::clone(self), owner, held: Arc::clone(held) })
+        Some(Admitted { peers: Arc::clone(self), owner, of_owner: Arc::clone(of_owner) })
     }
 
-    fn by_owner(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<Held>>> {
+    fn by_owner(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<OfOwner>>> {
         self.by_owner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
+impl OfOwner {
     fn by_organization(&self, memory: Memory) -> MutexGuard<'_, HashMap<Arc<str>, usize>> {
         self.by_organization[memory as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -98,8 +111,8 @@ impl Drop for Admitted {
     fn drop(&mut self) {
         let mut by_owner = self.peers.by_owner();
         give_back(&self.peers.all.connections, 1);
-        give_back(&self.held.connections, 1);
-        if self.held.connections.load(Ordering::Relaxed) == 0 {
+        give_back(&self.of_owner.held.connections, 1);
+        if self.of_owner.held.connections.load(Ordering::Relaxed) == 0 {
             by_owner.remove(&self.owner);
         }
     }
@@ -107,65 +120,66 @@ impl Drop for Admitted {
 
 impl Reserved {
     pub(super) fn new(connection: Arc<Admitted>, caller: Caller, memory: Memory) -> Self {
-        Self { connection, caller, memory, bytes: AtomicUsize::new(0) }
+        Self { connection, caller, memory, bytes: AtomicUsize::new(0), charged: AtomicUsize::new(0) }
     }
 
     /// Takes room for more bytes, when there is any.
-    pub(super) fn grow(&self, more: usize) -> bool {
-        let (Admitted { peers, held, .. }, kind) = (&*self.connection, self.memory as usize);
+    pub(super) fn grow(&self, more: usize) -> Result<(), Full> {
+        let (Admitted { peers, of_owner, .. }, kind) = (&*self.connection, self.memory as usize);
         if !take(&peers.all.bytes[kind], more, peers.max_bytes) {
-            return false;
+            return Err(Full::Memory);
         }
-        if !take(&held.bytes[kind], more, half(peers.max_bytes)) {
+        if !take(&of_owner.held.bytes[kind], more, half(peers.max_bytes)) {
             give_back(&peers.all.bytes[kind], more);
-            return false;
+            return Err(Full::Memory);
         }
         let before = self.bytes.fetch_add(more, Ordering::Relaxed);
-        if self.charge(before, before + more) {
-            return true;
+        let charged = self.charge(before + more);
+        if charged.is_err() {
+            self.give_back(more);
         }
-        self.give_back(more);
-        false
+        charged
     }
 
     /// Gives all room back.
     pub(super) fn clear(&self) {
-        let bytes = self.bytes.load(Ordering::Relaxed);
-        if bytes == 0 {
-            return;
-        }
-        if let Some(organization) = self.caller.organization()
-            && charged(bytes) > 0
+        let charged = self.charged.swap(0, Ordering::Relaxed);
+        if charged > 0
+            && let Some(organization) = self.caller.organization()
         {
-            let mut by_organization = self.connection.peers.by_organization(self.memory);
-            if let Some(held) = by_organization.get_mut(organization) {
-                *held = held.saturating_sub(bytes);
-                if *held == 0 {
+            let mut by_organization = self.connection.of_owner.by_organization(self.memory);
+            if let Some(its) = by_organization.get_mut(organization) {
+                *its -= charged;
+                if *its == 0 {
                     by_organization.remove(organization);
                 }
             }
         }
-        self.give_back(bytes);
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        if bytes > 0 {
+            self.give_back(bytes);
+        }
     }
 
-    /// Counts for its organization what a call holds more, unless that has more then than is free for its address.
-    fn charge(&self, before: usize, after: usize) -> bool {
-        let more = charged(after) - charged(before);
-        let Some(organization) = self.caller.organization().filter(|_| more > 0) else { return true };
-        let Admitted { peers, held, .. } = &*self.connection;
-        let free = half(peers.max_bytes).saturating_sub(held.bytes[self.memory as usize].load(Ordering::Relaxed));
-        let mut by_organization = peers.by_organization(self.memory);
-        let held = by_organization.get(organization).copied().unwrap_or_default();
-        if held + more > free {
-            return false;
+    /// Counts the bytes of a call for its organization, unless that has more here then than is free for its address.
+    fn charge(&self, bytes: usize) -> Result<(), Full> {
+        let Some(organization) = self.caller.organization().filter(|_| bytes > SMALL_BYTES) else { return Ok(()) };
+        let more = bytes - self.charged.load(Ordering::Relaxed);
+        let Admitted { peers, of_owner, .. } = &*self.connection;
+        let held = of_owner.held.bytes[self.memory as usize].load(Ordering::Relaxed);
+        let mut by_organization = of_owner.by_organization(self.memory);
+        let its = by_organization.get(organization).copied().unwrap_or_default() + more;
+        if its > half(peers.max_bytes).saturating_sub(held) {
+            return Err(Full::Share);
         }
-        by_organization.insert(Arc::clone(organization), held + more);
-        true
+        by_organization.insert(Arc::clone(organization), its);
+        self.charged.fetch_add(more, Ordering::Relaxed);
+        Ok(())
     }
 
     fn give_back(&self, bytes: usize) {
         give_back(&self.connection.peers.all.bytes[self.memory as usize], bytes);
-        give_back(&self.connection.held.bytes[self.memory as usize], bytes);
+        give_back(&self.connection.of_owner.held.bytes[self.memory as usize], bytes);
         give_back(&self.bytes, bytes);
     }
 }
@@ -174,11 +188,6 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         self.clear();
     }
-}
-
-/// What counts for an organization of so many bytes of a call.
-fn charged(bytes: usize) -> usize {
-    if bytes > SMALL_BYTES { bytes } else { 0 }
 }
 
 /// The address that stands for everything that one owner has.
@@ -245,14 +254,15 @@ mod tests {
         let connection = |text| Arc::new(peers.admit(address(text)).unwrap());
         let (first, second) = (connection("192.0.2.1"), connection("192.0.2.2"));
         let bodies = |connection| call(connection, "", Memory::Bodies);
+        let (fits, full) = (Ok(()), Err(Full::Memory));
         let (a, b) = (bodies(&first), bodies(&first));
-        assert!(a.grow(30) && b.grow(20) && !b.grow(1) && !a.grow(usize::MAX));
-        assert!(call(&first, "", Memory::Answers).grow(50), "they have room of their own");
+        assert_eq!([a.grow(30), b.grow(20), b.grow(1), a.grow(usize::MAX)], [fits, fits, full, full]);
+        assert_eq!(call(&first, "", Memory::Answers).grow(50), fits, "they have room of their own");
         let c = bodies(&second);
-        assert!(c.grow(50) && !c.grow(1));
-        assert!(!bodies(&connection("192.0.2.3")).grow(1), "a hundred are all");
+        assert_eq!([c.grow(50), c.grow(1)], [fits, full]);
+        assert_eq!(bodies(&connection("192.0.2.3")).grow(1), full, "a hundred are all");
         drop(a);
-        assert!(b.grow(30) && !b.grow(1));
+        assert_eq!([b.grow(30), b.grow(1)], [fits, full]);
         drop((b, c));
         for bytes in &peers.all.bytes {
             assert_eq!(bytes.load(Ordering::Relaxed), 0);
@@ -264,17 +274,27 @@ mod tests {
         const KIB: usize = 1024;
         let peers = Arc::new(Peers::new(4, 2048 * KIB));
         let balancer = Arc::new(peers.admit(address("192.0.2.1")).unwrap());
+        let elsewhere = Arc::new(peers.admit(address("192.0.2.2")).unwrap());
         let of = |organization| call(&balancer, organization, Memory::Bodies);
+        let (fits, full) = (Ok(()), Err(Full::Share));
         let (a, b) = (of("loud"), of("loud"));
-        assert!(a.grow(SMALL_BYTES) && a.grow(240 * KIB) && b.grow(256 * KIB), "half of what one address has");
-        assert!(!b.grow(1) && !of("loud").grow(SMALL_BYTES + 1));
-        assert!(of("loud").grow(SMALL_BYTES), "what is small is not counted");
+        assert_eq!(
+            [a.grow(SMALL_BYTES), a.grow(240 * KIB), b.grow(256 * KIB)],
+            [fits; 3],
+            "half of what one address has"
+        );
+        assert_eq!([b.grow(1), of("loud").grow(SMALL_BYTES + 1)], [full; 2]);
+        assert_eq!(of("loud").grow(SMALL_BYTES), fits, "what is small is not counted");
+        let there = call(&elsewhere, "loud", Memory::Bodies);
+        assert_eq!([there.grow(512 * KIB), there.grow(1)], [fits, full], "at each address by itself");
         let (c, d) = (of("other"), of("third"));
-        assert!(c.grow(256 * KIB) && !c.grow(KIB) && d.grow(128 * KIB) && !d.grow(KIB));
+        assert_eq!([c.grow(256 * KIB), c.grow(KIB), d.grow(128 * KIB), d.grow(KIB)], [fits, full, fits, full]);
         b.clear();
-        assert!(d.grow(KIB) && a.grow(KIB) && !a.grow(256 * KIB), "beside what others have");
-        drop((a, b, c, d));
-        assert!(peers.by_organization(Memory::Bodies).is_empty());
+        assert_eq!([d.grow(KIB), a.grow(KIB), a.grow(256 * KIB)], [fits, fits, full], "beside what others have");
+        drop((a, b, c, d, there));
+        for connection in [balancer, elsewhere] {
+            assert!(connection.of_owner.by_organization(Memory::Bodies).is_empty());
+        }
         assert_eq!(peers.all.bytes[0].load(Ordering::Relaxed), 0);
     }
 }

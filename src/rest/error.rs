@@ -125,7 +125,7 @@ impl Failure {
             failure.status = http;
         }
         failure.retry_after = details.retry_info().and_then(|info| info.retry_delay);
-        if failure.status == 503 {
+        if matches!(failure.status, 429 | 503) {
             failure.retry_after.get_or_insert(Duration::from_secs(1));
         }
         let violation = details.bad_request().and_then(|bad| bad.field_violations.first());

@@ -146,7 +146,9 @@ async fn read(route: &Route, packed: Option<Packed>, body: Body) -> Result<Bytes
         }
         // Whoever hands in the body may have a reason of its own not to go on.
         match error.downcast_ref::<Status>() {
-            Some(status) if matches!(status.code(), Code::DeadlineExceeded | Code::Unavailable) => {
+            Some(status)
+                if matches!(status.code(), Code::DeadlineExceeded | Code::ResourceExhausted | Code::Unavailable) =>
+            {
                 Failure::from_status(status, route)
             }
             _ => Failure::request("the body could not be read"),

@@ -10,6 +10,8 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
+use tonic::Code;
+use tonic_types::StatusExt;
 
 use self::wire::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PRIORITY, PUSH_PROMISE, RST_STREAM, SETTINGS,
@@ -423,8 +425,14 @@ async fn bodies_beyond_what_is_held() {
     }
     // Of the 2.5 MiB of one address, an organization has no more than is free: one, and not two.
     let refused = server.post("/v1/events", &body).await;
-    assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &Value::from("SERVICE_UNAVAILABLE")));
+    assert_eq!((refused.status, &refused.json()["error"]["code"]), (429, &Value::from("RATE_LIMITED")));
     assert!(refused.headers.contains_key("retry-after"));
+    let data = format!(r#"{{"a":"{}"}}"#, "x".repeat(700 * 1024));
+    let publish = grpc::proto::PublishEventRequest { event: "content.ready".to_owned(), data };
+    let refused = server.deliveries().publish_event(publish).await.unwrap_err();
+    let details = refused.get_error_details();
+    assert_eq!((refused.code(), &*details.error_info().unwrap().reason), (Code::ResourceExhausted, "RATE_LIMITED"));
+    assert!(details.retry_info().is_some());
     let theirs = server.new_key(Some("other"), KeyKind::Secret, Environment::Test).await;
     let own = std::mem::replace(&mut server.key, theirs);
     assert_eq!(server.post("/v1/events", &body).await.status, 202);
