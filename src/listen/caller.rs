@@ -29,16 +29,19 @@ const PIECE_BYTES: usize = 16 * 1024;
 /// However much it used, it waits at most this long before it is read again.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// Who is at the other end of a connection, as far as keys have told, and whose one call is; among the extensions of every
-/// request.
+/// Whose one call is, as far as its key has told; among the extensions of every request. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Caller {
-    connection: Arc<Told>,
-    organization: Arc<OnceLock<Arc<str>>>,
-}
+pub struct Caller(Arc<OfCall>);
 
 #[derive(Debug, Default)]
-struct Told {
+struct OfCall {
+    connection: Arc<Peer>,
+    organization: OnceLock<Arc<str>>,
+}
+
+/// Who is at the other end of a connection, as far as keys have told.
+#[derive(Debug, Default)]
+pub(super) struct Peer {
     known: AtomicBool,
     /// Who waits until more may be read.
     waiting: AtomicWaker,
@@ -48,7 +51,7 @@ struct Told {
 
 /// How fast a connection is read.
 pub(super) struct Pace {
-    caller: Caller,
+    peer: Arc<Peer>,
     /// When the whole allowance is there again: GCRA, as in `webhook::RateLimit`, but what is too much is not refused.
     full_at: Instant,
     /// Used and not counted yet.
@@ -60,39 +63,42 @@ pub(super) struct Pace {
 impl Caller {
     /// A key was accepted that acts for this organization.
     pub fn accept(&self, organization: &Arc<str>) {
-        let _ = self.organization.set(Arc::clone(organization));
+        let OfCall { connection, organization: of_call } = &*self.0;
+        let _ = of_call.set(Arc::clone(organization));
         // Seldom written: all calls of a connection look at it.
-        if !self.is_known() {
-            self.connection.known.store(true, Ordering::Release);
-            self.connection.waiting.wake();
+        if !connection.is_known() {
+            connection.known.store(true, Ordering::Release);
+            connection.waiting.wake();
         }
-    }
-
-    /// One call on the connection.
-    pub(super) fn of_call(&self) -> Self {
-        Self { connection: Arc::clone(&self.connection), organization: Arc::default() }
     }
 
     /// Whose call it is, once that is known.
     pub fn organization(&self) -> Option<&Arc<str>> {
-        self.organization.get()
+        self.0.organization.get()
+    }
+}
+
+impl Peer {
+    /// One call on the connection.
+    pub(super) fn call(self: &Arc<Self>) -> Caller {
+        Caller(Arc::new(OfCall { connection: Arc::clone(self), organization: OnceLock::new() }))
     }
 
     /// Notes a call over HTTP/1.1; one over HTTP/2 begins with a frame, which is counted as it is read.
     pub(super) fn called(&self) {
         if !self.is_known() {
-            self.connection.calls.fetch_add(1, Ordering::Relaxed);
+            self.calls.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     fn is_known(&self) -> bool {
-        self.connection.known.load(Ordering::Acquire)
+        self.known.load(Ordering::Acquire)
     }
 }
 
 impl Pace {
-    pub(super) fn new(caller: Caller) -> Self {
-        Self { caller, full_at: clock::stopwatch(), used: 0, bytes: 0, pause: None }
+    pub(super) fn new(peer: Arc<Peer>) -> Self {
+        Self { peer, full_at: clock::stopwatch(), used: 0, bytes: 0, pause: None }
     }
 
     /// Notes what was read: so many bytes, and frames that are counted.
@@ -105,12 +111,12 @@ impl Pace {
 
     /// Ready when more may be read.
     pub(super) fn poll_turn(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        if self.caller.is_known() {
+        if self.peer.is_known() {
             self.pause = None;
             return Poll::Ready(());
         }
         if self.pause.is_none() {
-            self.used = self.used.saturating_add(self.caller.connection.calls.swap(0, Ordering::Relaxed));
+            self.used = self.used.saturating_add(self.peer.calls.swap(0, Ordering::Relaxed));
             if self.used == 0 {
                 return Poll::Ready(());
             }
@@ -121,9 +127,9 @@ impl Pace {
             self.pause = Some(Box::pin(sleep(wait)));
         }
         if let Some(pause) = &mut self.pause {
-            self.caller.connection.waiting.register(context.waker());
+            self.peer.waiting.register(context.waker());
             // It may have become known before there was anybody to wake.
-            if !self.caller.is_known() {
+            if !self.peer.is_known() {
                 ready!(pause.as_mut().poll(context));
             }
             self.pause = None;
@@ -163,7 +169,7 @@ mod tests {
 
     #[test]
     fn what_is_beyond_the_allowance_waits() {
-        let mut pace = Pace::new(Caller::default());
+        let mut pace = Pace::new(Arc::default());
         let now = pace.full_at;
         assert_eq!(wait(&mut pace, now, MAX_AT_ONCE), Duration::ZERO);
         assert_eq!(wait(&mut pace, now, 1), INTERVAL);
@@ -184,15 +190,15 @@ mod tests {
             (0, 0, 50, false),
             (0, 0, 100, true),
         ] {
-            let caller = Caller::default();
-            let mut pace = Pace::new(caller.clone());
+            let peer = Arc::<Peer>::default();
+            let mut pace = Pace::new(Arc::clone(&peer));
             pace.was_read(bytes, frames);
-            (0..calls).for_each(|_| caller.called());
+            (0..calls).for_each(|_| peer.called());
             let woken = Arc::new(Woken::default());
             let waker = Waker::from(Arc::clone(&woken));
             let ready = |pace: &mut Pace| pace.poll_turn(&mut Context::from_waker(&waker)).is_ready();
             assert_eq!(ready(&mut pace), !waits, "{bytes} {frames} {calls}");
-            caller.accept(&Arc::from("acme"));
+            peer.call().accept(&Arc::from("acme"));
             assert_eq!(woken.0.load(Ordering::Relaxed), waits, "{bytes} {frames} {calls}");
             assert!(ready(&mut pace), "{bytes} {frames} {calls}");
         }

@@ -26,8 +26,9 @@ use tonic::{body::Body, transport::server::TcpConnectInfo};
 use tower::Service;
 
 use super::{
-    Caller, ClientCertificate, Limits, Tls,
+    ClientCertificate, Limits, Tls,
     body::{Receiving, Sending, Streams},
+    caller::Peer,
     peers::{Admitted, Memory, Reserved},
     stream::Watched,
 };
@@ -153,15 +154,15 @@ impl Protocols {
         S::Future: Send,
     {
         let (activity, admitted) = (Arc::new(Activity::default()), Arc::new(admitted));
-        let caller = Caller::default();
-        let stream = Watched::new(stream, caller.clone(), self.limits.write_time);
+        let peer = Arc::<Peer>::default();
+        let stream = Watched::new(stream, Arc::clone(&peer), self.limits.write_time);
         let (of_calls, body_time) = (Arc::clone(&activity), self.limits.body_time);
         let service = service_fn(move |request: Request<Incoming>| {
             let call = Call::begin(&of_calls);
             if request.version() < Version::HTTP_2 {
-                caller.called();
+                peer.called();
             }
-            let caller = caller.of_call();
+            let caller = peer.call();
             let of = |memory| Reserved::new(Arc::clone(&admitted), caller.clone(), memory);
             let (reserved, answer) = (Arc::new(of(Memory::Bodies)), of(Memory::Answers));
             let held = Arc::clone(&reserved);

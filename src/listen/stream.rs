@@ -4,6 +4,7 @@
 use std::{
     io::{Error, ErrorKind, IoSlice, Result},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -14,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    caller::{Caller, Pace},
+    caller::{Pace, Peer},
     frames::Frames,
 };
 
@@ -29,8 +30,8 @@ pub(super) struct Watched<S> {
 }
 
 impl<S> Watched<S> {
-    pub(super) fn new(stream: S, caller: Caller, write_time: Duration) -> Self {
-        Self { stream, frames: Frames::new(), pace: Pace::new(caller), write_time, stalled: None }
+    pub(super) fn new(stream: S, peer: Arc<Peer>, write_time: Duration) -> Self {
+        Self { stream, frames: Frames::new(), pace: Pace::new(peer), write_time, stalled: None }
     }
 
     /// Notes how much went out.
