@@ -115,6 +115,7 @@ impl http_body::Body for Receiving {
                     Err(Full::Share) => Status::resource_exhausted(
                         "too many requests of this organization are being received; try again",
                     ),
+                    Err(Full::Stranger) => Status::resource_exhausted("a call without a key may not send so much"),
                 };
                 self.give_up();
                 Some(refused)

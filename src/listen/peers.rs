@@ -12,7 +12,8 @@ use std::{
 
 use super::Caller;
 
-/// Up to so many bytes of a call count for its address and not for its organization, whose calls have limits of their own.
+/// Up to so many bytes of a call count for its address and not for its organization, whose calls have limits of their own. A
+/// call without a key sends no more.
 const SMALL_BYTES: usize = 16 * 1024;
 /// Bits of an IPv6 address that stand for its owner: who has one address usually has all of its /64.
 const IPV6_OWNER_BITS: u32 = 64;
@@ -48,6 +49,8 @@ pub(super) enum Full {
     Memory,
     /// What an organization may have of it.
     Share,
+    /// What a call may send without a key.
+    Stranger,
 }
 
 /// What bytes are of; each has as much room as the other.
@@ -161,9 +164,16 @@ impl Reserved {
         }
     }
 
-    /// Counts the bytes of a call for its organization, unless that has more here then than is free for its address.
+    /// Counts the bytes of a call for its organization, unless that has more here then than is free for its address. A call
+    /// of nobody known sends no more than does not count.
     fn charge(&self, bytes: usize) -> Result<(), Full> {
-        let Some(organization) = self.caller.organization().filter(|_| bytes > SMALL_BYTES) else { return Ok(()) };
+        if bytes <= SMALL_BYTES {
+            return Ok(());
+        }
+        let Some(organization) = self.caller.organization() else {
+            // Of what needs no key, only reflection takes more than one message, and those are short.
+            return if matches!(self.memory, Memory::Bodies) { Err(Full::Stranger) } else { Ok(()) };
+        };
         let more = bytes - self.charged.load(Ordering::Relaxed);
         let Admitted { peers, of_owner, .. } = &*self.connection;
         let held = of_owner.held.bytes[self.memory as usize].load(Ordering::Relaxed);
@@ -237,6 +247,20 @@ mod tests {
         drop((other, neighbour));
         assert!(peers.by_owner().is_empty(), "nothing is kept of who has left");
         assert_eq!(peers.all.connections.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_call_without_a_key_sends_little() {
+        let peers = Arc::new(Peers::new(4, 1024 * 1024));
+        let connection = Arc::new(peers.admit(address("192.0.2.1")).unwrap());
+        for (organization, memory, more) in [
+            ("", Memory::Bodies, Err(Full::Stranger)),
+            ("", Memory::Answers, Ok(())),
+            ("acme", Memory::Bodies, Ok(())),
+        ] {
+            let call = call(&connection, organization, memory);
+            assert_eq!((call.grow(SMALL_BYTES), call.grow(1)), (Ok(()), more), "{organization} {memory:?}");
+        }
     }
 
     /// A call of this organization, or of nobody known.
