@@ -1,5 +1,7 @@
 //! Rescue: the only place where a lease that has expired comes back.
 
+use std::time::Duration;
+
 use sea_orm::{ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, QueryFilter, QueryOrder, QuerySelect};
 
 use super::{
@@ -14,7 +16,7 @@ use super::{
     waiting::Waiting,
 };
 use crate::{
-    clock,
+    clock::{self, Seldom},
     webhook::{ChangeKind, DeliveryStatus, Plan, RetrySchedule, Timestamp, rescue},
 };
 
@@ -36,6 +38,8 @@ const RESCUE: &str = "UPDATE deliveries SET status = rows.status, next_attempt_a
     FROM {rows} WHERE deliveries.webhook_id = rows.webhook_id AND deliveries.id = rows.id";
 /// What the log of a delivery says of an attempt whose node died.
 const LOST: &str = "The attempt was interrupted";
+/// That rows are broken is said once in this time.
+static OF_NO_TENANT: Seldom = Seldom::new(Duration::from_secs(1));
 
 impl Store {
     /// Brings back what a process that is gone had leased. On SQLite no other node can hold a lease, so that is all;
@@ -130,8 +134,15 @@ impl Store {
                 deltas.add(webhook_id, &row.event_type, DeliveryStatus::Pending, -1);
                 deltas.add(webhook_id, &row.event_type, status, 1);
             }
-            let tenant = tenant(&row.organization, &row.environment)?;
-            log.push(&tenant, &Entry::of(row, ChangeKind::Attempted, now));
+            // One that is of nobody, whose change nobody may see, is not to hold up all others.
+            match tenant(&row.organization, &row.environment) {
+                Ok(tenant) => log.push(&tenant, &Entry::of(row, ChangeKind::Attempted, now)),
+                Err(error) => {
+                    if let Some(count) = OF_NO_TENANT.reasons() {
+                        tracing::error!(delivery = id, %error, count, "deliveries of no tenant are taken over unseen");
+                    }
+                }
+            }
         }
         Script::default().with(RESCUE, rescued).with(record::INSERT_ATTEMPTS, attempts).run(transaction).await?;
         Script::default().tell(backend, deltas, log)?.run(transaction).await?;

@@ -22,6 +22,7 @@ on_both_databases!(
     disabled_webhooks_hold_their_deliveries,
     what_is_due_sooner_than_was_known_is_found,
     what_cannot_be_rescued_holds_up_nothing,
+    a_lease_of_no_tenant_holds_up_no_other,
     deleted_webhooks_take_their_deliveries_along,
     a_retry_by_hand_is_one_attempt,
     the_answer_is_capped_and_kept,
@@ -210,22 +211,60 @@ async fn what_is_due_sooner_than_was_known_is_found(database: Database) {
     server.stop().await;
 }
 
+/// A delivery that a node has leased which is gone.
+async fn lose_lease(database: &Database, environment: &str) {
+    let insert = format!(
+        "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, granted, \
+         once, lost_leases, lease_node, lease_expires_at_ms, created_at_ms) VALUES ('whk_1', 'del_1', 'acme', \
+         '{environment}', 'evt_1', 'content.ready', 'pending', 1, FALSE, FALSE, 0, 'node_1', 1, 1)"
+    );
+    assert_eq!(database.execute(&insert).await, 1);
+}
+
 /// Every second it is tried in vain; what is due goes out.
 async fn what_cannot_be_rescued_holds_up_nothing(database: Database) {
     let schedule = RetrySchedule::parse("0s,2s").unwrap();
     let server = TestServer::with(Config { retry_schedule: schedule, ..config(&database) }).await;
     let receiver = Receiver::scripted(|index, _| Reply::status(if index == 0 { 500 } else { 200 })).await;
     server.webhook(&receiver.url(), &["content.ready"]).await;
-    let of_no_tenant = "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, \
-        attempts, granted, once, lost_leases, lease_node, lease_expires_at_ms, created_at_ms) VALUES ('whk_1', 'del_1', \
-        'acme', 'nowhere', 'evt_1', 'content.ready', 'pending', 1, FALSE, FALSE, 0, 'node_1', 1, 1)";
-    assert_eq!(database.execute(of_no_tenant).await, 1);
+    // The attempt that was lost cannot be recorded beside this one.
+    database
+        .execute("INSERT INTO attempts (delivery_id, number, started_at_ms, duration_ms) VALUES ('del_1', 9, 1, 0)")
+        .await;
+    database.execute("CREATE UNIQUE INDEX one_only ON attempts (delivery_id) WHERE delivery_id = 'del_1'").await;
+    lose_lease(&database, "test").await;
     let mut watch = server.watch().await;
     server.publish("content.ready", "{}").await;
     let sent = watch.until(1, |change| change.status() == DeliveryStatus::Success).await.remove(0);
     assert_eq!(sent.attempts, 2);
     let left = "SELECT 1 FROM deliveries WHERE lease_node = 'node_1'";
     assert_eq!(database.rows(left).await.len(), 1, "it could not be rescued");
+    server.stop().await;
+}
+
+/// Neither while a node works nor when it starts.
+async fn a_lease_of_no_tenant_holds_up_no_other(database: Database) {
+    let schedule = || RetrySchedule::parse("0s,1h").unwrap();
+    let receiver = Receiver::scripted(|index, _| Reply::status(if index == 0 { 500 } else { 200 })).await;
+    let server = TestServer::with(Config { retry_schedule: schedule(), ..config(&database) }).await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    server.publish("content.ready", "{}").await;
+    watch.until(1, |change| change.attempts == 1 && change.next_attempt_at.is_some()).await;
+    lose_lease(&database, "nowhere").await;
+    let lose_other = "UPDATE deliveries SET next_attempt_at_ms = NULL, lease_node = 'node_1', lease_expires_at_ms = 2 \
+        WHERE environment = 'test'";
+    assert_eq!(database.execute(lose_other).await, 1);
+    watch.until(1, |change| change.status() == DeliveryStatus::Success).await;
+    server.stop().await;
+
+    let lost_again = "UPDATE deliveries SET status = 'pending', next_attempt_at_ms = NULL, lease_node = 'node_1', \
+        lost_leases = 0, lease_expires_at_ms = CASE environment WHEN 'nowhere' THEN 1 ELSE 2 END";
+    assert_eq!(database.execute(lost_again).await, 2);
+    let server = TestServer::with(Config { retry_schedule: schedule(), ..config(&database) }).await;
+    receiver.wait_for(3).await;
+    let left = "SELECT 1 FROM deliveries WHERE lease_node = 'node_1'";
+    assert_eq!(database.rows(left).await.len(), 0, "all were rescued");
     server.stop().await;
 }
 
