@@ -109,55 +109,69 @@ impl Engine {
                 tokio::task::yield_now().await;
             }
         }
-        let finish = self.finish(ready, claims, queue, &mut running, calls_ended);
+        // Leases that are being given back.
+        let mut unused = 0;
+        let finish = self.finish(ready, claims, &mut queue, &mut running, &mut unused, calls_ended);
         if tokio::time::timeout(grace, finish).await.is_err() {
-            tracing::warn!(count = running.len(), "attempts were cut off; leases that are not given back will run out");
+            while let Some(ended) = running.try_join_next() {
+                log_panic(ended);
+            }
+            let (attempts, leases) = (running.len(), unused + queue.drain().len());
+            tracing::warn!(
+                attempts,
+                leases,
+                "attempts were cut off, or leases not given back; their leases will run out"
+            );
         }
     }
 
     async fn finish(
         self: &Arc<Self>,
         mut ready: mpsc::UnboundedReceiver<Leased>,
-        claims: JoinHandle<()>,
-        mut queue: Queue<Leased>,
+        mut claims: JoinHandle<()>,
+        queue: &mut Queue<Leased>,
         running: &mut JoinSet<()>,
+        unused: &mut usize,
         calls_ended: CancellationToken,
     ) {
-        // What was claimed last is in `ready` when the claims have ended.
-        if !claims.is_finished() {
-            let _ = claims.await;
-        }
-        let (mut unused, mut ended) = (Vec::new(), false);
+        // One at a time, beside what goes on: a database that fails does not keep tests from going out.
+        let (mut release, mut ended) = (JoinSet::new(), false);
         loop {
+            // What was claimed last is in `ready` when the claims have ended, what was published last when the calls have.
+            let claimed = claims.is_finished();
             while let Ok(leased) = ready.try_recv() {
-                self.take(leased, &mut queue, running);
+                self.take(leased, queue, running);
             }
-            unused.append(&mut queue.drain());
-            if self.give_back_all(&mut unused).await && ended {
-                break;
+            if release.is_empty() {
+                let leases = queue.drain();
+                *unused = leases.len();
+                if !leases.is_empty() {
+                    release.spawn(Arc::clone(self).give_back_all(leases));
+                } else if claimed && ended {
+                    break;
+                }
             }
-            // Calls that are still open may publish, and wait for a test.
             tokio::select! {
+                _ = &mut claims, if !claimed => {}
+                // Calls that are still open may publish, and wait for a test.
                 () = calls_ended.cancelled(), if !ended => ended = true,
-                Some(leased) = ready.recv() => self.take(leased, &mut queue, running),
-                () = tokio::time::sleep(RECORD_AGAIN), if !unused.is_empty() => {}
+                Some(leased) = ready.recv() => self.take(leased, queue, running),
+                Some(ended) = running.join_next() => log_panic(ended),
+                Some(released) = release.join_next() => log_panic(released),
             }
         }
-        while running.join_next().await.is_some() {}
+        while let Some(ended) = running.join_next().await {
+            log_panic(ended);
+        }
     }
 
-    /// Gives leases back in one commit. When it fails they are all kept, to be tried again: whether it was done is not known,
-    /// and a lease that was given back is not there a second time.
-    async fn give_back_all(&self, unused: &mut Vec<Leased>) -> bool {
-        if unused.is_empty() {
-            return true;
-        }
-        if let Err(error) = self.store.release(unused).await {
+    /// Gives leases back in one commit. When it fails they are all tried again: whether it was done is not known, and a lease
+    /// that was given back is not there a second time.
+    async fn give_back_all(self: Arc<Self>, unused: Vec<Leased>) {
+        while let Err(error) = self.store.release(&unused).await {
             tracing::warn!(%error, count = unused.len(), "leases could not be given back; trying again");
-            return false;
+            tokio::time::sleep(RECORD_AGAIN).await;
         }
-        unused.clear();
-        true
     }
 
     fn take(self: &Arc<Self>, leased: Leased, queue: &mut Queue<Leased>, running: &mut JoinSet<()>) {
