@@ -28,6 +28,8 @@ const MAX_HEADERS: usize = 13;
 
 /// An attempt begins only when its lease lasts this much longer than the attempt may: time to record the result.
 const TO_RECORD: Duration = Duration::from_secs(5);
+/// Where the clock is set forward by less than what counts, the requests on the wire still end within their leases.
+const _: () = assert!(clock::LEAP.as_secs() < TO_RECORD.as_secs());
 /// Between tries to record a result, or to give leases back, while the database fails.
 pub(super) const RECORD_AGAIN: Duration = Duration::from_secs(1);
 /// What a database that fails does to thousands of attempts is said once in this time.
@@ -110,8 +112,10 @@ impl Engine {
             // to go on by its schedule, and to end where everybody sees it.
             Err(error @ (Error::Sealed(_) | Error::Corrupt(_))) => {
                 if let Some(count) = NOT_OPENED.reasons() {
-                    tracing::error!(%error, count, "signing secrets cannot be read; attempts fail");
+                    let webhook = &*leased.webhook_id;
+                    tracing::error!(webhook, %error, count, "signing secrets cannot be read, this one at least; attempts fail");
                 }
+                drop(slot);
                 return self.fail(leased, UNSIGNED).await;
             }
             Err(error) => {
