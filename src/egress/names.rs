@@ -3,7 +3,7 @@
 //! has a part of them apart, and what is in memory needs none.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -28,9 +28,11 @@ const MAX_LOOKUPS: usize = 4_096;
 const FILES_PER_LOOKUP: usize = 32;
 /// … and so many, however few files.
 const MIN_LOOKUPS: usize = 64;
-/// A name whose look-up takes as long is slow. The next one is of those that are for slow names …
+/// A name whose look-up takes as long is slow. The next ones are of those that are for slow names …
 const SLOW: Duration = Duration::from_secs(1);
-/// … one of so many; the rest is for all other names, which so never wait for those.
+/// … for this time: who only lost a packet does not stand behind those that never answer for longer …
+const SLOW_FOR: Duration = Duration::from_secs(5 * 60);
+/// … and of so many one is for those; the rest is for all other names, which so never wait for those.
 const LOOKUPS_PER_SLOW: usize = 4;
 /// So many slow names are known; beyond, all are forgotten, and known again when they have been looked up once more.
 const MAX_SLOW: usize = 8_192;
@@ -48,7 +50,8 @@ pub(super) struct Names {
     resolver: TokioResolver,
     permits: Semaphore,
     permits_of_slow: Semaphore,
-    slow: Mutex<HashSet<Box<str>>>,
+    /// Since when names are slow.
+    slow: Mutex<HashMap<Box<str>, Instant>>,
 }
 
 /// A look-up that is under way.
@@ -90,7 +93,7 @@ impl Names {
 
     /// Every address of a name, not judged.
     pub(super) async fn addresses(&self, name: &str) -> Result<Vec<IpAddr>, Failure> {
-        let permits = if self.slow().contains(name) { &self.permits_of_slow } else { &self.permits };
+        let permits = if self.is_slow(name) { &self.permits_of_slow } else { &self.permits };
         let _permit = match permits.try_acquire() {
             Ok(permit) => permit,
             Err(_) => {
@@ -108,7 +111,11 @@ impl Names {
         all(found)
     }
 
-    fn slow(&self) -> MutexGuard<'_, HashSet<Box<str>>> {
+    fn is_slow(&self, name: &str) -> bool {
+        self.slow().get(name).is_some_and(|since| since.elapsed() < SLOW_FOR)
+    }
+
+    fn slow(&self) -> MutexGuard<'_, HashMap<Box<str>, Instant>> {
         self.slow.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -125,7 +132,7 @@ impl Drop for Lookup<'_> {
             if slow.len() >= MAX_SLOW {
                 slow.clear();
             }
-            slow.insert(self.name.into());
+            slow.insert(self.name.into(), clock::stopwatch());
         } else if self.ended {
             slow.remove(self.name);
         }
@@ -143,6 +150,8 @@ mod tests {
 
     /// What stands before the question, which ends with a nought, type and class.
     const HEAD: usize = 12;
+    /// Who gives up after this time was slow, whoever else has the processors.
+    const LONGER: Duration = SLOW.saturating_add(Duration::from_millis(200));
 
     /// Four look-ups at a time, of which one is for slow names, with a name server that never answers about any that
     /// begins with `s`, and gives the others an address for a minute.
@@ -189,7 +198,7 @@ mod tests {
         let names = names().await;
         let silent = || join_all(["s1", "s2", "s3"].map(|name| names.addresses(name)));
         // Two are given up by those who wait for them.
-        let given_up = ["s4", "s5"].map(|name| tokio::time::timeout(SLOW, names.addresses(name)));
+        let given_up = ["s4", "s5"].map(|name| tokio::time::timeout(LONGER, names.addresses(name)));
         assert!(join_all(given_up).await.iter().all(Result::is_err));
         assert!(silent().await.iter().all(Result::is_err));
         let mut again = Box::pin(join(silent(), names.addresses("s4")));
@@ -200,17 +209,23 @@ mod tests {
             _ = &mut again => panic!("it waited for those"),
         };
         assert!(found.is_ok());
-        // Who is quick again is like all others.
+        // Who was slow long ago is like all others, and so is who is quick again.
+        names.slow().insert("b.example".into(), clock::stopwatch() - SLOW_FOR);
+        let found = tokio::select! {
+            found = names.addresses("b.example") => found,
+            _ = &mut again => panic!("it waited for those"),
+        };
+        assert!(found.is_ok() && !names.slow().contains_key("b.example"));
         drop(again);
-        names.slow().insert("b.example".into());
-        assert!(names.addresses("b.example").await.is_ok() && !names.slow().contains("b.example"));
+        names.slow().insert("c.example".into(), clock::stopwatch());
+        assert!(names.addresses("c.example").await.is_ok() && !names.is_slow("c.example"));
     }
 
     #[tokio::test]
     async fn not_too_many_slow_names_are_known() {
         let names = names().await;
-        names.slow().extend((0..MAX_SLOW).map(|number| number.to_string().into()));
-        let _ = tokio::time::timeout(SLOW, names.addresses("s1")).await;
-        assert_eq!(names.slow().iter().map(|name| &**name).collect::<Vec<_>>(), ["s1"]);
+        names.slow().extend((0..MAX_SLOW).map(|number| (number.to_string().into(), clock::stopwatch())));
+        let _ = tokio::time::timeout(LONGER, names.addresses("s1")).await;
+        assert_eq!(names.slow().keys().map(|name| &**name).collect::<Vec<_>>(), ["s1"]);
     }
 }
