@@ -60,14 +60,8 @@ impl Store {
         }
         let followed = || self.0.followed.0.lock().unwrap_or_else(PoisonError::into_inner);
         let last = *followed();
-        let mut best = self.ask_clock().await?;
-        for _ in 1..FIRST_TRIES {
-            if last.is_some() || best.is_good() {
-                break;
-            }
-            let next = self.ask_clock().await?;
-            best = if next.round_trip < best.round_trip { next } else { best };
-        }
+        let tries = if last.is_some() { 1 } else { FIRST_TRIES };
+        let best = best_of(tries, || self.ask_clock()).await?;
         let known = last.filter(|_| !best.is_better_than(last)).unwrap_or(best);
         if known.is_doubtful() && WITHOUT.is_time() {
             let round_trip_secs = best.round_trip.as_secs_f64();
@@ -91,9 +85,49 @@ impl Store {
     }
 }
 
+/// The best of so many answers, or the first that is good.
+async fn best_of<F: Future<Output = Result<Answer, Error>>>(
+    tries: usize,
+    mut ask: impl FnMut() -> F,
+) -> Result<Answer, Error> {
+    let mut best = ask().await?;
+    for _ in 1..tries {
+        if best.is_good() {
+            break;
+        }
+        // One that fails takes nothing from those before.
+        let Ok(next) = ask().await else { break };
+        if next.round_trip < best.round_trip {
+            best = next;
+        }
+    }
+    Ok(best)
+}
+
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
+
+    #[test]
+    fn the_best_answer_counts_though_a_later_one_fails() {
+        // What each try comes to: the milliseconds that it took, or nothing.
+        let best = |answers: &[Option<u64>]| {
+            let mut answers = answers.iter();
+            let ask = || {
+                let round_trip = answers.next().unwrap().map(Duration::from_millis).ok_or(Error::Closed);
+                let (now, asked) = (Timestamp::from_millis(0), clock::stopwatch());
+                std::future::ready(round_trip.map(|round_trip| Answer { now, asked, round_trip }))
+            };
+            let best = best_of(4, ask).now_or_never().unwrap();
+            best.ok().map(|best| best.round_trip.as_millis())
+        };
+        assert_eq!(best(&[Some(900), Some(300), Some(700), Some(800)]), Some(300));
+        assert_eq!(best(&[Some(900), Some(250)]), Some(250), "it is good");
+        assert_eq!(best(&[Some(900), Some(700), None]), Some(700));
+        assert_eq!(best(&[None]), None);
+    }
 
     #[test]
     fn a_slow_answer_is_better_than_none_or_an_old_one() {
