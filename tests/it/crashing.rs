@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -11,9 +11,10 @@ use std::{
 };
 
 use http::Method;
+use serde_json::json;
 use tokio::process::Command;
 
-use crate::support::{Database, Kind, Process, Receiver, Reply, TestServer, on_both_databases, soon};
+use crate::support::{Database, Kind, Process, Receiver, Reply, TestServer, lie_about_time, on_both_databases, soon};
 
 on_both_databases!(killed_in_the_middle, stopped_in_the_middle, a_stop_begins_no_attempts);
 
@@ -183,9 +184,9 @@ async fn leases_are_given_back_though_a_commit_fails() {
                 EXECUTE FUNCTION refuse_once();",
         )
         .await;
-    for _ in 0..EVENTS {
-        server.publish("content.ready", "{}").await;
-    }
+    // In one commit: all but eight wait behind the first, for seconds.
+    let events = vec![json!({ "event": "content.ready", "data": {} }); EVENTS];
+    server.post("/v1/events/batch", &json!({ "events": events }).to_string()).await.data();
     receiver.wait_for(1).await;
     server.stop().await;
     let count = async |condition: &str| {
@@ -206,9 +207,7 @@ async fn a_clock_that_is_set_forward_repeats_nothing() {
     let set = |offset: &str| std::fs::write(&clock, offset).unwrap();
     set("+0");
     let mut command = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"));
-    command.env("LD_PRELOAD", faketime()).env("FAKETIME_TIMESTAMP_FILE", &clock).env("FAKETIME_NO_CACHE", "1");
-    // The time of day leaps; what only ever runs forward does not.
-    command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1").env("DONT_FAKE_MONOTONIC", "1");
+    lie_about_time(&mut command).env("FAKETIME_TIMESTAMP_FILE", &clock).env("FAKETIME_NO_CACHE", "1");
     let arguments = ["--database-url", &database.url, "--rate-limit", "off"];
     let process = Process::start(command, &arguments, directory.path()).await;
     // Long enough for a few looks at what has run out.
@@ -230,11 +229,4 @@ async fn a_clock_that_is_set_forward_repeats_nothing() {
     let delivery = soon("the end of the delivery", ended).await;
     assert_eq!((delivery["status"].as_str(), delivery["attempts"].as_i64()), (Some("success"), Some(1)));
     assert_eq!(receiver.received().len(), 1);
-}
-
-/// The library that lies about the time.
-fn faketime() -> PathBuf {
-    let folders = std::fs::read_dir("/usr/lib").unwrap().map(|entry| entry.unwrap().path());
-    let mut libraries = folders.map(|folder| folder.join("faketime/libfaketimeMT.so.1"));
-    libraries.find(|path| path.exists()).expect("libfaketime is installed; tests/run does it")
 }

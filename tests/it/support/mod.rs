@@ -11,7 +11,7 @@ use std::time::Duration;
 pub(crate) use self::{
     database::{Database, Kind},
     name_server::{Says, serve_names},
-    process::Process,
+    process::{Process, lie_about_time},
     receiver::{Received, Receiver, Reply},
     server::{Answer, Bearer, MASTER_KEY, TestServer, Watch, config},
 };
