@@ -21,6 +21,8 @@ use crate::clock;
 /// How many idle connections of a host each of the clients keeps: as many as a webhook uses at a time, lest they be made anew
 /// all the time, and more for a host that many webhooks share.
 pub(super) const POOLS: [usize; 6] = [0, 1, 4, 12, 32, 128];
+/// How often each connection of a host was used is counted in parts of so many: with the largest pool, one use of one of them.
+const PARTS: usize = POOLS[POOLS.len() - 1];
 /// The client that closes every connection behind its request.
 const CLOSING: usize = 0;
 /// The one for hosts that need one connection.
@@ -153,8 +155,8 @@ impl Hosts {
             host.most = host.under_way;
             // What is under way comes back to its pool, whenever that is.
             if host.pool > CLOSING && host.under_way == 0 {
-                // How often each of the connections that it may keep was used, if not in whole numbers.
-                idle.push((used * POOLS[POOLS.len() - 1] / POOLS[host.pool], host));
+                let used_by_each = used * PARTS / POOLS[host.pool];
+                idle.push((used_by_each, host));
             }
         }
         if std::mem::take(&mut self.left_out) > 0 {

@@ -403,6 +403,7 @@ mod tests {
         assert_eq!((batch.drafts.len(), waiting.len()), (2, 3));
         assert_eq!(waiting.pop().unwrap().weight(&store), 200);
     }
+
     #[tokio::test]
     async fn results_with_long_answers_weigh_more() {
         let (_directory, store) = Store::fresh().await;
