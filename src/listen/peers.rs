@@ -253,11 +253,9 @@ mod tests {
     fn a_call_without_a_key_sends_little() {
         let peers = Arc::new(Peers::new(4, 1024 * 1024));
         let connection = Arc::new(peers.admit(address("192.0.2.1")).unwrap());
-        for (organization, memory, more) in [
-            ("", Memory::Bodies, Err(Full::Stranger)),
-            ("", Memory::Answers, Ok(())),
-            ("acme", Memory::Bodies, Ok(())),
-        ] {
+        for (organization, memory, more) in
+            [("", Memory::Bodies, Err(Full::Stranger)), ("", Memory::Answers, Ok(())), ("acme", Memory::Bodies, Ok(()))]
+        {
             let call = call(&connection, organization, memory);
             assert_eq!((call.grow(SMALL_BYTES), call.grow(1)), (Ok(()), more), "{organization} {memory:?}");
         }
