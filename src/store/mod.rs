@@ -17,6 +17,7 @@ mod entity;
 mod error;
 mod given_back;
 mod handoff;
+mod holdings;
 mod idempotency;
 mod keys;
 mod known_keys;

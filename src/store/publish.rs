@@ -9,10 +9,11 @@ use super::{
     Error, Leased, Store,
     counts::Deltas,
     handoff::Handoff,
+    holdings::Holding,
     idempotency::{Keep, Kept},
     leases::Lease,
     log::{Entry, Log},
-    room::{MAX_WAITING_BYTES, Room},
+    room::MAX_WAITING_BYTES,
     rows::{Column, Rows, int, int_or_null, text, text_or_null},
     targets::{Subscribers, Subscription},
     test_events::TestCaller,
@@ -82,7 +83,7 @@ pub(super) struct Publish {
     /// For a named request.
     keep: Option<Keep<Vec<Published>>>,
     /// Held until it is stored or refused, whether or not its caller still waits.
-    room: Option<Room>,
+    room: Option<Holding>,
 }
 
 struct Test {
@@ -101,7 +102,7 @@ pub(super) struct Draft {
     plan: Plan,
     done: Option<TestCaller>,
     keep: Option<Keep<Vec<Published>>>,
-    _room: Option<Room>,
+    _room: Option<Holding>,
 }
 
 struct DraftEvent {

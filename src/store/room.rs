@@ -5,12 +5,12 @@
 //! `dispatch/shares.rs`): one alone has half of all, two have a third each, and something is always free for one that comes
 //! new. One that holds few takes more as long as there is any.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::sync::Arc;
 
-use super::Error;
+use super::{
+    Error,
+    holdings::{Holding, Holdings},
+};
 
 /// Publishes that wait for their commit may have this much data together; one more is refused with
 /// [`Error::Overloaded`] …
@@ -19,58 +19,22 @@ pub(super) const MAX_WAITING_BYTES: usize = 64 * 1024 * 1024;
 /// [`Error::OrganizationOverloaded`].
 const FEW_BYTES: usize = 1024 * 1024;
 
-/// The books about who holds how much.
+/// What publishes hold that wait.
 #[derive(Default)]
-pub(super) struct Rooms(Arc<Mutex<Held>>);
-
-#[derive(Default)]
-struct Held {
-    total: usize,
-    /// Of those that hold any.
-    organizations: HashMap<Arc<str>, usize>,
-}
-
-/// What a publish holds, until this is dropped.
-pub(super) struct Room {
-    held: Arc<Mutex<Held>>,
-    organization: Arc<str>,
-    bytes: usize,
-}
+pub(super) struct Rooms(Holdings);
 
 impl Rooms {
     /// Room for a publish of so many bytes, of which none is longer than all there may be.
-    pub(super) fn take(&self, organization: &Arc<str>, bytes: usize) -> Result<Room, Error> {
+    pub(super) fn take(&self, organization: &Arc<str>, bytes: usize) -> Result<Holding, Error> {
         let bytes = bytes.min(MAX_WAITING_BYTES);
-        let mut held = lock(&self.0);
-        let free = MAX_WAITING_BYTES - held.total;
-        let its = held.organizations.get(organization).copied().unwrap_or(0);
-        if its >= free.max(FEW_BYTES) {
-            return Err(Error::OrganizationOverloaded);
-        }
-        if bytes > free {
-            return Err(Error::Overloaded);
-        }
-        held.total += bytes;
-        *held.organizations.entry(Arc::clone(organization)).or_default() += bytes;
-        Ok(Room { held: Arc::clone(&self.0), organization: Arc::clone(organization), bytes })
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        let mut held = lock(&self.held);
-        held.total -= self.bytes;
-        if let Some(its) = held.organizations.get_mut(&self.organization) {
-            *its -= self.bytes;
-            if *its == 0 {
-                held.organizations.remove(&self.organization);
+        self.0.take(organization, bytes, |total, its| {
+            let free = MAX_WAITING_BYTES - total;
+            if its >= free.max(FEW_BYTES) {
+                return Err(Error::OrganizationOverloaded);
             }
-        }
+            if bytes > free { Err(Error::Overloaded) } else { Ok(()) }
+        })
     }
-}
-
-fn lock(held: &Mutex<Held>) -> MutexGuard<'_, Held> {
-    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -80,7 +44,7 @@ mod tests {
     const CALL: usize = 1_000 * 1024;
 
     /// What organisations hold that come one after another and each take all they can, and why it is no more.
-    fn fill(rooms: &Rooms, organization: &str, calls: &mut Vec<Room>) -> (usize, Error) {
+    fn fill(rooms: &Rooms, organization: &str, calls: &mut Vec<Holding>) -> (usize, Error) {
         let organization = Arc::from(organization);
         let before = calls.len();
         loop {
@@ -120,9 +84,8 @@ mod tests {
         assert!(matches!(rooms.take(&one, 1), Err(Error::OrganizationOverloaded)));
         drop(long);
         let short: Vec<_> = (1..100).map(|bytes| rooms.take(&one, bytes).ok().unwrap()).collect();
-        assert_eq!(lock(&rooms.0).total, 99 * 50);
+        assert_eq!(rooms.0.sums(), (99 * 50, 1));
         drop(short);
-        let held = lock(&rooms.0);
-        assert!(held.total == 0 && held.organizations.is_empty());
+        assert_eq!(rooms.0.sums(), (0, 0));
     }
 }

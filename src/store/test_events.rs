@@ -3,15 +3,14 @@
 //! A test goes out at once, outside the shares of the engine, so it has limits of its own. It counts until its attempt has
 //! ended and not only until its caller leaves: leaving costs a caller nothing, and the attempt goes on without it.
 
-use std::{
-    collections::HashMap,
-    ops::RangeInclusive,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{ops::RangeInclusive, sync::Arc};
 
 use tokio::sync::oneshot;
 
-use super::Error;
+use super::{
+    Error,
+    holdings::{Holding, Holdings},
+};
 use crate::webhook::Attempt;
 
 /// Test events under way at a time on this node; one more is refused with [`Error::Tests`].
@@ -22,44 +21,27 @@ const MAX_SHARED_TESTS: usize = MAX_TESTS / 4 * 3;
 /// [`Error::OrganizationTests`].
 const TESTS_PER_ORGANIZATION: RangeInclusive<usize> = 4..=MAX_TESTS / 4;
 
-/// The books about what is under way.
+/// What is under way.
 #[derive(Default)]
-pub(super) struct TestEvents(Arc<Mutex<UnderWay>>);
-
-#[derive(Default)]
-struct UnderWay {
-    total: usize,
-    /// Those that have any.
-    organizations: HashMap<Arc<str>, usize>,
-}
+pub(super) struct TestEvents(Holdings);
 
 /// Who waits for the attempt of a test event, which counts as under way until this is dropped.
 pub struct TestCaller {
     to: oneshot::Sender<Attempt>,
-    place: Place,
-}
-
-struct Place {
-    under_way: Arc<Mutex<UnderWay>>,
-    organization: Arc<str>,
+    place: Holding,
 }
 
 impl TestEvents {
     /// Lets a test event in, or refuses it when too many are under way; where its attempt is awaited.
     pub(super) fn admit(&self, organization: &Arc<str>) -> Result<(TestCaller, oneshot::Receiver<Attempt>), Error> {
-        let mut under_way = lock(&self.0);
-        let free = MAX_SHARED_TESTS.saturating_sub(under_way.total);
-        let most = free.clamp(*TESTS_PER_ORGANIZATION.start(), *TESTS_PER_ORGANIZATION.end());
-        if under_way.organizations.get(organization).is_some_and(|count| *count >= most) {
-            return Err(Error::OrganizationTests);
-        }
-        if under_way.total >= MAX_TESTS {
-            return Err(Error::Tests);
-        }
-        under_way.total += 1;
-        *under_way.organizations.entry(Arc::clone(organization)).or_default() += 1;
+        let place = self.0.take(organization, 1, |total, its| {
+            let free = MAX_SHARED_TESTS.saturating_sub(total);
+            if its >= free.clamp(*TESTS_PER_ORGANIZATION.start(), *TESTS_PER_ORGANIZATION.end()) {
+                return Err(Error::OrganizationTests);
+            }
+            if total >= MAX_TESTS { Err(Error::Tests) } else { Ok(()) }
+        })?;
         let (to, attempted) = oneshot::channel();
-        let place = Place { under_way: Arc::clone(&self.0), organization: Arc::clone(organization) };
         Ok((TestCaller { to, place }, attempted))
     }
 }
@@ -71,23 +53,6 @@ impl TestCaller {
         drop(self.place);
         let _ = self.to.send(attempt);
     }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut under_way = lock(&self.under_way);
-        under_way.total -= 1;
-        if let Some(count) = under_way.organizations.get_mut(&self.organization) {
-            *count -= 1;
-            if *count == 0 {
-                under_way.organizations.remove(&self.organization);
-            }
-        }
-    }
-}
-
-fn lock(under_way: &Mutex<UnderWay>) -> MutexGuard<'_, UnderWay> {
-    under_way.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -115,7 +80,6 @@ mod tests {
         callers.pop();
         assert!(tests.admit(&other).is_ok());
         callers.clear();
-        let under_way = lock(&tests.0);
-        assert!(under_way.total == 0 && under_way.organizations.is_empty());
+        assert_eq!(tests.0.sums(), (0, 0));
     }
 }
