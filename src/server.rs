@@ -107,7 +107,7 @@ pub async fn run(
     let engine = Arc::new(Engine {
         store: store.clone(),
         client: client.clone(),
-        schedule: Arc::new(config.retry_schedule.clone()),
+        schedule: config.retry_schedule.clone(),
         request_timeout: config.request_timeout,
         max_in_flight_per_webhook: config.max_in_flight_per_webhook,
         open_files,

@@ -1,6 +1,9 @@
 //! Fetches what falls due, and what dead nodes left.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio_util::sync::CancellationToken;
 
@@ -41,15 +44,14 @@ struct Claims {
 }
 
 /// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
-pub(super) async fn run(engine: Engine, shutdown: CancellationToken) {
-    let Engine { store, schedule, request_timeout, .. } = engine;
-    let rescues = Seldom::new(POLL);
+pub(super) async fn run(engine: Arc<Engine>, shutdown: CancellationToken) {
+    let (store, rescues) = (engine.store.clone(), Seldom::new(POLL));
     let (list, leaps) = (Waitlist::default(), Leaps::default());
     let mut claims = Claims { store, list, looked: None, sweep: None, rescues, leaps, leapt: None };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let round = clock::stopwatch();
-        let (wait, rest) = match claims.round(&schedule, lease_length(request_timeout)).await {
+        let (wait, rest) = match claims.round(&engine.schedule, lease_length(engine.request_timeout)).await {
             Ok((Claimed { count, more }, wait)) => {
                 claimed += count;
                 if more {

@@ -33,14 +33,13 @@ const MAX_STARTS: usize = 16;
 const LEASE_MARGIN: Duration = Duration::from_secs(30);
 
 /// What the engine works with.
-#[derive(Clone)]
 pub struct Engine {
     /// Where deliveries come from and results go.
     pub store: Store,
     /// The door to the receivers.
     pub client: egress::Client,
     /// When failed attempts are made again.
-    pub schedule: Arc<RetrySchedule>,
+    pub schedule: RetrySchedule,
     /// How long one request may take.
     pub request_timeout: Duration,
     /// Attempts under way to one webhook at a time.
@@ -59,7 +58,7 @@ impl Engine {
     /// wire finishes, and test events still go out, until `calls_ended`. The whole end takes at most `grace`.
     pub async fn run(self: Arc<Self>, stopping: CancellationToken, calls_ended: CancellationToken, grace: Duration) {
         let Some(mut ready) = self.store.ready() else { return };
-        let mut claims = tokio::spawn(claim::run(Self::clone(&self), stopping.clone()));
+        let mut claims = tokio::spawn(claim::run(Arc::clone(&self), stopping.clone()));
         let shares = Shares::new(self.max_in_flight_per_webhook, self.open_files);
         if shares.are_few() {
             let (open_files, attempts) = (self.open_files, shares.places);
