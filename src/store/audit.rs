@@ -193,7 +193,7 @@ impl Store {
     ) -> Result<Page<AuditEntry>, Error> {
         let organization = filter.organization.as_deref().map(Arc::from);
         let _turn = match &organization {
-            Some(organization) => Some(self.0.reads.turn(organization).await?),
+            Some(organization) => Some(self.0.lanes.turn_to_read(organization).await?),
             None => None,
         };
         let all = Entity::find().filter(condition(filter));

@@ -99,7 +99,7 @@ impl Store {
         let position = match after {
             Some(position) => position,
             None => {
-                let _turn = self.0.reads.turn_of_stream(filter.tenant.shared_organization()).await;
+                let _turn = self.0.lanes.turn_of_stream(filter.tenant.shared_organization()).await;
                 self.end(&self.0.read).await?
             }
         };
@@ -199,7 +199,7 @@ impl Store {
         sql.text(" AND seq >= ").value(log::row(after + 1)).text(" ORDER BY seq LIMIT ").value(MAX_READ as i64);
         sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES as i64);
         sql.text(" LEFT JOIN changes AS log ON log.seq = sized.seq ORDER BY log.seq");
-        let _turn = self.0.reads.turn_of_stream(tenant.shared_organization()).await;
+        let _turn = self.0.lanes.turn_of_stream(tenant.shared_organization()).await;
         let (mut forgotten, mut rows) = (None, Vec::new());
         let statement = sql.build(self.0.read.get_database_backend());
         for row in self.heard(async { Ok(self.0.read.query_all_raw(statement).await?) }).await? {
@@ -211,7 +211,7 @@ impl Store {
 
     /// What there is in the log for a stream after a place, in its organisation's turn.
     async fn select_log(self, filter: ChangeFilter, after: i64, tail: Tail) -> Result<LogRead, Error> {
-        let turn = self.0.reads.turn_at_log(filter.tenant.shared_organization()).await;
+        let turn = self.0.lanes.turn_at_log(filter.tenant.shared_organization()).await;
         let began = clock::stopwatch();
         // First the feed, then the log. However long the turn was in coming, no more has come since than the feed remembers.
         let tail = tail.now();
@@ -406,7 +406,7 @@ mod tests {
         watch.read_log().await.unwrap();
         let organization = tenant().shared_organization().clone();
         let turns =
-            async || [store.0.reads.turn_at_log(&organization).await, store.0.reads.turn_at_log(&organization).await];
+            async || [store.0.lanes.turn_at_log(&organization).await, store.0.lanes.turn_at_log(&organization).await];
         let held = turns().await;
         // More than the feed remembers, and while it waits for that reason, as much again.
         log(&store, 40, 1).await;
@@ -453,8 +453,8 @@ mod tests {
         let of = |name| ChangeFilter { tenant: Tenant::new(name, Environment::Test).unwrap(), ..filter(None) };
         let [mut third, mut other] = [watch(&store, None).await, store.watch(of("other"), None).await.unwrap()];
         let organization = tenant().shared_organization().clone();
-        let reads = &store.0.reads;
-        let two = [reads.turn_at_log(&organization).await, reads.turn_at_log(&organization).await];
+        let lanes = &store.0.lanes;
+        let two = [lanes.turn_at_log(&organization).await, lanes.turn_at_log(&organization).await];
         log(&store, 1, 1).await;
         log_of(&store, "other", 1, 1).await;
         tokio::select! {
@@ -478,7 +478,7 @@ mod tests {
         log(&store, 1, 1).await;
         // They wait for their turn, which comes when they are not asked any more.
         let organization = tenant().shared_organization().clone();
-        let turns = [store.0.reads.turn_at_log(&organization).await, store.0.reads.turn_at_log(&organization).await];
+        let turns = [store.0.lanes.turn_at_log(&organization).await, store.0.lanes.turn_at_log(&organization).await];
         let mut asked: Vec<_> = stalled.iter_mut().map(|watch| Box::pin(watch.next())).collect();
         assert!(asked.iter_mut().all(|next| next.as_mut().now_or_never().is_none()));
         drop(turns);
@@ -495,7 +495,7 @@ mod tests {
         for (webhook_id, in_vain) in [("whk_1", false), ("whk_2", true)] {
             let rests = async {
                 // All that happens here between two looks is what the stream waits for.
-                while store.0.reads.under_way(&organization) != [0, 1] {
+                while store.0.lanes.under_way(&organization) != [0, 1] {
                     tokio::task::yield_now().await;
                 }
             };

@@ -126,7 +126,7 @@ impl Store {
         after: Option<&str>,
         limit: u64,
     ) -> Result<Page<ListedDelivery>, Error> {
-        let _turn = self.0.reads.turn(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_read(tenant.shared_organization()).await?;
         let mut counts = self.counts(webhook_id).await?;
         // Where nothing is, PostgreSQL would go through all that was pending since it was vacuumed, to find none.
         counts.retain(|count| {
@@ -163,7 +163,7 @@ impl Store {
         webhook_id: &str,
         id: &str,
     ) -> Result<Option<DeliveryDetail>, Error> {
-        let _turn = self.0.reads.turn(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_read(tenant.shared_organization()).await?;
         let key = (webhook_id.to_owned(), id.to_owned());
         let Some(row) = delivery::Entity::find_by_id(key).one(&self.0.read).await? else { return Ok(None) };
         if self.has_forgotten_attempts(&row) {
@@ -196,7 +196,7 @@ impl Store {
         );
         sql.value(now.millis()).text(" WHERE webhook_id = ").value(webhook_id);
         sql.text(" AND id = ").value(id).text(concat!(" AND status = 'failed' RETURNING ", listed!()));
-        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let statement = sql.build(transaction.get_database_backend());
         let updated = delivery::Entity::find().from_raw_sql(statement).one(&transaction).await.map_err(Error::from)?;

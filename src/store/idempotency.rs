@@ -158,7 +158,7 @@ impl Store {
              expires_at_ms = excluded.expires_at_ms WHERE idempotency_keys.expires_at_ms <= ",
         );
         sql.value(now.millis());
-        let _turn = self.0.reads.turn_to_change(request.tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_change(request.tenant.shared_organization()).await?;
         Ok((self.change_keys(sql).await? > 0).then_some(Claim { request, id }))
     }
 

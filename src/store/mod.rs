@@ -21,13 +21,13 @@ mod holdings;
 mod idempotency;
 mod keys;
 mod known_keys;
+mod lanes;
 mod leases;
 mod log;
 #[path = "../../migrations/mod.rs"]
 mod migrations;
 mod parameter;
 mod publish;
-mod reads;
 mod record;
 mod rescue;
 mod retention;
@@ -121,7 +121,7 @@ struct Inner {
     known_keys: known_keys::KnownKeys,
     revisions: revisions::Revisions,
     publishing: room::Rooms,
-    reads: reads::Reads,
+    lanes: lanes::CallLanes,
     /// Deliveries leased to this node, on their way to `dispatch`.
     ready: mpsc::UnboundedSender<Leased>,
     ready_out: std::sync::Mutex<Option<mpsc::UnboundedReceiver<Leased>>>,
@@ -164,7 +164,7 @@ impl Store {
             known_keys: known_keys::KnownKeys::default(),
             revisions: revisions::Revisions::default(),
             publishing: room::Rooms::default(),
-            reads: reads::Reads::over(readers),
+            lanes: lanes::CallLanes::over(readers),
             ready,
             ready_out: std::sync::Mutex::new(Some(ready_out)),
             used_keys: keys::UsedKeys::default(),

@@ -70,7 +70,7 @@ impl Store {
             deleted_at_ms: Set(None),
             master_key_id: Set(Some(sealed.master_key_id)),
         };
-        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         if webhook::Entity::find().filter(of(tenant)).count(&transaction).await? >= most {
             return Err(Error::TooManyWebhooks(most));
@@ -97,7 +97,7 @@ impl Store {
         after: Option<&str>,
         limit: u64,
     ) -> Result<Page<Webhook>, Error> {
-        let _turn = self.0.reads.turn(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_read(tenant.shared_organization()).await?;
         let all = webhook::Entity::find().filter(of(tenant));
         // An index-only count of the tenant's own webhooks, which are few; deliveries are counted as they change.
         let total = i64::try_from(all.clone().count(&self.0.read).await?).unwrap_or(i64::MAX);
@@ -118,7 +118,7 @@ impl Store {
         update: WebhookUpdate,
         by: &Actor,
     ) -> Result<Option<Webhook>, Error> {
-        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
         let changed_fields = changed_fields(&update);
@@ -156,7 +156,7 @@ impl Store {
 
     /// Removes a webhook from sight at once; its deliveries are removed in small steps by [`Store::remove_deleted`].
     pub async fn delete_webhook(&self, tenant: &Tenant, id: &str, by: &Actor) -> Result<bool, Error> {
-        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(false) };
         let mut row = found.into_active_model();
@@ -179,7 +179,7 @@ impl Store {
         let secret = new_secret();
         let vault = self.vault()?;
         let previous_expires_at = clock::now().after(ROTATION_OVERLAP);
-        let _turn = self.0.reads.turn_to_change(tenant.shared_organization()).await?;
+        let _turn = self.0.lanes.turn_to_change(tenant.shared_organization()).await?;
         let transaction = self.write().await?;
         let Some(found) = self.find_for_update(&transaction, tenant, id).await? else { return Ok(None) };
         let rotated = Rotated { secret, previous_expires_at };

@@ -30,7 +30,7 @@ const MAX_LOG_READS: usize = 2;
 const MAX_REST: Duration = Duration::from_millis(100);
 
 /// The turns of organisations at what they ask for.
-pub(super) struct Reads {
+pub(super) struct CallLanes {
     lists: Lanes,
     all: Arc<Semaphore>,
     log: Lanes,
@@ -66,7 +66,7 @@ struct User {
     organization: Arc<str>,
 }
 
-impl Reads {
+impl CallLanes {
     /// Over so many connections.
     pub(super) fn over(connections: u32) -> Self {
         let connections = connections as usize;
@@ -79,12 +79,12 @@ impl Reads {
     }
 
     /// A turn at reading what a call asks for.
-    pub(super) async fn turn(&self, organization: &Arc<str>) -> Result<Turn, Error> {
+    pub(super) async fn turn_to_read(&self, organization: &Arc<str>) -> Result<Turn, Error> {
         let mut its_turn = false;
         let turn = async {
             let of_organization = self.lists.turn(organization).await;
             its_turn = true;
-            Turn { _of_all: Arc::clone(&self.all).acquire_owned().await.ok(), _of_organization: of_organization }
+            self.turn_of_all(of_organization).await
         };
         let turn = tokio::time::timeout(MAX_WAIT_FOR_CONNECTION, turn).await;
         turn.map_err(|_| if its_turn { Error::Overloaded } else { Error::OrganizationBusy })
@@ -96,9 +96,12 @@ impl Reads {
         turn.map_err(|_| Error::OrganizationBusy)
     }
 
-    /// The same as [`Reads::turn`] for a stream, which waits for as long as it takes.
+    /// The same as [`CallLanes::turn_to_read`] for a stream, which waits for as long as it takes.
     pub(super) async fn turn_of_stream(&self, organization: &Arc<str>) -> Turn {
-        let of_organization = self.lists.turn(organization).await;
+        self.turn_of_all(self.lists.turn(organization).await).await
+    }
+
+    async fn turn_of_all(&self, of_organization: LaneTurn) -> Turn {
         Turn { _of_all: Arc::clone(&self.all).acquire_owned().await.ok(), _of_organization: of_organization }
     }
 
@@ -196,16 +199,16 @@ mod tests {
 
     #[test]
     fn an_organisation_reads_over_a_third_and_all_leave_one() {
-        let reads = Reads::over(9);
+        let lanes = CallLanes::over(9);
         let [loud, other, third, fourth] = ["loud", "other", "third", "fourth"].map(Arc::from);
-        let turn = |organization| reads.turn_of_stream(organization).now_or_never();
+        let turn = |organization| lanes.turn_of_stream(organization).now_or_never();
         let held: Vec<_> = (0..9).map_while(|_| turn(&loud)).collect();
         assert_eq!(held.len(), 3);
         let others: Vec<_> = [&other, &third].into_iter().flat_map(|name| (0..9).map_while(|_| turn(name))).collect();
         assert_eq!(others.len(), 5);
         assert!(turn(&fourth).is_none());
         drop(held);
-        assert!(turn(&fourth).is_some() && Reads::over(2).turn_of_stream(&loud).now_or_never().is_some());
+        assert!(turn(&fourth).is_some() && CallLanes::over(2).turn_of_stream(&loud).now_or_never().is_some());
     }
 
     #[test]
