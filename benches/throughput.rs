@@ -1,5 +1,5 @@
-//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS [ROUNDS]]`, and for PostgreSQL as well
-//! `SHORTKIT_BENCH_POSTGRES=postgres://… cargo bench --bench throughput`, with an empty database.
+//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS [ROUNDS [RUN …]]]`, all runs or those named, and
+//! for PostgreSQL as well `SHORTKIT_BENCH_POSTGRES=postgres://… cargo bench --bench throughput`, with an empty database.
 //!
 //! The service runs in a process of its own with durable settings. This process publishes over gRPC, 500 bytes an event,
 //! and receives. Everything is held against a bare loop of signed POSTs to the same receiver in the same run: machines
@@ -96,6 +96,14 @@ async fn run(all: &Handle) {
     let mut numbers = std::env::args().filter_map(|argument| argument.parse::<u64>().ok());
     let time = Duration::from_secs(numbers.next().unwrap_or(DEFAULT_SECS));
     let rounds = numbers.next().unwrap_or(1);
+    let chosen: Vec<String> =
+        std::env::args().skip(1).filter(|name| !name.starts_with('-') && name.parse::<u64>().is_err()).collect();
+    let wanted = |run: &str| chosen.is_empty() || chosen.iter().any(|name| name == run);
+    if let Some(name) = chosen.iter().find(|name| RUNS.iter().all(|(run, ..)| run != name)) {
+        let runs = RUNS.map(|(run, ..)| run);
+        eprintln!("there is no run {name:?}; there are {runs:?}");
+        std::process::exit(64);
+    }
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (url, seen) = receiver(start);
@@ -114,7 +122,7 @@ async fn run(all: &Handle) {
             let service = Service::start(directory.path(), url_of.as_deref(), &["--log", "warn"]).await;
             let target = Arc::new(Target::connect(service).await);
             let mut webhooks = Vec::new();
-            for (run, fan_out, load) in RUNS {
+            for (run, fan_out, load) in RUNS.into_iter().filter(|(run, ..)| wanted(run)) {
                 while webhooks.len() < fan_out {
                     webhooks.push(target.webhook(&url, EVENT).await);
                 }
@@ -124,8 +132,9 @@ async fn run(all: &Handle) {
                 found.entry((database, run)).or_default().push(figures);
             }
             println!("{database:10} listening after {:.0} ms", target.service.started_in.as_secs_f64() * 1e3);
+            // Not removed: what goes with a webhook would be removed beside the next round.
             for webhook in webhooks {
-                target.remove(webhook).await;
+                target.disable(webhook).await;
             }
             let target = Arc::into_inner(target).expect("nobody else publishes");
             target.service.stop().await;

@@ -11,11 +11,12 @@ use std::{
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost_types::FieldMask;
 use shortkit_webhooks::{
     clock,
     grpc::proto::{
-        CreateWebhookRequest, DeleteWebhookRequest, PublishEventRequest, PublishEventsRequest,
-        delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
+        CreateWebhookRequest, PublishEventRequest, PublishEventsRequest, UpdateWebhookRequest, WebhookStatus,
+        WebhookUpdate, delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
     },
 };
 use tokio::{net::TcpListener, task::JoinSet};
@@ -131,10 +132,13 @@ impl Target {
         answer.into_inner().webhook.expect("a webhook").id
     }
 
-    /// Removes a webhook.
-    pub(crate) async fn remove(&self, id: String) {
+    /// Leaves a webhook without new deliveries.
+    pub(crate) async fn disable(&self, id: String) {
+        let webhook = WebhookUpdate { status: Some(WebhookStatus::Disabled.into()), ..WebhookUpdate::default() };
+        let update_mask = FieldMask { paths: vec!["status".to_owned()] };
+        let message = UpdateWebhookRequest { id, webhook: Some(webhook), update_mask: Some(update_mask) };
         let mut client = WebhookServiceClient::new(self.channel.clone());
-        client.delete_webhook(self.authorized(DeleteWebhookRequest { id })).await.expect("it is gone");
+        client.update_webhook(self.authorized(message)).await.expect("it is disabled");
     }
 
     /// Publishes so many events in one call.
