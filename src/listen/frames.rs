@@ -68,6 +68,11 @@ impl Frames {
         self.sent = self.sent.saturating_add(bytes as u64).min(MAX_SENT);
     }
 
+    /// Whether what came so far is HTTP/2.
+    pub(super) fn are_http2(&self) -> bool {
+        matches!(self.state, State::Head(..) | State::Payload(_))
+    }
+
     /// How many streams were begun, and frames came that count, since this was asked last.
     pub(super) fn new_ones(&mut self) -> u32 {
         std::mem::take(&mut self.new)

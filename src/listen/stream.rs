@@ -27,11 +27,25 @@ pub(super) struct Watched<S> {
     write_time: Duration,
     /// Runs while the peer takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// Whether what is written has waited for what others have to say.
+    gathered: bool,
 }
 
 impl<S> Watched<S> {
     pub(super) fn new(stream: S, peer: Arc<Peer>, write_time: Duration) -> Self {
-        Self { stream, frames: Frames::new(), pace: Pace::new(peer), write_time, stalled: None }
+        Self { stream, frames: Frames::new(), pace: Pace::new(peer), write_time, stalled: None, gathered: false }
+    }
+
+    /// Whether answers may go out. Those to many calls of an HTTP/2 connection are made at the same moment, when a commit has
+    /// ended, and the connection runs as soon as the first of them is there: it would write, and wake the peer, for each.
+    /// So it lets everybody else who can run do so once.
+    fn is_gathered(&mut self, context: &Context<'_>) -> bool {
+        if self.gathered || !self.frames.are_http2() {
+            return true;
+        }
+        self.gathered = true;
+        context.waker().wake_by_ref();
+        false
     }
 
     /// Notes how much went out.
@@ -72,6 +86,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
+        if !self.is_gathered(context) {
+            return Poll::Pending;
+        }
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.written(context, written)
     }
@@ -81,6 +98,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
+        if !self.is_gathered(context) {
+            return Poll::Pending;
+        }
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
         self.written(context, written)
     }
@@ -90,6 +110,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<()>> {
+        self.gathered = false;
         let flushed = Pin::new(&mut self.stream).poll_flush(context);
         self.in_time(context, flushed)
     }
@@ -97,5 +118,43 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<()>> {
         let shut = Pin::new(&mut self.stream).poll_shutdown(context);
         self.in_time(context, shut)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
+    use super::*;
+
+    /// A watched stream whose peer has begun to speak like this.
+    async fn begun(with: &[u8]) -> (Watched<DuplexStream>, DuplexStream) {
+        let (mut peer, stream) = tokio::io::duplex(1024);
+        peer.write_all(with).await.unwrap();
+        let mut watched = Watched::new(stream, Arc::default(), Duration::from_secs(5));
+        watched.read_exact(&mut vec![0; with.len()]).await.unwrap();
+        (watched, peer)
+    }
+
+    /// What is written to an HTTP/2 peer goes out when everybody else has had a turn: once, not for each piece of it.
+    #[tokio::test]
+    async fn answers_gather() {
+        let (mut watched, mut peer) = begun(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+        for _ in 0..2 {
+            assert!(watched.write(b"first").now_or_never().is_none(), "others have a turn");
+            assert_eq!(watched.write(b"first, ").await.unwrap(), 7);
+            assert_eq!(watched.write(b"second").now_or_never().expect("it waits once").unwrap(), 6);
+            watched.flush().await.unwrap();
+            let mut said = [0; 13];
+            peer.read_exact(&mut said).await.unwrap();
+            assert_eq!(&said, b"first, second");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_over_http1_does_not_wait() {
+        let (mut watched, _peer) = begun(b"POST / HTTP/1.1\r\n").await;
+        assert_eq!(watched.write(b"answer").now_or_never().expect("at once").unwrap(), 6);
     }
 }
