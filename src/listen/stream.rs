@@ -27,18 +27,28 @@ pub(super) struct Watched<S> {
     write_time: Duration,
     /// Runs while the peer takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Whether what is written has waited for what others have to say.
+    /// Whether what is being written has let others have a turn; and whether all of it has gone out.
     gathered: bool,
+    flushed: bool,
 }
 
 impl<S> Watched<S> {
     pub(super) fn new(stream: S, peer: Arc<Peer>, write_time: Duration) -> Self {
-        Self { stream, frames: Frames::new(), pace: Pace::new(peer), write_time, stalled: None, gathered: false }
+        Self {
+            stream,
+            frames: Frames::new(),
+            pace: Pace::new(peer),
+            write_time,
+            stalled: None,
+            gathered: false,
+            flushed: false,
+        }
     }
 
     /// Whether answers may go out. Those to many calls of an HTTP/2 connection are made at the same moment, when a commit has
-    /// ended, and the connection runs as soon as the first of them is there: it would write, and wake the peer, for each.
-    /// So it lets everybody else who can run do so once.
+    /// ended, and the connection runs as soon as the first of them is there: it would write, and wake the peer, for each. So it
+    /// goes behind all that waits on its thread, once for all that it writes until it reads again: h2 reads first, each time it
+    /// runs, and long answers are pieces that it flushes one by one.
     fn is_gathered(&mut self, context: &Context<'_>) -> bool {
         if self.gathered || !self.frames.are_http2() {
             return true;
@@ -70,6 +80,9 @@ impl<S> Watched<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<Result<()>> {
+        if std::mem::take(&mut self.flushed) {
+            self.gathered = false;
+        }
         ready!(self.pace.poll_turn(context));
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
@@ -110,8 +123,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<()>> {
-        self.gathered = false;
         let flushed = Pin::new(&mut self.stream).poll_flush(context);
+        self.flushed = flushed.is_ready();
         self.in_time(context, flushed)
     }
 
@@ -123,6 +136,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use futures_util::FutureExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
@@ -137,19 +152,34 @@ mod tests {
         (watched, peer)
     }
 
-    /// What is written to an HTTP/2 peer goes out when everybody else has had a turn: once, not for each piece of it.
+    /// However many pieces there are to write, others have one turn before the first of them.
     #[tokio::test]
     async fn answers_gather() {
         let (mut watched, mut peer) = begun(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
-        for _ in 0..2 {
-            assert!(watched.write(b"first").now_or_never().is_none(), "others have a turn");
-            assert_eq!(watched.write(b"first, ").await.unwrap(), 7);
-            assert_eq!(watched.write(b"second").now_or_never().expect("it waits once").unwrap(), 6);
-            watched.flush().await.unwrap();
-            let mut said = [0; 13];
-            peer.read_exact(&mut said).await.unwrap();
-            assert_eq!(&said, b"first, second");
+        for round in 1..=2 {
+            let turns = Arc::new(AtomicUsize::new(0));
+            let others = Arc::clone(&turns);
+            let other = tokio::spawn(async move {
+                loop {
+                    others.fetch_add(1, Ordering::Relaxed);
+                    tokio::task::yield_now().await;
+                }
+            });
+            for _ in 0..3 {
+                tokio::time::timeout(Duration::from_secs(5), watched.write_all(b"piece"))
+                    .await
+                    .expect("its turn")
+                    .unwrap();
+                watched.flush().await.unwrap();
+                assert_eq!(turns.load(Ordering::Relaxed), 1, "round {round}");
+            }
+            other.abort();
+            peer.write_all(b"ping").await.unwrap();
+            watched.read_exact(&mut [0; 4]).await.unwrap();
         }
+        let mut said = [0; 30];
+        peer.read_exact(&mut said).await.unwrap();
+        assert_eq!(said, *b"piece".repeat(6));
     }
 
     #[tokio::test]
