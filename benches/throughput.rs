@@ -1,4 +1,4 @@
-//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS [ROUNDS [RUN …]]]`, all runs or those named, and
+//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS [ROUNDS ["RUN" …]]]`, all runs or those named, and
 //! for PostgreSQL as well `SHORTKIT_BENCH_POSTGRES=postgres://… cargo bench --bench throughput`, with an empty database.
 //!
 //! The service runs in a process of its own with durable settings. This process publishes over gRPC, 500 bytes an event,
@@ -102,7 +102,7 @@ async fn run(all: &Handle) {
     if let Some(name) = chosen.iter().find(|name| RUNS.iter().all(|(run, ..)| run != name)) {
         let runs = RUNS.map(|(run, ..)| run);
         eprintln!("there is no run {name:?}; there are {runs:?}");
-        std::process::exit(64);
+        std::process::exit(2);
     }
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -132,7 +132,7 @@ async fn run(all: &Handle) {
                 found.entry((database, run)).or_default().push(figures);
             }
             println!("{database:10} listening after {:.0} ms", target.service.started_in.as_secs_f64() * 1e3);
-            // Not removed: what goes with a webhook would be removed beside the next round.
+            // Not deleted: what goes with a webhook would be removed beside the next round.
             for webhook in webhooks {
                 target.disable(webhook).await;
             }

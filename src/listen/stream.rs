@@ -50,6 +50,7 @@ impl<S> Watched<S> {
     /// goes behind all that waits on its thread, once for all that it writes until it reads again: h2 reads first, each time it
     /// runs, and long answers are pieces that it flushes one by one.
     fn is_gathered(&mut self, context: &Context<'_>) -> bool {
+        self.flushed = false;
         if self.gathered || !self.frames.are_http2() {
             return true;
         }
