@@ -27,22 +27,23 @@ pub(super) struct Watched<S> {
     write_time: Duration,
     /// Runs while the peer takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Whether what is being written has let others have a turn; and whether all of it has gone out.
-    gathered: bool,
-    flushed: bool,
+    /// The one of others that comes before a write.
+    turn: Turn,
+}
+
+/// A turn that a connection gives to whatever else waits on its thread.
+enum Turn {
+    /// Before the next write.
+    Due,
+    /// It was given.
+    Given,
+    /// And all that was written after it has gone out: one is due again as soon as the connection reads.
+    Flushed,
 }
 
 impl<S> Watched<S> {
     pub(super) fn new(stream: S, peer: Arc<Peer>, write_time: Duration) -> Self {
-        Self {
-            stream,
-            frames: Frames::new(),
-            pace: Pace::new(peer),
-            write_time,
-            stalled: None,
-            gathered: false,
-            flushed: false,
-        }
+        Self { stream, frames: Frames::new(), pace: Pace::new(peer), write_time, stalled: None, turn: Turn::Due }
     }
 
     /// Whether answers may go out. Those to many calls of an HTTP/2 connection are made at the same moment, when a commit has
@@ -50,13 +51,12 @@ impl<S> Watched<S> {
     /// goes behind all that waits on its thread, once for all that it writes until it reads again: h2 reads first, each time it
     /// runs, and long answers are pieces that it flushes one by one.
     fn is_gathered(&mut self, context: &Context<'_>) -> bool {
-        self.flushed = false;
-        if self.gathered || !self.frames.are_http2() {
-            return true;
+        let gathers = matches!(self.turn, Turn::Due) && self.frames.are_http2();
+        self.turn = Turn::Given;
+        if gathers {
+            context.waker().wake_by_ref();
         }
-        self.gathered = true;
-        context.waker().wake_by_ref();
-        false
+        !gathers
     }
 
     /// Notes how much went out.
@@ -81,8 +81,8 @@ impl<S> Watched<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<Result<()>> {
-        if std::mem::take(&mut self.flushed) {
-            self.gathered = false;
+        if matches!(self.turn, Turn::Flushed) {
+            self.turn = Turn::Due;
         }
         ready!(self.pace.poll_turn(context));
         let before = buffer.filled().len();
@@ -125,7 +125,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(context);
-        self.flushed = flushed.is_ready();
+        if flushed.is_ready() && matches!(self.turn, Turn::Given) {
+            self.turn = Turn::Flushed;
+        }
         self.in_time(context, flushed)
     }
 
