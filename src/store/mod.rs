@@ -30,6 +30,7 @@ mod parameter;
 mod publish;
 mod record;
 mod rescue;
+mod rests;
 mod retention;
 mod revisions;
 mod room;

@@ -73,6 +73,11 @@ impl<T> Turns<T> {
         self.order.len() > 1 || self.changed.is_some_and(|changed| changed.elapsed() < time)
     }
 
+    /// Whether anybody else than `one` has something in it.
+    pub(super) fn has_others(&self, one: &str) -> bool {
+        self.order.iter().any(|organization| **organization != *one)
+    }
+
     /// How many organisations have something in it.
     pub(super) fn organizations(&self) -> usize {
         self.order.len()

@@ -20,6 +20,7 @@ use super::{
     log::Log,
     publish::{self, Draft, Publish, Published},
     record::{self, Finished},
+    rests::{Rests, Shares},
     script::{Expected, Outcome, Script},
     turns::Turns,
 };
@@ -95,6 +96,7 @@ impl Writer {
         let is_shared = Arc::clone(&shared);
         tokio::spawn(async move {
             let (mut waiting, mut size, mut checkpoints) = (Turns::default(), None, Checkpoints::default());
+            let mut rests = Rests::default();
             loop {
                 let began = clock::stopwatch();
                 if waiting.is_empty() {
@@ -118,11 +120,15 @@ impl Writer {
                 let everybody = waiting.organizations();
                 let Some(inner) = store.upgrade() else { return };
                 let store = Store(inner);
-                let (mut writes, mut weight) = (Vec::with_capacity(most), 0);
+                let (mut writes, mut weight, mut shares) = (Vec::with_capacity(most), 0, Shares::default());
                 while (weight < most || writes.len() < everybody && weight < MAX_BATCH)
                     && let Some(next) = waiting.pop()
                 {
-                    weight += next.weight(&store);
+                    let its = next.weight(&store);
+                    weight += its;
+                    if shared && store.sqlite() {
+                        shares.add(next.organization(), its);
+                    }
                     writes.push(next);
                 }
                 match store.draft(writes, &mut waiting).await {
@@ -131,6 +137,9 @@ impl Writer {
                         let took = store.settle(batch).await;
                         if let (Some(size), Some(took)) = (&mut size, took) {
                             size.learn(weight, took);
+                            if weight >= most {
+                                rests.earn(shares, took);
+                            }
                         }
                     }
                     // Those who wait behind this batch are not to wait for the database a second time.
@@ -139,6 +148,7 @@ impl Writer {
                 if checkpoints.after_commit(weight, waited, !waiting.is_empty() || !coming.is_empty()) {
                     store.0.commits.checkpoint().await;
                 }
+                rests.take(&mut waiting, &mut coming, Write::organization).await;
             }
         });
         Self { queue, shared }
