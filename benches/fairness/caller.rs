@@ -9,8 +9,8 @@ use std::{
 };
 
 use shortkit_webhooks::grpc::proto::{
-    CreateWebhookRequest, PublishEventRequest, UpdateWebhookRequest, WatchDeliveriesRequest, WebhookUpdate,
-    delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
+    CreateWebhookRequest, PublishEventRequest, PublishEventsRequest, UpdateWebhookRequest, WatchDeliveriesRequest,
+    WebhookUpdate, delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
 };
 use tokio::task::JoinSet;
 use tonic::{Request, Status, transport::Channel};
@@ -98,24 +98,46 @@ impl Caller {
         client.publish_event(self.signed(message)).await.map(drop)
     }
 
-    /// Publishes until it is accepted: the service may be busy for a moment, and says so, but not for longer.
-    pub(crate) async fn publish_surely(&self, number: usize, event: &str, data: String) {
+    /// Publishes so many events together.
+    async fn publish_together(&self, number: usize, event: &str, data: String, together: usize) -> Result<(), Status> {
+        let event = PublishEventRequest { event: event.to_owned(), data };
+        let message = PublishEventsRequest { events: vec![event; together] };
+        let mut client = DeliveryServiceClient::new(self.channels[number % CONNECTIONS].clone());
+        client.publish_events(self.signed(message)).await.map(drop)
+    }
+
+    /// Publishes until it is accepted, so many together: the service may be busy for a moment, and says so, but not for
+    /// longer.
+    pub(crate) async fn publish_surely(&self, number: usize, event: &str, data: String, together: usize) {
         let began = now();
-        while let Err(refused) = self.publish(number, event, data.clone()).await {
+        loop {
+            let accepted = match together {
+                1 => self.publish(number, event, data.clone()).await,
+                _ => self.publish_together(number, event, data.clone(), together).await,
+            };
+            let Err(refused) = accepted else { return };
             assert!(began.elapsed() < BUSY, "the service refuses: {refused}");
             tokio::time::sleep(REFUSED).await;
         }
     }
 
-    /// Publishes `count` events, many at a time, or as many as go `until` then; how many.
-    pub(crate) async fn publish_all(&self, count: usize, event: &'static str, until: Arc<AtomicBool>) -> usize {
+    /// Makes `count` calls with so many events each, many at a time, or as many as go `until` then; how many.
+    pub(crate) async fn publish_all(
+        &self,
+        count: usize,
+        event: &'static str,
+        together: usize,
+        until: Arc<AtomicBool>,
+    ) -> usize {
         let next = Arc::new(AtomicUsize::new(0));
         let mut loops = JoinSet::new();
-        for number in 0..TOGETHER {
+        for number in 0..TOGETHER.div_ceil(together).max(CONNECTIONS) {
             let (caller, next, until) = (self.clone(), Arc::clone(&next), Arc::clone(&until));
             loops.spawn(async move {
                 while !until.load(Ordering::Relaxed) && next.fetch_add(1, Ordering::Relaxed) < count {
-                    caller.publish_surely(number, event, format!("{{\"filler\":\"{}\"}}", "x".repeat(450))).await;
+                    caller
+                        .publish_surely(number, event, format!("{{\"filler\":\"{}\"}}", "x".repeat(450)), together)
+                        .await;
                 }
             });
         }

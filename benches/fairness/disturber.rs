@@ -29,8 +29,8 @@ pub(crate) const ARGUMENT: &str = "disturb";
 pub(crate) enum Role {
     /// Serves with these manners.
     Receive { slow: Duration, recovery: Recovery },
-    /// Publishes as fast as it can, and at most so many events.
-    Flood { base: String, key: String, most: usize },
+    /// Publishes as fast as it can, so many events a call, and at most so many calls.
+    Flood { base: String, key: String, together: usize, most: usize },
     /// Watches with so many streams, divided among so many organisations.
     Watch { base: String, key: String, streams: usize, organizations: usize },
 }
@@ -80,7 +80,7 @@ pub(crate) async fn run(role: &str) {
             println!("watching");
             end_of_input().await;
         }
-        Role::Flood { base, key, most } => {
+        Role::Flood { base, key, together, most } => {
             let loud = Caller::connect(&base, &key, "loud").await;
             println!("publishing");
             let (began, until) = (now(), Arc::new(AtomicBool::new(false)));
@@ -89,8 +89,8 @@ pub(crate) async fn run(role: &str) {
                 end_of_input().await;
                 stopped.store(true, Ordering::Relaxed);
             });
-            let count = loud.publish_all(most, "content.ready", until).await;
-            println!("{}", count as f64 / began.elapsed().as_secs_f64());
+            let count = loud.publish_all(most, "content.ready", together, until).await;
+            println!("{}", (count * together) as f64 / began.elapsed().as_secs_f64());
         }
     }
 }

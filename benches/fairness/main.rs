@@ -1,5 +1,5 @@
 //! Whether anybody's receivers or events slow the others down: `cargo bench --bench fairness [-- short] [SCENARIO…]`,
-//! with the scenarios `dead`, `slow`, `flood`, `recovery`, `outage`, `watched` and `changed`; on PostgreSQL with
+//! with the scenarios `dead`, `slow`, `flood`, `calls`, `recovery`, `outage`, `watched` and `changed`; on PostgreSQL with
 //! `SHORTKIT_BENCH_POSTGRES=postgres://…`, which must name an empty database.
 //!
 //! The service runs in a process of its own. Organisation `others` publishes at a steady pace to a receiver that answers
@@ -62,6 +62,8 @@ const GROUPS: usize = 50;
 const RECOVERING: usize = 10;
 /// Events of the loud organisation: more than it can publish while it is measured; the rest is given up then.
 const FLOOD_EVENTS: usize = 1_000_000;
+/// Events in a call, where there are many.
+const MOST_TOGETHER: usize = 1_000;
 /// Times that each is measured.
 const ROUNDS: usize = 3;
 /// The per-webhook limit of the service.
@@ -226,7 +228,7 @@ async fn dead(size: &Size) -> Report {
     }
     // All places that they can get are taken from the first moment.
     for number in 0..DEAD_EVENTS * DEAD_GROUPS {
-        caller.publish_surely(number, &group(number % DEAD_GROUPS), "{}".to_owned()).await;
+        caller.publish_surely(number, &group(number % DEAD_GROUPS), "{}".to_owned(), 1).await;
     }
     let stop = keep_publishing(caller, DEAD_PACE, |number| group(number % DEAD_GROUPS));
     let with = stage.median(size.measure, PACE).await;
@@ -255,22 +257,22 @@ async fn slow(size: &Size) -> Report {
     stage.report
 }
 
-/// One organisation publishes as fast as it can.
-async fn flood(size: &Size) -> Report {
+/// One organisation publishes as fast as it can, so many events a call.
+async fn flood(size: &Size, scenario: &'static str, together: usize) -> Report {
     let mut stage = Stage::new(&[]).await;
     let without = stage.median(size.measure, QUIET_PACE).await;
     let memory = stage.service.resident_mib();
     // Its receiver is here: one that had no time would hold up the flood.
     stage.caller("loud").await.webhook(format!("{}/loud", stage.base), "content.ready").await;
     let (base, key) = (stage.service.base.clone(), stage.service.service_key.clone());
-    let flood = Disturber::start(&Role::Flood { base, key, most: FLOOD_EVENTS }).await;
+    let flood = Disturber::start(&Role::Flood { base, key, together, most: FLOOD_EVENTS / together }).await;
     tokio::time::sleep(WARM_UP).await;
     let with = stage.median(size.measure, QUIET_PACE).await;
     let memory_with = stage.service.resident_mib();
     let rate = flood.stop().await.parse().unwrap_or(0.0);
-    stage.report.latencies("flood", without, with, 2.0);
-    stage.report.note("flood", "memory MiB", memory, memory_with);
-    stage.report.found("flood", "events/s", rate);
+    stage.report.latencies(scenario, without, with, 2.0);
+    stage.report.note(scenario, "memory MiB", memory, memory_with);
+    stage.report.found(scenario, "events/s", rate);
     stage.report
 }
 
@@ -287,7 +289,7 @@ async fn recovery(size: &Size, scenario: &str, webhooks: usize, deliveries: usiz
     };
     let caller = stage.caller("recovering").await;
     caller.webhooks(webhooks, format!("{}/down", receiver.said), "export.ready").await;
-    caller.publish_all(deliveries / webhooks, "export.ready", Arc::default()).await;
+    caller.publish_all(deliveries / webhooks, "export.ready", 1, Arc::default()).await;
     let mut found = report().await;
     while found.refused < deliveries && !found.back_in.is_zero() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -326,7 +328,7 @@ async fn main() -> ExitCode {
     }
     let given = |name: &str| arguments.iter().any(|argument| argument == name);
     let size = if given("short") { SHORT } else { LONG };
-    let all = !["dead", "slow", "flood", "recovery", "outage", "watched", "changed"].into_iter().any(given);
+    let all = !["dead", "slow", "flood", "calls", "recovery", "outage", "watched", "changed"].into_iter().any(given);
     println!("{:9} {:12} {:>10} {:>10} {:>7} {:>5}", "scenario", "figure", "without", "with", "ratio", "bar");
     let began: Instant = now();
     let mut reports = Vec::new();
@@ -337,7 +339,10 @@ async fn main() -> ExitCode {
         reports.push(slow(&size).await);
     }
     if all || given("flood") {
-        reports.push(flood(&size).await);
+        reports.push(flood(&size, "flood", 1).await);
+    }
+    if all || given("calls") {
+        reports.push(flood(&size, "calls", MOST_TOGETHER).await);
     }
     if all || given("recovery") {
         reports.push(recovery(&size, "recovery", RECOVERING, size.recovering_events).await);
