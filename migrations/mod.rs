@@ -16,6 +16,7 @@ mod m0009_smaller_indexes;
 mod m0010_forgotten_changes;
 mod m0011_webhook_changes;
 mod m0012_given_back;
+mod m0013_publish_parts;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -66,6 +67,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0010_forgotten_changes", schema: m0010_forgotten_changes::schema },
             Step { name: "m0011_webhook_changes", schema: m0011_webhook_changes::schema },
             Step { name: "m0012_given_back", schema: m0012_given_back::schema },
+            Step { name: "m0013_publish_parts", schema: m0013_publish_parts::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

@@ -84,6 +84,7 @@ pub async fn run(
     store.follow_clock().await?;
     store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
     let rescued = store.rescue_all_at_start(&config.retry_schedule).await?;
+    store.store_kept_parts_at_start(dispatch::lease_length(config.request_timeout)).await?;
     store.release_claims_at_start().await?;
     if rescued > 0 {
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");

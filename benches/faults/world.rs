@@ -245,6 +245,26 @@ impl Caller {
         answer
     }
 
+    /// Publishes events of the books together, and notes how that ended.
+    #[cfg(feature = "failpoints")]
+    pub(crate) async fn publish_together(
+        &self,
+        ledger: &Ledger,
+        door: usize,
+        organization: &'static str,
+        count: usize,
+    ) -> Vec<u64> {
+        let numbers: Vec<u64> = std::iter::repeat_with(|| ledger.begin(organization)).take(count).collect();
+        let event = |number: &u64| json!({ "event": "content.ready", "data": { "number": number } });
+        let body = json!({ "events": numbers.iter().map(event).collect::<Vec<_>>() }).to_string();
+        let outcome = match self.call(door, Method::POST, organization, "/v1/events/batch", &body).await {
+            Ok(_) => Outcome::Acknowledged,
+            Err(_) => Outcome::Unknown,
+        };
+        numbers.iter().for_each(|number| ledger.end(*number, outcome));
+        numbers
+    }
+
     /// A call of an open node that must succeed.
     pub(crate) async fn call(
         &self,

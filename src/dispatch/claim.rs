@@ -147,6 +147,9 @@ impl Claims {
         {
             rescued += more;
         }
+        while self.leases_end(lease) && self.store.store_kept_parts(false, lease).await? > 0 {
+            tracing::warn!("events that a node which is gone had accepted are stored");
+        }
         if rescued > 0 {
             tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
         }

@@ -63,6 +63,9 @@ pub enum Error {
     /// Another request with the same idempotency key was faster; this one was not done.
     #[error("another request with the same idempotency key was faster")]
     Repeated,
+    /// Another node stores it.
+    #[error("another node has taken it over")]
+    TakenOver,
     /// It would not fit where it is to be kept.
     #[error("the {0} is too long")]
     TooLong(&'static str),

@@ -6,6 +6,7 @@
 
 mod audit;
 mod backlog;
+mod batch;
 mod changes;
 mod checkpoints;
 mod commit_size;

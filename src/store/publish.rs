@@ -1,10 +1,13 @@
 //! Accepting events: an event and its deliveries in one transaction, many publishers in one commit.
 
-use std::{collections::HashMap, sync::Arc};
+pub(super) mod parts;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use sea_orm::DbBackend;
 use tokio::sync::{mpsc, oneshot};
 
+use self::parts::Whole;
 use super::{
     Error, Leased, Store,
     counts::Deltas,
@@ -98,16 +101,23 @@ pub(super) struct Draft {
     tenant: Tenant,
     events: Vec<DraftEvent>,
     first_attempt_at: Timestamp,
+    lease: Duration,
     leased_until: Timestamp,
     plan: Plan,
     done: Option<TestCaller>,
     keep: Option<Keep<Vec<Published>>>,
-    _room: Option<Holding>,
+    room: Option<Holding>,
+    /// Of one that is kept first: its parts.
+    whole: Option<Whole>,
+    /// The id under which a part is kept.
+    part: Option<String>,
 }
 
 struct DraftEvent {
     event: Arc<Event>,
     deliveries: Vec<NewDelivery>,
+    /// Its own row is there already.
+    stored: bool,
 }
 
 struct NewDelivery {
@@ -193,17 +203,20 @@ impl Store {
                     || lease.first_wait.is_zero()
                         && self.0.handoff.try_take(tenant.shared_organization(), webhook_id, bytes),
             });
-            DraftEvent { deliveries: new.collect(), event }
+            DraftEvent { deliveries: new.collect(), event, stored: false }
         });
         Ok(Draft {
             events: events.collect(),
             tenant,
             first_attempt_at: created_at.after(lease.first_wait),
+            lease: lease.length,
             leased_until: created_at.after(lease.length),
             plan: if test.is_some() { Plan::Once } else { Plan::Schedule },
             done: test.map(|test| test.done),
             keep,
-            _room: room,
+            room,
+            whole: None,
+            part: None,
         })
     }
 }
@@ -223,14 +236,6 @@ impl Publish {
         self.events.iter().filter(|_| self.test.is_none()).map(|event| (self.tenant.clone(), event.event_type.clone()))
     }
 
-    /// How many deliveries it makes for these subscribers.
-    pub(super) fn deliveries(&self, subscribers: &HashMap<Subscription, Subscribers>) -> usize {
-        self.subscriptions()
-            .filter_map(|subscription| subscribers.get(&subscription))
-            .map(|webhooks| webhooks.len())
-            .sum()
-    }
-
     /// How much it is to write with so many deliveries: as much as they are, and more when its data is long.
     pub(super) fn weight(&self, deliveries: usize) -> usize {
         let bytes: usize = self.events.iter().map(|event| event.data.as_str().len()).sum();
@@ -239,14 +244,18 @@ impl Publish {
 }
 
 impl Draft {
+    pub(super) fn organization(&self) -> &Arc<str> {
+        self.tenant.shared_organization()
+    }
+
     pub(super) fn published(&self) -> Vec<Published> {
         let of = |new: &DraftEvent| Published { event_id: new.event.id.clone(), deliveries: new.deliveries.len() };
-        self.events.iter().map(of).collect()
+        self.whole_published().map_or_else(|| self.events.iter().map(of).collect(), <[_]>::to_vec)
     }
 
     /// Whose backlog its deliveries are in, and how many; a test is in nobody's.
     pub(super) fn backlog(&self) -> (&str, usize) {
-        let deliveries = self.events.iter().map(|new| new.deliveries.len()).sum();
+        let deliveries = self.parts().iter().map(|part| part.deliveries().count()).sum();
         (self.tenant.organization(), if self.done.is_some() { 0 } else { deliveries })
     }
 
@@ -258,7 +267,7 @@ impl Draft {
     fn deliveries(&self) -> impl Iterator<Item = (&Event, &NewDelivery)> {
         self.events
             .iter()
-            .flat_map(|DraftEvent { event, deliveries }| deliveries.iter().map(move |new| (&**event, new)))
+            .flat_map(|DraftEvent { event, deliveries, .. }| deliveries.iter().map(move |new| (&**event, new)))
     }
 
     /// Counts the deliveries, and says that they were made.
@@ -286,7 +295,7 @@ impl Draft {
     /// Hands what is leased to the engine, and adds what is not to `waiting`.
     pub(super) fn hand_over(self, ready: &mpsc::UnboundedSender<Leased>, waiting: &mut Vec<Waiting>) {
         let Self { tenant, events, first_attempt_at, leased_until, plan, mut done, .. } = self;
-        for DraftEvent { event, deliveries } in events {
+        for DraftEvent { event, deliveries, .. } in events {
             for NewDelivery { id, webhook_id, leased } in deliveries {
                 if leased {
                     let _ = ready.send(Leased {
@@ -310,7 +319,7 @@ impl Draft {
     /// Gives the places of what could not be stored back.
     pub(super) fn give_back(self, handoff: &Handoff) {
         if self.done.is_none() {
-            let held = self.deliveries().filter(|(_, new)| new.leased);
+            let held = self.parts().iter().flat_map(Self::deliveries).filter(|(_, new)| new.leased);
             held.for_each(|(event, new)| handoff.let_go(&new.webhook_id, event.data.as_str().len()));
         }
     }
@@ -319,7 +328,7 @@ impl Draft {
 /// The rows for [`INSERT_EVENTS`].
 pub(super) fn events<'a>(backend: DbBackend, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
     let mut rows = Rows::new(backend, EVENTS);
-    for DraftEvent { event, .. } in drafts.flat_map(|draft| &draft.events) {
+    for DraftEvent { event, .. } in drafts.flat_map(|draft| &draft.events).filter(|new| !new.stored) {
         let Event { id, event_type, data, created_at } = &**event;
         rows.push([id.into(), event_type.into(), data.shared().into(), created_at.millis().into()]);
     }

@@ -40,6 +40,8 @@ pub(super) enum Expected {
     Lease,
     /// A name that no request has.
     Name,
+    /// A part of what was published, that is this node's to store.
+    Part,
 }
 
 /// What became of a script.
@@ -52,13 +54,14 @@ pub(super) enum Outcome {
 }
 
 impl Expected {
-    const ALL: [Self; 2] = [Self::Lease, Self::Name];
+    const ALL: [Self; 3] = [Self::Lease, Self::Name, Self::Part];
 
     /// The migration has it in an error of its own.
     const fn as_str(self) -> &'static str {
         match self {
             Self::Lease => "lease",
             Self::Name => "name",
+            Self::Part => "part",
         }
     }
 
@@ -292,7 +295,7 @@ mod tests {
 
     #[test]
     fn the_migration_has_the_same_words() {
-        let migration = include_str!("../../migrations/m0008_expectations.rs");
+        let migration = include_str!("../../migrations/m0013_publish_parts.rs");
         for expected in Expected::ALL {
             assert!(migration.contains(&format!("'not found for each row: {}'", expected.as_str())));
         }

@@ -13,18 +13,22 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Error, Inner, Store,
+    batch::Batch,
     checkpoints::Checkpoints,
     commit_size::CommitSize,
     counts::Deltas,
     leases::{self, Release},
     log::Log,
-    publish::{self, Draft, Publish, Published},
+    publish::{
+        self, Draft, Publish, Published,
+        parts::{self, Done},
+    },
     record::{self, Finished},
     rests::{Rests, Shares},
     script::{Expected, Outcome, Script},
     turns::Turns,
 };
-use crate::{clock, failpoint};
+use crate::clock;
 
 /// One commit takes no further item once it has this many deliveries and results; the rest is in the next. The more, the
 /// less each costs; more than this, and SQLite's statements would take so much memory as to be made anew each time.
@@ -41,12 +45,17 @@ const STALLED: Duration = Duration::from_secs(5);
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
 
+/// For so long, what is large is stored in parts, lest it hold up others.
+const SELDOM_SHARED: Duration = Duration::from_secs(10);
+
 /// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
 pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 
 /// Something to write.
 pub(super) enum Write {
     Publish(Box<Publish>, Answer<Vec<Published>>),
+    /// A part of what was published, and is kept until this is done.
+    Part(Box<Draft>, Done),
     /// Answered with whether the lease still held.
     Finish(Arc<Finished>, Answer<bool>),
     Release(Release, Answer<()>),
@@ -59,20 +68,11 @@ pub(super) struct Writer {
     shared: Arc<AtomicBool>,
 }
 
-/// What goes into one commit.
-#[derive(Default)]
-struct Batch {
-    drafts: Vec<(Draft, Answer<Vec<Published>>)>,
-    finished: Vec<(Arc<Finished>, Answer<bool>)>,
-    releases: Vec<(Release, Answer<()>)>,
-    /// How much it is to write, in results or deliveries.
-    weight: usize,
-}
-
 impl Write {
     fn organization(&self) -> Arc<str> {
         Arc::clone(match self {
             Self::Publish(publish, _) => publish.organization(),
+            Self::Part(draft, _) => draft.organization(),
             Self::Finish(finished, _) => finished.tenant.shared_organization(),
             Self::Release(release, _) => release.organization(),
         })
@@ -82,6 +82,7 @@ impl Write {
     fn weight(&self, store: &Store) -> usize {
         match self {
             Self::Publish(publish, _) => publish.weight(store.known_deliveries(publish.subscriptions())),
+            Self::Part(draft, _) => draft.weight(),
             Self::Finish(finished, _) => finished.weight(),
             Self::Release(..) => 1,
         }
@@ -109,6 +110,7 @@ impl Writer {
                 }
                 let shared = waiting.is_shared(SHARED);
                 is_shared.store(shared, Ordering::Relaxed);
+                let in_parts = waiting.is_shared(SELDOM_SHARED);
                 // What the commits of one alone took says nothing of these: they were as large as they came.
                 size = size.filter(|_| shared);
                 let most = if shared {
@@ -131,7 +133,7 @@ impl Writer {
                     }
                     writes.push(next);
                 }
-                match store.draft(writes, &mut waiting).await {
+                match store.draft(writes, &mut waiting, in_parts).await {
                     (batch, None) => {
                         weight = batch.weight;
                         let took = store.settle(batch).await;
@@ -164,10 +166,14 @@ impl Writer {
         self.queue.closed().await;
     }
 
+    pub(super) fn send(&self, write: Write) -> Result<(), Error> {
+        self.queue.send(write).map_err(|_| Error::Closed)
+    }
+
     /// Has `write` made, which gets its answer through the other end of the channel.
     pub(super) async fn submit<T>(&self, write: impl FnOnce(Answer<T>) -> Write) -> Result<T, Error> {
         let (answer, written) = oneshot::channel();
-        self.queue.send(write(answer)).map_err(|_| Error::Closed)?;
+        self.send(write(answer))?;
         written.await.map_err(|_| Error::Closed)?
     }
 }
@@ -175,28 +181,36 @@ impl Writer {
 impl Store {
     /// Sorts `writes`, and finds out where new events go; with the error when the database does not say. What is more than it
     /// seemed, as an event for a thousand webhooks after one of them has changed, is put back among those that wait.
-    async fn draft(&self, writes: Vec<Write>, waiting: &mut Turns<Write>) -> (Batch, Option<Error>) {
+    async fn draft(&self, writes: Vec<Write>, waiting: &mut Turns<Write>, in_parts: bool) -> (Batch, Option<Error>) {
         let (mut batch, mut publishes) = (Batch::default(), Vec::new());
         for write in writes {
             match write {
                 // Whoever left was promised nothing.
                 Write::Publish(_, answer) if answer.is_closed() => {}
                 Write::Publish(publish, answer) => publishes.push((publish, answer)),
+                Write::Part(mut draft, done) => {
+                    draft.begin_leases();
+                    batch.drafts.push((*draft, done));
+                }
                 Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
                 Write::Release(release, answer) => batch.releases.push((release, answer)),
             }
         }
-        batch.weight =
-            batch.finished.iter().map(|(finished, _)| finished.weight()).sum::<usize>() + batch.releases.len();
+        batch.weight = batch.finished.iter().map(|(finished, _)| finished.weight()).sum::<usize>()
+            + batch.releases.len()
+            + batch.drafts.iter().map(|(part, _)| part.weight()).sum::<usize>();
         match self.subscribers(publishes.iter().flat_map(|(publish, _)| publish.subscriptions())).await {
             Ok(subscribers) => {
                 let mut publishes = publishes.into_iter();
                 while batch.weight < MAX_BATCH
                     && let Some((publish, answer)) = publishes.next()
                 {
-                    batch.weight += publish.weight(publish.deliveries(&subscribers));
                     match self.draft_of(*publish, &subscribers) {
-                        Ok(draft) => batch.drafts.push((draft, answer)),
+                        Ok(draft) => {
+                            let draft = if in_parts { draft.in_parts() } else { draft };
+                            batch.weight += draft.weight();
+                            batch.drafts.push((draft, Done::Caller(answer)));
+                        }
                         Err(refused) => drop(answer.send(Err(refused))),
                     }
                 }
@@ -222,7 +236,7 @@ impl Store {
                 self.answer(batch, &lost);
                 return took;
             }
-            Err(Error::Failed(_)) if batch.len() > 1 => self.settle_apart(batch).await,
+            Err(Error::Failed(_) | Error::TakenOver) if batch.len() > 1 => self.settle_apart(batch).await,
             Err(Error::Repeated) => {
                 match self.repeated(batch.drafts.iter().filter_map(|(draft, _)| draft.kept())).await {
                     Ok(repeated) => {
@@ -289,6 +303,8 @@ impl Store {
         let (backend, node) = (self.0.commits.backend(), &self.0.node);
         let script = self
             .keep(Script::default(), backend, drafts().filter_map(Draft::kept).collect())?
+            .with_each(parts::DELETE_PARTS, parts::stored(backend, node, drafts()), Expected::Part)
+            .with(parts::INSERT_PARTS, parts::kept(backend, node, drafts())?)
             .with(publish::INSERT_EVENTS, publish::events(backend, drafts()))
             .with(publish::INSERT_DELIVERIES, publish::deliveries(backend, node, drafts()))
             .with_each(record::UPDATE, record::results(backend, node, finished), Expected::Lease)
@@ -302,18 +318,23 @@ impl Store {
             Outcome::Done => Ok(true),
             Outcome::Missed(Expected::Lease) => Ok(false),
             Outcome::Missed(Expected::Name) => Err(Error::Repeated),
+            Outcome::Missed(Expected::Part) => Err(Error::TakenOver),
         }
     }
 
     fn answer(&self, batch: Batch, lost: &[usize]) {
         self.0.feed.announce();
         let mut waiting = Vec::new();
-        for (draft, answer) in batch.drafts {
+        for (draft, done) in batch.drafts {
+            if draft.is_whole() {
+                self.store_parts(draft.unpack(done));
+                continue;
+            }
             let (organization, deliveries) = draft.backlog();
             self.0.backlog.settle(organization, deliveries, true);
             let published = draft.published();
             draft.hand_over(&self.0.ready, &mut waiting);
-            let _ = answer.send(Ok(published));
+            done.send(Ok(published));
         }
         for (index, (finished, answer)) in batch.finished.into_iter().enumerate() {
             let holds = !lost.contains(&index);
@@ -329,50 +350,24 @@ impl Store {
         self.0.handoff.tell(waiting);
     }
 
+    /// The parts of what was kept come back to the writer, and take turns as everything does.
+    fn store_parts(&self, parts: Vec<(Draft, Done)>) {
+        for (part, done) in parts {
+            if let Ok(writer) = self.writer() {
+                let _ = writer.send(Write::Part(Box::new(part), done));
+            }
+        }
+    }
+
     fn fail(&self, batch: Batch, error: &Error) {
-        for (draft, answer) in batch.drafts {
+        for (draft, done) in batch.drafts {
             let (organization, deliveries) = draft.backlog();
             self.0.backlog.settle(organization, deliveries, false);
             draft.give_back(&self.0.handoff);
-            let _ = answer.send(Err(error.clone()));
+            done.send(Err(error.clone()));
         }
         batch.finished.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
         batch.releases.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
-    }
-}
-
-impl Batch {
-    fn len(&self) -> usize {
-        self.drafts.len() + self.finished.len() + self.releases.len()
-    }
-
-    /// A step of everything that is in it.
-    fn reached(&self, step: &str) {
-        if !self.drafts.is_empty() {
-            failpoint::reached("publish", step);
-        }
-        if !self.finished.is_empty() {
-            failpoint::reached("record", step);
-        }
-    }
-
-    /// Everything but the named publishes that others have done, and these.
-    fn without(mut self, repeated: &[bool]) -> (Self, Self) {
-        let (mut left_out, mut repeated) = (Self::default(), repeated.iter());
-        for (draft, answer) in std::mem::take(&mut self.drafts) {
-            let named = draft.kept().is_some();
-            let of = if named && repeated.next() == Some(&true) { &mut left_out } else { &mut self };
-            of.drafts.push((draft, answer));
-        }
-        (self, left_out)
-    }
-
-    /// Each item on its own.
-    fn split(self) -> impl Iterator<Item = Self> {
-        let drafts = self.drafts.into_iter().map(|draft| Self { drafts: vec![draft], ..Self::default() });
-        let finished = self.finished.into_iter().map(|finished| Self { finished: vec![finished], ..Self::default() });
-        let releases = self.releases.into_iter().map(|release| Self { releases: vec![release], ..Self::default() });
-        drafts.chain(finished).chain(releases)
     }
 }
 
@@ -409,7 +404,7 @@ mod tests {
         let (writes, _answered): (Vec<_>, Vec<_>) = (0..5).map(|_| write()).unzip();
         assert!(writes.iter().all(|write| write.weight(&store) == 1));
         let mut waiting = Turns::default();
-        let (batch, None) = store.draft(writes, &mut waiting).await else { panic!("it is there") };
+        let (batch, None) = store.draft(writes, &mut waiting, false).await else { panic!("it is there") };
         assert_eq!((batch.drafts.len(), waiting.len()), (2, 3));
         assert_eq!(waiting.pop().unwrap().weight(&store), 200);
     }
@@ -436,7 +431,7 @@ mod tests {
         };
         let writes: Vec<Write> = [0, 2, 5_000, 16 * 1_024].map(write).into();
         assert_eq!(writes.iter().map(|write| write.weight(&store)).collect::<Vec<_>>(), [1, 1, 1, 4]);
-        let (batch, _) = store.draft(writes, &mut Turns::default()).await;
+        let (batch, _) = store.draft(writes, &mut Turns::default(), false).await;
         assert_eq!((batch.finished.len(), batch.weight), (4, 7));
     }
 }

@@ -7,22 +7,36 @@ use tokio::task::JoinSet;
 
 use super::Form;
 use crate::{
+    ledger::Outcome,
     postgres::Postgres,
     report::Report,
     world::{LEASE, ORGANIZATIONS, World},
 };
 
-/// The steps, as `failpoint::reached` names them, and whether the event is to come there by a claim.
-const STEPS: [(&str, bool); 8] = [
-    ("publish before commit", false),
-    ("publish after commit", false),
-    ("claim before commit", true),
-    ("claim after commit", true),
-    ("post before", false),
-    ("post after", false),
-    ("record before commit", false),
-    ("record after commit", false),
+/// How the event that is under way comes to the step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Published,
+    Claimed,
+    /// With so many others that it is stored in parts.
+    Together,
+}
+
+/// The steps, as `failpoint::reached` names them.
+const STEPS: [(&str, Way); 10] = [
+    ("publish before commit", Way::Published),
+    ("part before commit", Way::Together),
+    ("part after commit", Way::Together),
+    ("publish after commit", Way::Published),
+    ("claim before commit", Way::Claimed),
+    ("claim after commit", Way::Claimed),
+    ("post before", Way::Published),
+    ("post after", Way::Published),
+    ("record before commit", Way::Published),
+    ("record after commit", Way::Published),
 ];
+/// Published together.
+const TOGETHER: usize = 200;
 /// Names the step to a process.
 const CRASH_AT: &str = "SHORTKIT_CRASH_AT";
 /// The third event meets the crash: the first two prove that it is not always there.
@@ -34,8 +48,8 @@ const AFTERWARDS: usize = 3;
 
 pub(super) async fn on_sqlite(_: Form) -> Result<Report, String> {
     let mut all = Report::all_fine();
-    for (step, by_claim) in STEPS {
-        all.add(step, play(step, by_claim, None).await.unwrap_or_else(Report::failed));
+    for (step, way) in STEPS {
+        all.add(step, play(step, way, None).await.unwrap_or_else(Report::failed));
     }
     Ok(all)
 }
@@ -44,9 +58,9 @@ pub(super) async fn on_postgres(form: Form) -> Result<Report, String> {
     let postgres = Postgres::start().await?;
     let mut playing = JoinSet::new();
     // At the same time: each waits for a lease to run out.
-    for (step, by_claim) in STEPS.into_iter().step_by(form.pick(3, 1)) {
+    for (step, way) in STEPS.into_iter().step_by(form.pick(3, 1)) {
         let url = postgres.database().await?;
-        playing.spawn(async move { (step, play(step, by_claim, Some(&url)).await.unwrap_or_else(Report::failed)) });
+        playing.spawn(async move { (step, play(step, way, Some(&url)).await.unwrap_or_else(Report::failed)) });
     }
     let mut all = Report::all_fine();
     for (step, report) in playing.join_all().await {
@@ -55,10 +69,10 @@ pub(super) async fn on_postgres(form: Form) -> Result<Report, String> {
     Ok(all)
 }
 
-async fn play(step: &str, by_claim: bool, url: Option<&str>) -> Result<Report, String> {
+async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String> {
     let nodes = if url.is_some() { 2 } else { 1 };
     let mut world = World::start(nodes, url, |index, mut launch| {
-        if by_claim {
+        if way == Way::Claimed {
             launch.retry_schedule(&format!("50ms{}", ",1s".repeat(9)));
         }
         if index == 0 { launch.env(CRASH_AT, &format!("{step}:{COUNT}")) } else { launch }
@@ -68,6 +82,12 @@ async fn play(step: &str, by_claim: bool, url: Option<&str>) -> Result<Report, S
     for _ in 0..MAX_EVENTS {
         // Always at the node that is to crash, and one at a time.
         world.caller.publish(&world.ledger, 0, ORGANIZATIONS[0]).await;
+        if way == Way::Together {
+            world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;
+            let together = world.caller.publish_together(&world.ledger, 0, ORGANIZATIONS[0], TOGETHER).await;
+            // Once the first part is stored, so will be all.
+            together.into_iter().for_each(|number| world.ledger.end(number, Outcome::Acknowledged));
+        }
         crashed = alone(&mut world).await;
         if crashed {
             break;
@@ -84,7 +104,7 @@ async fn play(step: &str, by_claim: bool, url: Option<&str>) -> Result<Report, S
     }
     world.settle(2 * LEASE).await;
     let mut report = Report::of(&world).await;
-    report.repeats_at_most(1);
+    report.repeats_at_most(if way == Way::Together { TOGETHER } else { 1 });
     Ok(report)
 }
 

@@ -1,0 +1,495 @@
+//! What is published together is accepted whole or not at all. As one commit, a thousand events would be long for everybody who
+//! waits behind it; so where several organisations write, the commit that accepts them only keeps them, as text in a few rows
+//! of `publish_parts`, and each of those parts is then a commit's worth of events and deliveries like any other: it takes
+//! turns, and its row goes in the commit that stores it, so it is stored once, by whoever has its lease. The caller is
+//! answered when all parts are stored, or, should one fail, since all of them will be: whoever finds that its lease has run out
+//! stores it.
+
+use std::{
+    borrow::Cow,
+    mem,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use sea_orm::{ConnectionTrait, DbBackend};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use super::{Draft, DraftEvent, NewDelivery, Published};
+use crate::{
+    clock,
+    store::{
+        Error, Store,
+        holdings::Holding,
+        keys::tenant,
+        rows::{Column, Rows, int, text},
+        sql::Sql,
+        writer::{Answer, BYTES_PER_ITEM, Write},
+    },
+    webhook::{Event, EventData, Plan, Timestamp},
+};
+
+/// What has more deliveries or events than this is kept first, and stored in parts …
+const LARGE: usize = 64;
+/// … of at most so many.
+const PART: usize = 16;
+/// A part also ends with the event that makes its data so long.
+const PART_BYTES: usize = PART * BYTES_PER_ITEM;
+/// So many parts of nodes that are gone are taken over at a time.
+const MAX_TAKEN_OVER: usize = 16;
+
+const PARTS: &[Column] = &[text("id"), text("node"), int("lease_expires_at_ms"), text("content")];
+pub(in crate::store) const INSERT_PARTS: &str = "INSERT INTO publish_parts (id, node, lease_expires_at_ms, content) \
+    SELECT id, node, lease_expires_at_ms, content FROM {rows}";
+
+const STORED: &[Column] = &[text("id"), text("node")];
+/// Each only if it is this node's.
+pub(in crate::store) const DELETE_PARTS: &str =
+    "DELETE FROM publish_parts WHERE (id, node) IN (SELECT id, node FROM {rows})";
+
+/// A draft that is kept first.
+pub(super) struct Whole {
+    published: Vec<Published>,
+    parts: Vec<Draft>,
+}
+
+/// Where the outcome of storing a draft goes.
+pub(in crate::store) enum Done {
+    /// To who published it.
+    Caller(Answer<Vec<Published>>),
+    /// To the whole of which it is a part.
+    Part(Arc<Parts>),
+    /// To who has taken the part over, if it still waits.
+    TakenOver(oneshot::Sender<()>),
+}
+
+/// The parts that are on their way.
+pub(in crate::store) struct Parts {
+    left: AtomicUsize,
+    caller: Mutex<Option<Caller>>,
+    _room: Option<Holding>,
+}
+
+/// Who waits for them, and what for.
+struct Caller {
+    answer: Answer<Vec<Published>>,
+    published: Vec<Published>,
+}
+
+/// A part as it is kept.
+#[derive(Serialize, Deserialize)]
+struct Content<'a> {
+    organization: Cow<'a, str>,
+    environment: Cow<'a, str>,
+    first_attempt_at_ms: i64,
+    events: Vec<KeptEvent<'a>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptEvent<'a> {
+    id: Cow<'a, str>,
+    event_type: Cow<'a, str>,
+    /// None when the event itself was stored with what was kept.
+    data: Option<Cow<'a, str>>,
+    created_at_ms: i64,
+    /// Ids of deliveries and of their webhooks.
+    deliveries: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+}
+
+impl Done {
+    /// It is stored, or was refused for this reason; what was kept before is stored by whoever takes it over.
+    pub(in crate::store) fn send(self, outcome: Result<Vec<Published>, Error>) {
+        match self {
+            Self::Caller(answer) => drop(answer.send(outcome)),
+            Self::Part(parts) => parts.ended(outcome.is_ok()),
+            Self::TakenOver(done) => drop(outcome.is_ok().then(|| done.send(()))),
+        }
+    }
+}
+
+impl Parts {
+    fn ended(&self, stored: bool) {
+        // One that failed is not waited for: it is some time until somebody takes it over.
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 || !stored {
+            let caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Caller { answer, published }) = caller {
+                let _ = answer.send(Ok(published));
+            }
+        }
+    }
+}
+
+impl Draft {
+    /// The same, to be kept first and stored in parts, if it is large.
+    pub(in crate::store) fn in_parts(mut self) -> Self {
+        if self.done.is_some() || self.weight() <= LARGE {
+            return self;
+        }
+        let published = self.published();
+        let mut parts = vec![self.part()];
+        let (mut weight, mut bytes) = (0, 0);
+        for DraftEvent { event, deliveries, .. } in mem::take(&mut self.events) {
+            // One that goes to more than a part holds is stored with what is kept; the parts only have its deliveries.
+            let stored = deliveries.len() > PART;
+            if stored {
+                self.events.push(DraftEvent { event: Arc::clone(&event), deliveries: Vec::new(), stored: false });
+            } else if weight + deliveries.len().max(1) > PART || bytes > PART_BYTES {
+                parts.push(self.part());
+                (weight, bytes) = (0, 0);
+            }
+            let mut left = deliveries.into_iter().peekable();
+            loop {
+                let some: Vec<_> = left.by_ref().take(PART - weight).collect();
+                weight += some.len().max(1);
+                bytes += if stored { 0 } else { event.data.as_str().len() };
+                if let Some(part) = parts.last_mut() {
+                    part.events.push(DraftEvent { event: Arc::clone(&event), deliveries: some, stored });
+                }
+                if left.peek().is_none() {
+                    break;
+                }
+                parts.push(self.part());
+                (weight, bytes) = (0, 0);
+            }
+        }
+        self.whole = Some(Whole { published, parts });
+        self
+    }
+
+    /// An empty part of it.
+    fn part(&self) -> Self {
+        Self {
+            tenant: self.tenant.clone(),
+            events: Vec::new(),
+            first_attempt_at: self.first_attempt_at,
+            lease: self.lease,
+            leased_until: self.leased_until,
+            plan: Plan::Schedule,
+            done: None,
+            keep: None,
+            room: None,
+            whole: None,
+            part: Some(clock::new_id("prt")),
+        }
+    }
+
+    pub(in crate::store) fn is_part(&self) -> bool {
+        self.part.is_some()
+    }
+
+    /// How much it is to write now: what is kept is little for each part, and its data.
+    pub(in crate::store) fn weight(&self) -> usize {
+        let of = |events: &[DraftEvent]| events.iter().map(|new| new.event.data.as_str().len()).sum::<usize>();
+        match &self.whole {
+            Some(whole) => {
+                let bytes: usize = whole.parts.iter().map(|part| of(&part.events)).sum();
+                self.events.len() + whole.parts.len() + bytes / BYTES_PER_ITEM
+            }
+            None => self.deliveries().count().max(self.events.len()).max(of(&self.events) / BYTES_PER_ITEM),
+        }
+    }
+
+    /// Its leases begin now, however long it has waited since it was kept.
+    pub(in crate::store) fn begin_leases(&mut self) {
+        self.leased_until = clock::now().after(self.lease);
+    }
+
+    pub(in crate::store) fn is_whole(&self) -> bool {
+        self.whole.is_some()
+    }
+
+    /// The parts that are to be stored of a whole, now that it is kept, and where the outcome of each goes.
+    pub(in crate::store) fn unpack(self, done: Done) -> Vec<(Self, Done)> {
+        let (Some(whole), Done::Caller(answer)) = (self.whole, done) else { return Vec::new() };
+        let left = AtomicUsize::new(whole.parts.len());
+        let caller = Mutex::new(Some(Caller { answer, published: whole.published }));
+        let parts = Arc::new(Parts { left, caller, _room: self.room });
+        whole.parts.into_iter().map(|part| (part, Done::Part(Arc::clone(&parts)))).collect()
+    }
+
+    /// It, or all of its parts.
+    pub(super) fn parts(&self) -> &[Self] {
+        self.whole.as_ref().map_or(std::slice::from_ref(self), |whole| &whole.parts)
+    }
+
+    /// What the caller of a whole is answered.
+    pub(super) fn whole_published(&self) -> Option<&[Published]> {
+        self.whole.as_ref().map(|whole| &*whole.published)
+    }
+
+    fn content(&self) -> Result<String, Error> {
+        let events = self.events.iter().map(|DraftEvent { event, deliveries, stored }| KeptEvent {
+            id: (&*event.id).into(),
+            event_type: (&*event.event_type).into(),
+            data: (!stored).then(|| event.data.as_str().into()),
+            created_at_ms: event.created_at.millis(),
+            deliveries: deliveries.iter().map(|new| ((&*new.id).into(), (&*new.webhook_id).into())).collect(),
+        });
+        let content = Content {
+            organization: self.tenant.organization().into(),
+            environment: self.tenant.environment().as_str().into(),
+            first_attempt_at_ms: self.first_attempt_at.millis(),
+            events: events.collect(),
+        };
+        serde_json::to_string(&content).map_err(|_| Error::Corrupt("part"))
+    }
+
+    /// A part that was kept by another node, or before a start. Its deliveries are claimed like all that is due.
+    fn taken_over(id: String, content: &str, lease: Duration) -> Result<Self, Error> {
+        let content: Content<'_> = serde_json::from_str(content).map_err(|_| Error::Corrupt("part"))?;
+        let events = content.events.into_iter().map(|kept| {
+            let stored = kept.data.is_none();
+            let event = Event {
+                id: kept.id.into_owned(),
+                event_type: kept.event_type.into_owned(),
+                data: EventData::trusted(kept.data.unwrap_or_default().into_owned()),
+                created_at: Timestamp::from_millis(kept.created_at_ms),
+            };
+            let new = |(id, webhook_id): (Cow<'_, str>, Cow<'_, str>)| NewDelivery {
+                id: id.into_owned(),
+                webhook_id: webhook_id.into(),
+                leased: false,
+            };
+            let deliveries = kept.deliveries.into_iter().map(new).collect();
+            DraftEvent { event: Arc::new(event), deliveries, stored }
+        });
+        Ok(Self {
+            tenant: tenant(&content.organization, &content.environment)?,
+            events: events.collect(),
+            first_attempt_at: Timestamp::from_millis(content.first_attempt_at_ms),
+            lease,
+            leased_until: clock::now().after(lease),
+            plan: Plan::Schedule,
+            done: None,
+            keep: None,
+            room: None,
+            whole: None,
+            part: Some(id),
+        })
+    }
+}
+
+/// The rows for [`INSERT_PARTS`].
+pub(in crate::store) fn kept<'a>(
+    backend: DbBackend,
+    node: &str,
+    drafts: impl Iterator<Item = &'a Draft>,
+) -> Result<Rows, Error> {
+    let mut rows = Rows::new(backend, PARTS);
+    for part in drafts.filter_map(|draft| draft.whole.as_ref()).flat_map(|whole| &whole.parts) {
+        let (id, content) = (part.part.as_deref().unwrap_or_default(), part.content()?);
+        rows.push([id.into(), node.into(), part.leased_until.millis().into(), content.as_str().into()]);
+    }
+    Ok(rows)
+}
+
+/// The rows for [`DELETE_PARTS`].
+pub(in crate::store) fn stored<'a>(backend: DbBackend, node: &str, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
+    let mut rows = Rows::new(backend, STORED);
+    drafts.filter_map(|draft| draft.part.as_deref()).for_each(|id| rows.push([id.into(), node.into()]));
+    rows
+}
+
+impl Store {
+    /// Stores what a process that is gone had accepted. On SQLite no other node can be storing it, so that is all; on
+    /// PostgreSQL its leases run out in their own time.
+    pub async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
+        while self.sqlite() && self.store_kept_parts(true, lease).await? > 0 {}
+        Ok(())
+    }
+
+    /// Stores some parts whose lease has run out, or any when `all`. Answers how many.
+    pub async fn store_kept_parts(&self, all: bool, lease: Duration) -> Result<usize, Error> {
+        let now = clock::now();
+        let mut sql = Sql::new("UPDATE publish_parts SET node = ");
+        sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(now.after(lease).millis());
+        sql.text(" WHERE id IN (SELECT id FROM publish_parts WHERE lease_expires_at_ms <= ");
+        sql.value(if all { i64::MAX } else { now.millis() });
+        sql.text(&format!(" ORDER BY lease_expires_at_ms LIMIT {MAX_TAKEN_OVER}"));
+        sql.text(if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" }).text(") RETURNING id, content");
+        let writer = &self.0.engine_write;
+        let statement = sql.build(writer.get_database_backend());
+        let rows = self.heard(async { Ok(writer.query_all_raw(statement).await?) }).await?;
+        let (mut waits, mut count) = (Vec::new(), 0);
+        for row in rows {
+            let (id, content): (String, String) = row.try_get_many_by_index()?;
+            let part = match Draft::taken_over(id.clone(), &content, lease) {
+                Ok(part) => part,
+                // It stays, and its lease runs out again and again.
+                Err(error) => {
+                    tracing::error!(part = id, %error, "a part of what was published cannot be read");
+                    continue;
+                }
+            };
+            let (done, stored) = oneshot::channel();
+            self.writer()?.send(Write::Part(Box::new(part), Done::TakenOver(done)))?;
+            waits.push(stored);
+        }
+        for stored in waits {
+            // One that failed is found again.
+            count += usize::from(stored.await.is_ok());
+        }
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        store::{Lease, NewEvent, publish::Publish, script::Script, targets::Subscribers},
+        webhook::{Environment, Tenant},
+    };
+
+    const LEASE: Lease = Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
+
+    /// An event for as many webhooks as each number says, with data of as many bytes.
+    async fn draft(store: &Store, events: &[(usize, usize)]) -> Draft {
+        let tenant = Tenant::new("acme", Environment::Live).unwrap();
+        let (mut new, mut subscribers) = (Vec::new(), HashMap::new());
+        for (index, (webhooks, bytes)) in events.iter().enumerate() {
+            let event_type = format!("type.{index}");
+            let to: Subscribers = (0..*webhooks).map(|number| format!("whk_{number}").into()).collect();
+            subscribers.insert((tenant.clone(), event_type.clone()), to);
+            let data = EventData::parse(&format!("{{\"index\":{index},\"a\":\"{}\"}}", "x".repeat(*bytes))).unwrap();
+            new.push(NewEvent { event_type, data });
+        }
+        store.draft_of(Publish::of(tenant, new, LEASE), &subscribers).unwrap()
+    }
+
+    /// Events with their deliveries, in order.
+    type Seen = Vec<(String, String, Vec<(String, String)>)>;
+
+    fn seen<'a>(drafts: impl IntoIterator<Item = &'a Draft>) -> Seen {
+        let mut all: Seen = Vec::new();
+        for DraftEvent { event, deliveries, .. } in drafts.into_iter().flat_map(|draft| &draft.events) {
+            if all.last().is_none_or(|(id, ..)| *id != event.id) {
+                all.push((event.id.clone(), event.data.as_str().to_owned(), Vec::new()));
+            }
+            let new = deliveries.iter().map(|new| (new.id.clone(), new.webhook_id.to_string()));
+            all.last_mut().unwrap().2.extend(new);
+        }
+        all
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn parts_are_the_whole_and_small(
+            events in proptest::collection::vec((prop_oneof![0..3_usize, 0..40_usize], prop_oneof![1..50_usize, 1..20_000_usize]), 1..90),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let (_directory, store) = Store::fresh().await;
+                let draft = draft(&store, &events).await;
+                let (before, published) = (seen([&draft]), draft.published());
+                let (backlog, weight) = (draft.backlog().1, draft.weight());
+                let draft = draft.in_parts();
+                prop_assert_eq!(draft.whole.is_some(), weight > LARGE);
+                prop_assert_eq!(draft.backlog().1, backlog);
+                prop_assert_eq!(seen(draft.parts()), before.clone());
+                for (one, other) in draft.published().iter().zip(&published) {
+                    prop_assert_eq!((&one.event_id, one.deliveries), (&other.event_id, other.deliveries));
+                }
+                if let Some(whole) = &draft.whole {
+                    for part in &whole.parts {
+                        prop_assert!(!part.events.is_empty());
+                        prop_assert!(part.deliveries().count() <= PART && part.events.len() <= PART);
+                    }
+                    let kept: Vec<_> = whole.parts.iter().map(|part| {
+                        Draft::taken_over("prt_1".to_owned(), &part.content().unwrap(), LEASE.length).unwrap()
+                    }).collect();
+                    // What is stored already is not kept a second time.
+                    let mut expected = before;
+                    for (id, data, _) in &mut expected {
+                        if draft.events.iter().any(|new| new.event.id == *id) {
+                            data.clear();
+                        }
+                    }
+                    prop_assert_eq!(seen(&kept), expected);
+                }
+                Ok(())
+            })?;
+        }
+    }
+
+    async fn count(store: &Store, of: &str) -> i64 {
+        let sql = Sql::new(&format!("SELECT count(*) FROM {of}"));
+        store.0.read.query_one_raw(sql.build(DbBackend::Sqlite)).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+    }
+
+    /// Keeps a large publish as a node would that ends right after that.
+    async fn keep(store: &Store, node: &str) -> Draft {
+        let draft = draft(store, &[(2, 10); 100]).await.in_parts();
+        let rows = kept(DbBackend::Sqlite, node, std::iter::once(&draft)).unwrap();
+        store.0.commits.run(Script::default().with(INSERT_PARTS, rows)).await.unwrap();
+        draft
+    }
+
+    #[tokio::test]
+    async fn what_a_node_kept_before_it_ended_is_stored_once() {
+        let (_directory, store) = Store::fresh().await;
+        let draft = keep(&store, "node_gone").await;
+        assert_eq!(count(&store, "publish_parts").await, i64::try_from(draft.parts().len()).unwrap());
+        assert_eq!(store.store_kept_parts(false, LEASE.length).await.unwrap(), 0, "its leases hold");
+        store.store_kept_parts_at_start(LEASE.length).await.unwrap();
+        assert_eq!((count(&store, "events").await, count(&store, "deliveries").await), (100, 200));
+        assert_eq!(count(&store, "publish_parts").await, 0);
+        assert_eq!(count(&store, "delivery_counts WHERE status = 'pending' AND total = 1").await, 200);
+        let waiting = "deliveries WHERE lease_node IS NULL AND next_attempt_at_ms IS NOT NULL";
+        assert_eq!(count(&store, waiting).await, 200, "they are claimed like all that is due");
+    }
+
+    /// A node that was frozen meanwhile stores nothing of what another has taken over, and what is in the same commit is
+    /// not lost.
+    #[tokio::test]
+    async fn what_another_node_has_taken_over_is_left_to_it() {
+        let (_directory, store) = Store::fresh().await;
+        let whole = keep(&store, &store.0.node).await;
+        let count_of_parts = whole.parts().len();
+        let sql = "UPDATE publish_parts SET node = 'node_other' WHERE id IN (SELECT id FROM publish_parts LIMIT 2)";
+        store.0.write.execute_unprepared(sql).await.unwrap();
+        let (answer, answered) = oneshot::channel();
+        for (part, done) in whole.unpack(Done::Caller(answer)) {
+            store.writer().unwrap().send(Write::Part(Box::new(part), done)).unwrap();
+        }
+        assert_eq!(answered.await.unwrap().unwrap().len(), 100);
+        // The writer is through when it has done what comes after.
+        let other = Tenant::new("other", Environment::Live).unwrap();
+        let event = NewEvent { event_type: "a".to_owned(), data: EventData::parse("{}").unwrap() };
+        store.publish(other, vec![event], LEASE, None).await.unwrap();
+        assert_eq!(count(&store, "publish_parts WHERE node = 'node_other'").await, 2);
+        assert_eq!(count(&store, "publish_parts").await, 2);
+        assert!(count_of_parts > 2 && count(&store, "deliveries").await > 0);
+    }
+
+    /// With others that write, it is answered as without, and nothing is left behind.
+    #[tokio::test]
+    async fn a_large_publish_beside_others_is_stored_in_parts() {
+        let (_directory, store) = Store::fresh().await;
+        let event = || NewEvent { event_type: "content.ready".to_owned(), data: EventData::parse("{}").unwrap() };
+        for organization in ["one", "other", "one"] {
+            let tenant = Tenant::new(organization, Environment::Live).unwrap();
+            store.publish(tenant, vec![event()], LEASE, None).await.unwrap();
+        }
+        let removed = "CREATE TRIGGER t AFTER DELETE ON publish_parts BEGIN INSERT INTO removed SELECT OLD.id; END";
+        for sql in ["CREATE TABLE removed (id TEXT)", removed] {
+            store.0.write.execute_unprepared(sql).await.unwrap();
+        }
+        let tenant = Tenant::new("acme", Environment::Live).unwrap();
+        let events: Vec<_> = std::iter::repeat_with(event).take(1_000).collect();
+        let published = store.publish(tenant, events, LEASE, None).await.unwrap();
+        assert_eq!(published.len(), 1_000);
+        assert_eq!((count(&store, "events").await, count(&store, "publish_parts").await), (1_003, 0));
+        assert_eq!(count(&store, "removed").await, i64::try_from(1_000_usize.div_ceil(PART)).unwrap());
+    }
+}
