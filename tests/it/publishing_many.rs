@@ -2,7 +2,11 @@
 
 use http::Method;
 use serde_json::{Value, json};
-use shortkit_webhooks::grpc::proto::{DeliveryStatus, PublishEventRequest, PublishEventsRequest};
+use shortkit_webhooks::{
+    grpc::proto::{DeliveryStatus, PublishEventRequest, PublishEventsRequest},
+    store::KeyKind,
+    webhook::Environment,
+};
 use tonic::Code;
 use tonic_types::StatusExt;
 
@@ -12,6 +16,7 @@ on_both_databases!(
     all_in_the_order_given,
     none_when_one_is_wrong,
     done_once_for_a_key,
+    beside_others_as_well,
     refused_as_a_whole,
     not_more_deliveries_than_one_commit_should_have,
 );
@@ -89,6 +94,38 @@ async fn done_once_for_a_key(database: Database) {
     assert_eq!(answers[1].headers["idempotency-replayed"], "true");
     let listed = server.get(&format!("/v1/webhooks/{webhook}/deliveries")).await;
     assert_eq!(listed.json()["meta"]["total"], MANY / 2);
+    server.stop().await;
+}
+
+/// While others write, it is stored in parts.
+async fn beside_others_as_well(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (webhook, _) = server.webhook(&receiver.url(), &["content.ready", "export.ready"]).await;
+    let quiet = server.new_key(Some("quiet"), KeyKind::Secret, Environment::Test).await;
+    let body = events(MANY).to_string();
+    let batch = async || {
+        let request = server.request(Method::POST, "/v1/events/batch").header("content-type", "application/json");
+        server.send(request.header("idempotency-key", "k").body(body.clone())).await
+    };
+    // Who writes alone would not notice.
+    for _ in 0..2 {
+        assert_eq!(server.publish("content.ready", "{}").await, 1);
+        let request = server.anonymous(Method::POST, "/v1/events").bearer_auth(&quiet);
+        let request = request.header("content-type", "application/json").body(r#"{"event":"content.ready","data":{}}"#);
+        assert_eq!(server.send(request).await.status, 202);
+    }
+    let (one, other) = (batch().await, batch().await);
+    assert_eq!((one.status, other.status), (202, 202), "{}", one.text);
+    assert_eq!(one.text, other.text);
+    let listed = server.get(&format!("/v1/webhooks/{webhook}/deliveries")).await;
+    assert_eq!(listed.json()["meta"]["total"], MANY + 2, "what is answered is there");
+    let got = receiver.wait_for(MANY + 2).await;
+    let number = |body: &str| serde_json::from_str::<Value>(body).unwrap()["data"]["number"].as_u64();
+    let mut numbers: Vec<u64> = got.iter().filter_map(|got| number(&got.body)).collect();
+    numbers.sort_unstable();
+    assert!(numbers.into_iter().eq(0..MANY as u64), "each once");
+    assert!(database.rows("SELECT id FROM publish_parts").await.is_empty());
     server.stop().await;
 }
 
