@@ -133,6 +133,13 @@ impl Backlog {
         Ok(())
     }
 
+    /// Lets in what was accepted before, however much is pending.
+    pub(super) fn let_in(&self, organization: &str, deliveries: usize) {
+        if deliveries > 0 {
+            self.lock().on_the_way.add(organization, deliveries as u64);
+        }
+    }
+
     /// Deliveries that were let in are stored, or could not be.
     pub(super) fn settle(&self, organization: &str, deliveries: usize, stored: bool) {
         if deliveries > 0 {

@@ -44,8 +44,8 @@ const MAX_SHARED_BATCH: usize = 128;
 const STALLED: Duration = Duration::from_secs(5);
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
-
-/// For so long, what is large is stored in parts, lest it hold up others.
+/// And when several had within this time, what is large is stored in parts: the first of those who come back after a pause is
+/// not to wait for it either.
 const SELDOM_SHARED: Duration = Duration::from_secs(10);
 
 /// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
@@ -196,9 +196,10 @@ impl Store {
                 Write::Release(release, answer) => batch.releases.push((release, answer)),
             }
         }
-        batch.weight = batch.finished.iter().map(|(finished, _)| finished.weight()).sum::<usize>()
-            + batch.releases.len()
-            + batch.drafts.iter().map(|(part, _)| part.weight()).sum::<usize>();
+        batch.weight =
+            batch.finished.iter().map(|(finished, _)| finished.weight()).sum::<usize>() + batch.releases.len();
+        // They were weighed when they were taken; publishes are not put back for them.
+        let parts: usize = batch.drafts.iter().map(|(part, _)| part.weight()).sum();
         match self.subscribers(publishes.iter().flat_map(|(publish, _)| publish.subscriptions())).await {
             Ok(subscribers) => {
                 let mut publishes = publishes.into_iter();
@@ -217,6 +218,7 @@ impl Store {
                 for (publish, answer) in publishes.rev() {
                     waiting.put_back(Arc::clone(publish.organization()), Write::Publish(publish, answer));
                 }
+                batch.weight += parts;
                 (batch, None)
             }
             Err(error) => {

@@ -1,9 +1,9 @@
 //! What is published together is accepted whole or not at all. As one commit, a thousand events would be long for everybody who
 //! waits behind it; so where several organisations write, the commit that accepts them only keeps them, as text in a few rows
 //! of `publish_parts`, and each of those parts is then a commit's worth of events and deliveries like any other: it takes
-//! turns, and its row goes in the commit that stores it, so it is stored once, by whoever has its lease. The caller is
-//! answered when all parts are stored, or, should one fail, since all of them will be: whoever finds that its lease has run out
-//! stores it.
+//! turns, and the commit that stores it removes its row, so it is stored once, by whoever has its lease. The caller is
+//! answered when all parts are stored. Should one fail, the answer is the same, and comes at once, since it will be stored:
+//! by whoever finds that its lease has run out, which may be a minute later.
 
 use std::{
     borrow::Cow,
@@ -39,8 +39,8 @@ const LARGE: usize = 64;
 const PART: usize = 16;
 /// A part also ends with the event that makes its data so long.
 const PART_BYTES: usize = PART * BYTES_PER_ITEM;
-/// So many parts of nodes that are gone are taken over at a time.
-const MAX_TAKEN_OVER: usize = 16;
+/// So many parts of nodes that are gone are taken over at a time, and wait in memory for their turn.
+const MAX_TAKEN_OVER: usize = 64;
 
 const PARTS: &[Column] = &[text("id"), text("node"), int("lease_expires_at_ms"), text("content")];
 pub(in crate::store) const INSERT_PARTS: &str = "INSERT INTO publish_parts (id, node, lease_expires_at_ms, content) \
@@ -137,7 +137,9 @@ impl Draft {
             let stored = deliveries.len() > PART;
             if stored {
                 self.events.push(DraftEvent { event: Arc::clone(&event), deliveries: Vec::new(), stored: false });
-            } else if weight + deliveries.len().max(1) > PART || bytes > PART_BYTES {
+            }
+            let no_room = !stored && (weight + deliveries.len().max(1) > PART || bytes > PART_BYTES);
+            if no_room || weight == PART {
                 parts.push(self.part());
                 (weight, bytes) = (0, 0);
             }
@@ -156,7 +158,12 @@ impl Draft {
                 (weight, bytes) = (0, 0);
             }
         }
-        self.whole = Some(Whole { published, parts });
+        if let [one] = &mut parts[..] {
+            // One event with long data is no shorter for being kept first.
+            self.events = mem::take(&mut one.events);
+        } else {
+            self.whole = Some(Whole { published, parts });
+        }
         self
     }
 
@@ -183,13 +190,15 @@ impl Draft {
 
     /// How much it is to write now: what is kept is little for each part, and its data.
     pub(in crate::store) fn weight(&self) -> usize {
-        let of = |events: &[DraftEvent]| events.iter().map(|new| new.event.data.as_str().len()).sum::<usize>();
+        let data = |draft: &Self| -> usize {
+            draft.events.iter().filter(|new| !new.stored).map(|new| new.event.data.as_str().len()).sum()
+        };
         match &self.whole {
             Some(whole) => {
-                let bytes: usize = whole.parts.iter().map(|part| of(&part.events)).sum();
+                let bytes = data(self) + whole.parts.iter().map(data).sum::<usize>();
                 self.events.len() + whole.parts.len() + bytes / BYTES_PER_ITEM
             }
-            None => self.deliveries().count().max(self.events.len()).max(of(&self.events) / BYTES_PER_ITEM),
+            None => self.deliveries().count().max(self.events.len()).max(data(self) / BYTES_PER_ITEM),
         }
     }
 
@@ -298,23 +307,37 @@ impl Store {
     /// Stores what a process that is gone had accepted. On SQLite no other node can be storing it, so that is all; on
     /// PostgreSQL its leases run out in their own time.
     pub async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
-        while self.sqlite() && self.store_kept_parts(true, lease).await? > 0 {}
+        let mut stored = self.sqlite();
+        while stored {
+            stored = false;
+            for part in self.take_parts_over(true, lease).await? {
+                // One that failed is found again when its lease has run out.
+                stored |= part.await.is_ok();
+            }
+        }
         Ok(())
     }
 
-    /// Stores some parts whose lease has run out, or any when `all`. Answers how many.
-    pub async fn store_kept_parts(&self, all: bool, lease: Duration) -> Result<usize, Error> {
+    /// Takes some parts over whose lease has run out; they are stored in turns with all else. Answers how many.
+    pub async fn store_kept_parts(&self, lease: Duration) -> Result<usize, Error> {
+        Ok(self.take_parts_over(false, lease).await?.len())
+    }
+
+    /// Takes some parts over whose lease has run out, or any when `all`; each says when it is stored.
+    async fn take_parts_over(&self, all: bool, lease: Duration) -> Result<Vec<oneshot::Receiver<()>>, Error> {
         let now = clock::now();
-        let mut sql = Sql::new("UPDATE publish_parts SET node = ");
-        sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(now.after(lease).millis());
-        sql.text(" WHERE id IN (SELECT id FROM publish_parts WHERE lease_expires_at_ms <= ");
+        // Materialized as in a claim, so that a plan that looks twice does not take more.
+        let mut sql = Sql::new("WITH due AS MATERIALIZED (SELECT id FROM publish_parts WHERE lease_expires_at_ms <= ");
         sql.value(if all { i64::MAX } else { now.millis() });
         sql.text(&format!(" ORDER BY lease_expires_at_ms LIMIT {MAX_TAKEN_OVER}"));
-        sql.text(if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" }).text(") RETURNING id, content");
+        sql.text(if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" });
+        sql.text(") UPDATE publish_parts SET node = ").value(self.0.node.as_str());
+        sql.text(", lease_expires_at_ms = ").value(now.after(lease).millis());
+        sql.text(" WHERE id IN (SELECT id FROM due) RETURNING id, content");
         let writer = &self.0.engine_write;
         let statement = sql.build(writer.get_database_backend());
         let rows = self.heard(async { Ok(writer.query_all_raw(statement).await?) }).await?;
-        let (mut waits, mut count) = (Vec::new(), 0);
+        let mut taken_over = Vec::new();
         for row in rows {
             let (id, content): (String, String) = row.try_get_many_by_index()?;
             let part = match Draft::taken_over(id.clone(), &content, lease) {
@@ -325,15 +348,13 @@ impl Store {
                     continue;
                 }
             };
+            let (organization, deliveries) = part.backlog();
+            self.0.backlog.let_in(organization, deliveries);
             let (done, stored) = oneshot::channel();
             self.writer()?.send(Write::Part(Box::new(part), Done::TakenOver(done)))?;
-            waits.push(stored);
+            taken_over.push(stored);
         }
-        for stored in waits {
-            // One that failed is found again.
-            count += usize::from(stored.await.is_ok());
-        }
-        Ok(count)
+        Ok(taken_over)
     }
 }
 
@@ -394,13 +415,16 @@ mod tests {
                 let (before, published) = (seen([&draft]), draft.published());
                 let (backlog, weight) = (draft.backlog().1, draft.weight());
                 let draft = draft.in_parts();
-                prop_assert_eq!(draft.whole.is_some(), weight > LARGE);
+                prop_assert!(draft.whole.is_none() || weight > LARGE);
                 prop_assert_eq!(draft.backlog().1, backlog);
                 prop_assert_eq!(seen(draft.parts()), before.clone());
                 for (one, other) in draft.published().iter().zip(&published) {
                     prop_assert_eq!((&one.event_id, one.deliveries), (&other.event_id, other.deliveries));
                 }
+                let deliveries: usize = published.iter().map(|one| one.deliveries).sum();
+                prop_assert!(draft.whole.is_some() || deliveries.max(events.len()) <= LARGE);
                 if let Some(whole) = &draft.whole {
+                    prop_assert!(whole.parts.len() > 1);
                     for part in &whole.parts {
                         prop_assert!(!part.events.is_empty());
                         prop_assert!(part.deliveries().count() <= PART && part.events.len() <= PART);
@@ -440,13 +464,33 @@ mod tests {
         let (_directory, store) = Store::fresh().await;
         let draft = keep(&store, "node_gone").await;
         assert_eq!(count(&store, "publish_parts").await, i64::try_from(draft.parts().len()).unwrap());
-        assert_eq!(store.store_kept_parts(false, LEASE.length).await.unwrap(), 0, "its leases hold");
+        assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0, "its leases hold");
         store.store_kept_parts_at_start(LEASE.length).await.unwrap();
         assert_eq!((count(&store, "events").await, count(&store, "deliveries").await), (100, 200));
         assert_eq!(count(&store, "publish_parts").await, 0);
         assert_eq!(count(&store, "delivery_counts WHERE status = 'pending' AND total = 1").await, 200);
         let waiting = "deliveries WHERE lease_node IS NULL AND next_attempt_at_ms IS NOT NULL";
         assert_eq!(count(&store, waiting).await, 200, "they are claimed like all that is due");
+    }
+
+    /// Otherwise its deliveries would come when there is nothing left that they belong to.
+    #[tokio::test]
+    async fn a_deleted_webhook_stays_for_what_is_kept() {
+        let (_directory, store) = Store::fresh().await;
+        let id = clock::first_id("prt", Timestamp::from_millis(1_000));
+        for sql in [
+            "INSERT INTO webhooks (id, organization, environment, url, events, status, secret, created_at_ms, deleted_at_ms) \
+             VALUES ('whk_1', 'acme', 'live', 'https://example.com/', '[]', 'active', '', 1, 2000)",
+            &format!("INSERT INTO publish_parts (id, node, lease_expires_at_ms, content) VALUES ('{id}', 'n', 1, '')"),
+        ] {
+            store.0.write.execute_unprepared(sql).await.unwrap();
+        }
+        store.remove_deleted().await.unwrap();
+        assert_eq!(count(&store, "webhooks").await, 1);
+        assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0, "it cannot be read, and stays");
+        store.0.write.execute_unprepared("DELETE FROM publish_parts").await.unwrap();
+        store.remove_deleted().await.unwrap();
+        assert_eq!(count(&store, "webhooks").await, 0);
     }
 
     /// A node that was frozen meanwhile stores nothing of what another has taken over, and what is in the same commit is

@@ -32,6 +32,9 @@ impl Store {
 
 impl Round<'_> {
     async fn remove_deleted(&self, settled: Timestamp) -> Result<(), Stop> {
+        if self.waits_for_parts(settled).await? {
+            return Ok(());
+        }
         for webhook_id in self.deleted(settled).await? {
             let mut after = String::new();
             loop {

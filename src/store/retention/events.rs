@@ -18,6 +18,9 @@ const SPREAD: Duration = Duration::from_secs(1);
 impl Round<'_> {
     /// Removes events from before `old` that no delivery needs: each that there still is ended before `old`.
     pub(super) async fn remove_events(&mut self, old: Timestamp) -> Result<(), Stop> {
+        if self.waits_for_parts(old.after(SPREAD)).await? {
+            return Ok(());
+        }
         let (mut after, end) = (String::new(), clock::first_id("evt", old));
         loop {
             let mut sql = Sql::new("SELECT id, octet_length(data) FROM events WHERE id > ");
