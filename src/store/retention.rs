@@ -301,14 +301,6 @@ impl<'a> Round<'a> {
         Ok(self.read(sql).await?.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
     }
 
-    /// Whether something that was published before `at` still is to be stored, see [`super::publish::parts`]: what that needs,
-    /// or belongs to, is not removed before.
-    async fn waits_for_parts(&self, at: Timestamp) -> Result<bool, Stop> {
-        let mut sql = Sql::new("SELECT 1 FROM publish_parts WHERE id < ");
-        sql.value(clock::first_id("prt", at).as_str()).text(" LIMIT 1");
-        Ok(!self.read(sql).await?.is_empty())
-    }
-
     /// Begins a step. On PostgreSQL the others do not have one at the same time: whoever finds a node at it leaves the
     /// round to that one. Nothing is lost when a step is, so no step waits for the disk there.
     async fn begin(&self) -> Result<DatabaseTransaction, Stop> {

@@ -42,6 +42,14 @@ impl Round<'_> {
         }
     }
 
+    /// Whether something that was published before `at` still is to be stored, see [`crate::store::publish::parts`]: what that needs,
+    /// or belongs to, is not removed before.
+    pub(super) async fn waits_for_parts(&self, at: Timestamp) -> Result<bool, Stop> {
+        let mut sql = Sql::new("SELECT 1 FROM publish_parts WHERE id < ");
+        sql.value(clock::first_id("prt", at).as_str()).text(" LIMIT 1");
+        Ok(!self.read(sql).await?.is_empty())
+    }
+
     /// Of events that were made soon after one another, those that no delivery needs.
     async fn remove_unneeded(&mut self, run: &[(String, i32)], old: Timestamp) -> Result<(), Stop> {
         let began = clock::stopwatch();
