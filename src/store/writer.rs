@@ -305,7 +305,7 @@ impl Store {
         let (backend, node) = (self.0.commits.backend(), &self.0.node);
         let script = self
             .keep(Script::default(), backend, drafts().filter_map(Draft::kept).collect())?
-            .with_each(parts::DELETE_PARTS, parts::stored(backend, node, drafts()), Expected::Part)
+            .with_each(parts::remove_parts(backend), parts::stored(backend, node, drafts()), Expected::Part)
             .with(parts::INSERT_PARTS, parts::kept(backend, node, drafts())?)
             .with(publish::INSERT_EVENTS, publish::events(backend, drafts()))
             .with(publish::INSERT_DELIVERIES, publish::deliveries(backend, node, drafts()))

@@ -48,8 +48,18 @@ pub(in crate::store) const INSERT_PARTS: &str = "INSERT INTO publish_parts (id, 
 
 const STORED: &[Column] = &[text("id"), text("node")];
 /// Each only if it is this node's.
-pub(in crate::store) const DELETE_PARTS: &str =
-    "DELETE FROM publish_parts WHERE (id, node) IN (SELECT id, node FROM {rows})";
+pub(in crate::store) const fn remove_parts(backend: DbBackend) -> &'static str {
+    match backend {
+        // A semi-join would go through all parts there are: it is planned while there are none. The lock sees whether another
+        // node takes a part over meanwhile.
+        DbBackend::Postgres => {
+            "DELETE FROM publish_parts WHERE id = ANY (ARRAY(SELECT part.id FROM {rows} CROSS JOIN LATERAL \
+             (SELECT id FROM publish_parts WHERE publish_parts.id = rows.id AND publish_parts.node = rows.node \
+             LIMIT 1 FOR UPDATE) AS part))"
+        }
+        _ => "DELETE FROM publish_parts WHERE (id, node) IN (SELECT id, node FROM {rows})",
+    }
+}
 
 /// A draft that is kept first.
 pub(super) struct Whole {
@@ -296,7 +306,7 @@ pub(in crate::store) fn kept<'a>(
     Ok(rows)
 }
 
-/// The rows for [`DELETE_PARTS`].
+/// The rows for [`remove_parts`].
 pub(in crate::store) fn stored<'a>(backend: DbBackend, node: &str, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
     let mut rows = Rows::new(backend, STORED);
     drafts.filter_map(|draft| draft.part.as_deref()).for_each(|id| rows.push([id.into(), node.into()]));
