@@ -25,8 +25,6 @@ enum Way {
 /// The steps, as `failpoint::reached` names them.
 const STEPS: [(&str, Way); 10] = [
     ("publish before commit", Way::Published),
-    ("part before commit", Way::Together),
-    ("part after commit", Way::Together),
     ("publish after commit", Way::Published),
     ("claim before commit", Way::Claimed),
     ("claim after commit", Way::Claimed),
@@ -34,6 +32,8 @@ const STEPS: [(&str, Way); 10] = [
     ("post after", Way::Published),
     ("record before commit", Way::Published),
     ("record after commit", Way::Published),
+    ("part before commit", Way::Together),
+    ("part after commit", Way::Together),
 ];
 /// Published together.
 const TOGETHER: usize = 200;
