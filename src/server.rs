@@ -83,8 +83,8 @@ pub async fn run(
     store.take_exclusively(&config.database_url)?;
     store.follow_clock().await?;
     store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
-    let rescued = store.rescue_all_at_start(&config.retry_schedule).await?;
-    store.store_kept_parts_at_start(dispatch::lease_length(config.request_timeout)).await?;
+    let lease_length = dispatch::lease_length(config.request_timeout);
+    let rescued = store.rescue_all_at_start(&config.retry_schedule, lease_length).await?;
     store.release_claims_at_start().await?;
     if rescued > 0 {
         tracing::info!(count = rescued, "deliveries that were interrupted go out again");
@@ -119,10 +119,7 @@ pub async fn run(
         client,
         event_types: config.event_types.clone(),
         max_webhooks: config.max_webhooks,
-        lease: Lease {
-            length: dispatch::lease_length(config.request_timeout),
-            first_wait: config.retry_schedule.first_wait(),
-        },
+        lease: Lease { length: lease_length, first_wait: config.retry_schedule.first_wait() },
         shutdown: shutdown.clone(),
     }));
     let calls_ended = CancellationToken::new();

@@ -117,7 +117,7 @@ struct DraftEvent {
     event: Arc<Event>,
     deliveries: Vec<NewDelivery>,
     /// Its own row is there already.
-    stored: bool,
+    has_row: bool,
 }
 
 struct NewDelivery {
@@ -203,7 +203,7 @@ impl Store {
                     || lease.first_wait.is_zero()
                         && self.0.handoff.try_take(tenant.shared_organization(), webhook_id, bytes),
             });
-            DraftEvent { deliveries: new.collect(), event, stored: false }
+            DraftEvent { deliveries: new.collect(), event, has_row: false }
         });
         Ok(Draft {
             events: events.collect(),
@@ -239,7 +239,7 @@ impl Publish {
     /// How much it is to write with so many deliveries: as much as they are, and more when its data is long.
     pub(super) fn weight(&self, deliveries: usize) -> usize {
         let bytes: usize = self.events.iter().map(|event| event.data.as_str().len()).sum();
-        deliveries.max(self.events.len()).max(bytes / BYTES_PER_ITEM)
+        weight(self.events.len(), deliveries, bytes)
     }
 }
 
@@ -325,10 +325,15 @@ impl Draft {
     }
 }
 
+/// How much so many events, deliveries and bytes of data are to write.
+fn weight(events: usize, deliveries: usize, bytes: usize) -> usize {
+    deliveries.max(events).max(bytes / BYTES_PER_ITEM)
+}
+
 /// The rows for [`INSERT_EVENTS`].
 pub(super) fn events<'a>(backend: DbBackend, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
     let mut rows = Rows::new(backend, EVENTS);
-    for DraftEvent { event, .. } in drafts.flat_map(|draft| &draft.events).filter(|new| !new.stored) {
+    for DraftEvent { event, .. } in drafts.flat_map(|draft| &draft.events).filter(|new| !new.has_row) {
         let Event { id, event_type, data, created_at } = &**event;
         rows.push([id.into(), event_type.into(), data.shared().into(), created_at.millis().into()]);
     }

@@ -42,9 +42,9 @@ const LOST: &str = "The attempt was interrupted";
 static OF_NO_TENANT: Seldom = Seldom::new(Duration::from_secs(1));
 
 impl Store {
-    /// Brings back what a process that is gone had leased. On SQLite no other node can hold a lease, so that is all;
-    /// on PostgreSQL leases of others run out in their own time.
-    pub async fn rescue_all_at_start(&self, schedule: &RetrySchedule) -> Result<usize, Error> {
+    /// Brings back what a process that is gone had leased, and stores what it had accepted. On SQLite no other node can hold a
+    /// lease, so that is all; on PostgreSQL leases of others run out in their own time.
+    pub async fn rescue_all_at_start(&self, schedule: &RetrySchedule, lease: Duration) -> Result<usize, Error> {
         let mut total = 0;
         while self.sqlite() {
             match self.rescue(true, schedule).await? {
@@ -52,6 +52,7 @@ impl Store {
                 rescued => total += rescued,
             }
         }
+        self.store_kept_parts_at_start(lease).await?;
         Ok(total)
     }
 

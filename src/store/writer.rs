@@ -305,8 +305,8 @@ impl Store {
         let (backend, node) = (self.0.commits.backend(), &self.0.node);
         let script = self
             .keep(Script::default(), backend, drafts().filter_map(Draft::kept).collect())?
-            .with_each(parts::remove_parts(backend), parts::stored(backend, node, drafts()), Expected::Part)
-            .with(parts::INSERT_PARTS, parts::kept(backend, node, drafts())?)
+            .with_each(parts::remove_parts(backend), parts::to_remove(backend, node, drafts()), Expected::Part)
+            .with(parts::INSERT_PARTS, parts::to_keep(backend, node, drafts())?)
             .with(publish::INSERT_EVENTS, publish::events(backend, drafts()))
             .with(publish::INSERT_DELIVERIES, publish::deliveries(backend, node, drafts()))
             .with_each(record::UPDATE, record::results(backend, node, finished), Expected::Lease)

@@ -19,7 +19,7 @@ use sea_orm::{ConnectionTrait, DbBackend};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use super::{Draft, DraftEvent, NewDelivery, Published};
+use super::{Draft, DraftEvent, NewDelivery, Published, weight};
 use crate::{
     clock,
     store::{
@@ -30,7 +30,7 @@ use crate::{
         sql::Sql,
         writer::{Answer, BYTES_PER_ITEM, Write},
     },
-    webhook::{Event, EventData, Plan, Timestamp},
+    webhook::{Event, EventData, Plan, Tenant, Timestamp},
 };
 
 /// What has more deliveries or events than this is kept first, and stored in parts …
@@ -42,11 +42,11 @@ const PART_BYTES: usize = PART * BYTES_PER_ITEM;
 /// So many parts of nodes that are gone are taken over at a time, and wait in memory for their turn.
 const MAX_TAKEN_OVER: usize = 64;
 
-const PARTS: &[Column] = &[text("id"), text("node"), int("lease_expires_at_ms"), text("content")];
+const KEPT: &[Column] = &[text("id"), text("node"), int("lease_expires_at_ms"), text("content")];
 pub(in crate::store) const INSERT_PARTS: &str = "INSERT INTO publish_parts (id, node, lease_expires_at_ms, content) \
     SELECT id, node, lease_expires_at_ms, content FROM {rows}";
 
-const STORED: &[Column] = &[text("id"), text("node")];
+const REMOVED: &[Column] = &[text("id"), text("node")];
 /// Each only if it is this node's.
 pub(in crate::store) const fn remove_parts(backend: DbBackend) -> &'static str {
     match backend {
@@ -140,31 +140,33 @@ impl Draft {
             return self;
         }
         let published = self.published();
-        let mut parts = vec![self.part()];
+        let (tenant, first_attempt_at, lease) = (self.tenant.clone(), self.first_attempt_at, self.lease);
+        let part = || Self::part(tenant.clone(), first_attempt_at, lease, clock::new_id("prt"));
+        let mut parts = vec![part()];
         let (mut weight, mut bytes) = (0, 0);
         for DraftEvent { event, deliveries, .. } in mem::take(&mut self.events) {
             // One that goes to more than a part holds is stored with what is kept; the parts only have its deliveries.
-            let stored = deliveries.len() > PART;
-            if stored {
-                self.events.push(DraftEvent { event: Arc::clone(&event), deliveries: Vec::new(), stored: false });
+            let has_row = deliveries.len() > PART;
+            if has_row {
+                self.events.push(DraftEvent { event: Arc::clone(&event), deliveries: Vec::new(), has_row: false });
             }
-            let no_room = !stored && (weight + deliveries.len().max(1) > PART || bytes > PART_BYTES);
+            let no_room = !has_row && (weight + deliveries.len().max(1) > PART || bytes > PART_BYTES);
             if no_room || weight == PART {
-                parts.push(self.part());
+                parts.push(part());
                 (weight, bytes) = (0, 0);
             }
             let mut left = deliveries.into_iter().peekable();
             loop {
                 let some: Vec<_> = left.by_ref().take(PART - weight).collect();
                 weight += some.len().max(1);
-                bytes += if stored { 0 } else { event.data.as_str().len() };
+                bytes += if has_row { 0 } else { event.data.as_str().len() };
                 if let Some(part) = parts.last_mut() {
-                    part.events.push(DraftEvent { event: Arc::clone(&event), deliveries: some, stored });
+                    part.events.push(DraftEvent { event: Arc::clone(&event), deliveries: some, has_row });
                 }
                 if left.peek().is_none() {
                     break;
                 }
-                parts.push(self.part());
+                parts.push(part());
                 (weight, bytes) = (0, 0);
             }
         }
@@ -177,20 +179,20 @@ impl Draft {
         self
     }
 
-    /// An empty part of it.
-    fn part(&self) -> Self {
+    /// A part without anything in it, of what goes out first at this time.
+    fn part(tenant: Tenant, first_attempt_at: Timestamp, lease: Duration, id: String) -> Self {
         Self {
-            tenant: self.tenant.clone(),
+            tenant,
             events: Vec::new(),
-            first_attempt_at: self.first_attempt_at,
-            lease: self.lease,
-            leased_until: self.leased_until,
+            first_attempt_at,
+            lease,
+            leased_until: clock::now().after(lease),
             plan: Plan::Schedule,
             done: None,
             keep: None,
             room: None,
             whole: None,
-            part: Some(clock::new_id("prt")),
+            part: Some(id),
         }
     }
 
@@ -201,14 +203,14 @@ impl Draft {
     /// How much it is to write now: what is kept is little for each part, and its data.
     pub(in crate::store) fn weight(&self) -> usize {
         let data = |draft: &Self| -> usize {
-            draft.events.iter().filter(|new| !new.stored).map(|new| new.event.data.as_str().len()).sum()
+            draft.events.iter().filter(|new| !new.has_row).map(|new| new.event.data.as_str().len()).sum()
         };
         match &self.whole {
             Some(whole) => {
                 let bytes = data(self) + whole.parts.iter().map(data).sum::<usize>();
                 self.events.len() + whole.parts.len() + bytes / BYTES_PER_ITEM
             }
-            None => self.deliveries().count().max(self.events.len()).max(data(self) / BYTES_PER_ITEM),
+            None => weight(self.events.len(), self.deliveries().count(), data(self)),
         }
     }
 
@@ -241,10 +243,10 @@ impl Draft {
     }
 
     fn content(&self) -> Result<String, Error> {
-        let events = self.events.iter().map(|DraftEvent { event, deliveries, stored }| KeptEvent {
+        let events = self.events.iter().map(|DraftEvent { event, deliveries, has_row }| KeptEvent {
             id: (&*event.id).into(),
             event_type: (&*event.event_type).into(),
-            data: (!stored).then(|| event.data.as_str().into()),
+            data: (!has_row).then(|| event.data.as_str().into()),
             created_at_ms: event.created_at.millis(),
             deliveries: deliveries.iter().map(|new| ((&*new.id).into(), (&*new.webhook_id).into())).collect(),
         });
@@ -261,7 +263,7 @@ impl Draft {
     fn taken_over(id: String, content: &str, lease: Duration) -> Result<Self, Error> {
         let content: Content<'_> = serde_json::from_str(content).map_err(|_| Error::Corrupt("part"))?;
         let events = content.events.into_iter().map(|kept| {
-            let stored = kept.data.is_none();
+            let has_row = kept.data.is_none();
             let event = Event {
                 id: kept.id.into_owned(),
                 event_type: kept.event_type.into_owned(),
@@ -274,31 +276,21 @@ impl Draft {
                 leased: false,
             };
             let deliveries = kept.deliveries.into_iter().map(new).collect();
-            DraftEvent { event: Arc::new(event), deliveries, stored }
+            DraftEvent { event: Arc::new(event), deliveries, has_row }
         });
-        Ok(Self {
-            tenant: tenant(&content.organization, &content.environment)?,
-            events: events.collect(),
-            first_attempt_at: Timestamp::from_millis(content.first_attempt_at_ms),
-            lease,
-            leased_until: clock::now().after(lease),
-            plan: Plan::Schedule,
-            done: None,
-            keep: None,
-            room: None,
-            whole: None,
-            part: Some(id),
-        })
+        let first_attempt_at = Timestamp::from_millis(content.first_attempt_at_ms);
+        let part = Self::part(tenant(&content.organization, &content.environment)?, first_attempt_at, lease, id);
+        Ok(Self { events: events.collect(), ..part })
     }
 }
 
 /// The rows for [`INSERT_PARTS`].
-pub(in crate::store) fn kept<'a>(
+pub(in crate::store) fn to_keep<'a>(
     backend: DbBackend,
     node: &str,
     drafts: impl Iterator<Item = &'a Draft>,
 ) -> Result<Rows, Error> {
-    let mut rows = Rows::new(backend, PARTS);
+    let mut rows = Rows::new(backend, KEPT);
     for part in drafts.filter_map(|draft| draft.whole.as_ref()).flat_map(|whole| &whole.parts) {
         let (id, content) = (part.part.as_deref().unwrap_or_default(), part.content()?);
         rows.push([id.into(), node.into(), part.leased_until.millis().into(), content.as_str().into()]);
@@ -307,8 +299,8 @@ pub(in crate::store) fn kept<'a>(
 }
 
 /// The rows for [`remove_parts`].
-pub(in crate::store) fn stored<'a>(backend: DbBackend, node: &str, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
-    let mut rows = Rows::new(backend, STORED);
+pub(in crate::store) fn to_remove<'a>(backend: DbBackend, node: &str, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
+    let mut rows = Rows::new(backend, REMOVED);
     drafts.filter_map(|draft| draft.part.as_deref()).for_each(|id| rows.push([id.into(), node.into()]));
     rows
 }
@@ -316,7 +308,7 @@ pub(in crate::store) fn stored<'a>(backend: DbBackend, node: &str, drafts: impl 
 impl Store {
     /// Stores what a process that is gone had accepted. On SQLite no other node can be storing it, so that is all; on
     /// PostgreSQL its leases run out in their own time.
-    pub async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
+    pub(in crate::store) async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
         let mut stored = self.sqlite();
         while stored {
             stored = false;
@@ -377,7 +369,7 @@ mod tests {
     use super::*;
     use crate::{
         store::{Lease, NewEvent, publish::Publish, script::Script, targets::Subscribers},
-        webhook::{Environment, Tenant},
+        webhook::Environment,
     };
 
     const LEASE: Lease = Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
@@ -464,7 +456,7 @@ mod tests {
     /// Keeps a large publish as a node would that ends right after that.
     async fn keep(store: &Store, node: &str) -> Draft {
         let draft = draft(store, &[(2, 10); 100]).await.in_parts();
-        let rows = kept(DbBackend::Sqlite, node, std::iter::once(&draft)).unwrap();
+        let rows = to_keep(DbBackend::Sqlite, node, std::iter::once(&draft)).unwrap();
         store.0.commits.run(Script::default().with(INSERT_PARTS, rows)).await.unwrap();
         draft
     }

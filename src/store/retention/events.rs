@@ -42,8 +42,8 @@ impl Round<'_> {
         }
     }
 
-    /// Whether something that was published before `at` still is to be stored, see [`crate::store::publish::parts`]: what that needs,
-    /// or belongs to, is not removed before.
+    /// Whether something that was published before `at` still is to be stored (see [`crate::store::publish::parts`]): what
+    /// that needs, or belongs to, is not removed before.
     pub(super) async fn waits_for_parts(&self, at: Timestamp) -> Result<bool, Stop> {
         let mut sql = Sql::new("SELECT 1 FROM publish_parts WHERE id < ");
         sql.value(clock::first_id("prt", at).as_str()).text(" LIMIT 1");
