@@ -17,6 +17,7 @@ mod m0010_forgotten_changes;
 mod m0011_webhook_changes;
 mod m0012_given_back;
 mod m0013_publish_parts;
+mod m0014_publish_drafts;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -68,6 +69,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0011_webhook_changes", schema: m0011_webhook_changes::schema },
             Step { name: "m0012_given_back", schema: m0012_given_back::schema },
             Step { name: "m0013_publish_parts", schema: m0013_publish_parts::schema },
+            Step { name: "m0014_publish_drafts", schema: m0014_publish_drafts::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

@@ -141,6 +141,12 @@ impl Ledger {
         self.books().missing().count()
     }
 
+    /// Whether an event has.
+    #[cfg(feature = "failpoints")]
+    pub(crate) fn has_arrived(&self, number: u64) -> bool {
+        self.books().arrived.contains(&number)
+    }
+
     /// How many requests came.
     pub(crate) fn arrivals(&self) -> usize {
         self.books().arrivals.len()

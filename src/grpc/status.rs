@@ -217,6 +217,7 @@ pub(crate) fn store(error: store::Error) -> Status {
             invalid("events", "too_many_deliveries", message)
         }
         store::Error::Repeated => unavailable("another request with this idempotency key is at work; try again"),
+        store::Error::TakenOver => unavailable("the events could not be kept in time; publish them again"),
         store::Error::Closed => shutting_down(),
         other => internal(&other.to_string()),
     }

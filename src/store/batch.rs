@@ -27,10 +27,14 @@ impl Batch {
 
     /// A step of everything that is in it.
     pub(super) fn reached(&self, step: &str) {
-        if self.drafts.iter().any(|(draft, _)| draft.is_part()) {
+        let all = || self.drafts.iter().map(|(draft, _)| draft);
+        if all().any(Draft::is_whole) {
+            failpoint::reached("piece", step);
+        }
+        if all().any(Draft::is_part) {
             failpoint::reached("part", step);
         }
-        if !self.drafts.iter().all(|(draft, _)| draft.is_part()) {
+        if !all().all(|draft| draft.is_whole() || draft.is_part()) {
             failpoint::reached("publish", step);
         }
         if !self.finished.is_empty() {

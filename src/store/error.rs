@@ -63,7 +63,7 @@ pub enum Error {
     /// Another request with the same idempotency key was faster; this one was not done.
     #[error("another request with the same idempotency key was faster")]
     Repeated,
-    /// Another node stores it.
+    /// Another node stores it, or has discarded it.
     #[error("another node has taken it over")]
     TakenOver,
     /// It would not fit where it is to be kept.

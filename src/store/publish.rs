@@ -1,5 +1,6 @@
 //! Accepting events: an event and its deliveries in one transaction, many publishers in one commit.
 
+pub(super) mod keeping;
 pub(super) mod parts;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -7,7 +8,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use sea_orm::DbBackend;
 use tokio::sync::{mpsc, oneshot};
 
-use self::parts::Whole;
+use self::keeping::Whole;
 use super::{
     Error, Leased, Store,
     counts::Deltas,
@@ -107,7 +108,7 @@ pub(super) struct Draft {
     done: Option<TestCaller>,
     keep: Option<Keep<Vec<Published>>>,
     room: Option<Holding>,
-    /// Of one that is kept first: its parts.
+    /// Of one that is kept first: its parts, and it has no events then.
     whole: Option<Whole>,
     /// The id under which a part is kept.
     part: Option<String>,
@@ -250,7 +251,7 @@ impl Draft {
 
     pub(super) fn published(&self) -> Vec<Published> {
         let of = |new: &DraftEvent| Published { event_id: new.event.id.clone(), deliveries: new.deliveries.len() };
-        self.whole_published().map_or_else(|| self.events.iter().map(of).collect(), <[_]>::to_vec)
+        self.whole.as_ref().map_or_else(|| self.events.iter().map(of).collect(), |whole| whole.published().to_vec())
     }
 
     /// Whose backlog its deliveries are in, and how many; a test is in nobody's.
@@ -259,9 +260,9 @@ impl Draft {
         (self.tenant.organization(), if self.done.is_some() { 0 } else { deliveries })
     }
 
-    /// What is to be kept of it.
+    /// What its request is to be known by, from now on.
     pub(super) fn kept(&self) -> Option<Kept<'_>> {
-        self.keep.as_ref().map(|keep| keep.of(&self.published()))
+        self.keep.as_ref().filter(|_| self.is_accepted_now()).map(|keep| keep.of(&self.published()))
     }
 
     fn deliveries(&self) -> impl Iterator<Item = (&Event, &NewDelivery)> {
@@ -333,7 +334,8 @@ fn weight(events: usize, deliveries: usize, bytes: usize) -> usize {
 /// The rows for [`INSERT_EVENTS`].
 pub(super) fn events<'a>(backend: DbBackend, drafts: impl Iterator<Item = &'a Draft>) -> Rows {
     let mut rows = Rows::new(backend, EVENTS);
-    for DraftEvent { event, .. } in drafts.flat_map(|draft| &draft.events).filter(|new| !new.has_row) {
+    let events = |draft: &'a Draft| draft.whole.as_ref().map_or(&*draft.events, Whole::events);
+    for DraftEvent { event, .. } in drafts.flat_map(events).filter(|new| !new.has_row) {
         let Event { id, event_type, data, created_at } = &**event;
         rows.push([id.into(), event_type.into(), data.shared().into(), created_at.millis().into()]);
     }

@@ -21,6 +21,7 @@ use super::{
     log::Log,
     publish::{
         self, Draft, Publish, Published,
+        keeping::{self, Pieces},
         parts::{self, Done},
     },
     record::{self, Finished},
@@ -54,7 +55,7 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 /// Something to write.
 pub(super) enum Write {
     Publish(Box<Publish>, Answer<Vec<Published>>),
-    /// A part of what was published, and is kept until this is done.
+    /// What goes on with a publish that is stored in parts.
     Part(Box<Draft>, Done),
     /// Answered with whether the lease still held.
     Finish(Arc<Finished>, Answer<bool>),
@@ -303,10 +304,14 @@ impl Store {
         drafts().for_each(|draft| draft.tell(&mut deltas, &mut log));
         finished.iter().for_each(|finished| finished.tell(&mut deltas, &mut log));
         let (backend, node) = (self.0.commits.backend(), &self.0.node);
+        let pieces = Pieces::of(backend, node, drafts())?;
         let script = self
             .keep(Script::default(), backend, drafts().filter_map(Draft::kept).collect())?
             .with_each(parts::remove_parts(backend), parts::to_remove(backend, node, drafts()), Expected::Part)
-            .with(parts::INSERT_PARTS, parts::to_keep(backend, node, drafts())?)
+            .with(keeping::INSERT_DRAFTS, pieces.begun)
+            .with_each(keeping::RENEW_DRAFTS, pieces.renewed, Expected::Part)
+            .with_each(keeping::REMOVE_DRAFTS, pieces.accepted, Expected::Part)
+            .with(keeping::INSERT_PARTS, pieces.parts)
             .with(publish::INSERT_EVENTS, publish::events(backend, drafts()))
             .with(publish::INSERT_DELIVERIES, publish::deliveries(backend, node, drafts()))
             .with_each(record::UPDATE, record::results(backend, node, finished), Expected::Lease)
@@ -329,7 +334,7 @@ impl Store {
         let mut waiting = Vec::new();
         for (draft, done) in batch.drafts {
             if draft.is_whole() {
-                self.store_parts(draft.unpack(done));
+                self.write_on(draft.after_piece(done));
                 continue;
             }
             let (organization, deliveries) = draft.backlog();
@@ -352,9 +357,9 @@ impl Store {
         self.0.handoff.tell(waiting);
     }
 
-    /// The parts of what was kept come back to the writer, and take turns as everything does.
-    fn store_parts(&self, parts: Vec<(Draft, Done)>) {
-        for (part, done) in parts {
+    /// What follows comes back to the writer, and takes turns as everything does.
+    fn write_on(&self, next: Vec<(Draft, Done)>) {
+        for (part, done) in next {
             if let Ok(writer) = self.writer() {
                 let _ = writer.send(Write::Part(Box::new(part), done));
             }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sea_orm::{ConnectionTrait, Database, DbErr, Statement};
 use shortkit_webhooks::clock;
 use tokio::task::JoinSet;
 
@@ -18,12 +19,14 @@ use crate::{
 enum Way {
     Published,
     Claimed,
-    /// With so many others that it is stored in parts.
+    /// With so many others that it is stored in parts; all of them are accepted.
     Together,
+    /// With so many others that they are kept in several pieces; none of them is accepted.
+    Unaccepted,
 }
 
 /// The steps, as `failpoint::reached` names them.
-const STEPS: [(&str, Way); 10] = [
+const STEPS: [(&str, Way); 12] = [
     ("publish before commit", Way::Published),
     ("publish after commit", Way::Published),
     ("claim before commit", Way::Claimed),
@@ -34,9 +37,9 @@ const STEPS: [(&str, Way); 10] = [
     ("record after commit", Way::Published),
     ("part before commit", Way::Together),
     ("part after commit", Way::Together),
+    ("piece before commit", Way::Unaccepted),
+    ("piece after commit", Way::Unaccepted),
 ];
-/// Published together.
-const TOGETHER: usize = 200;
 /// Names the step to a process.
 const CRASH_AT: &str = "SHORTKIT_CRASH_AT";
 /// The third event meets the crash: the first two prove that it is not always there.
@@ -58,7 +61,8 @@ pub(super) async fn on_postgres(form: Form) -> Result<Report, String> {
     let postgres = Postgres::start().await?;
     let mut playing = JoinSet::new();
     // At the same time: each waits for a lease to run out.
-    for (step, way) in STEPS.into_iter().step_by(form.pick(3, 1)) {
+    let of = |step: &str| form == Form::Long || step.ends_with("after commit");
+    for (step, way) in STEPS.into_iter().filter(|(step, _)| of(step)) {
         let url = postgres.database().await?;
         playing.spawn(async move { (step, play(step, way, Some(&url)).await.unwrap_or_else(Report::failed)) });
     }
@@ -67,6 +71,17 @@ pub(super) async fn on_postgres(form: Form) -> Result<Report, String> {
         all.add(step, report);
     }
     Ok(all)
+}
+
+impl Way {
+    /// How many are published together, if any.
+    const fn together(self) -> usize {
+        match self {
+            Self::Published | Self::Claimed => 0,
+            Self::Together => 200,
+            Self::Unaccepted => 1_000,
+        }
+    }
 }
 
 async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String> {
@@ -78,15 +93,17 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         if index == 0 { launch.env(CRASH_AT, &format!("{step}:{COUNT}")) } else { launch }
     })
     .await?;
-    let mut crashed = false;
+    let (mut crashed, mut together) = (false, Vec::new());
     for _ in 0..MAX_EVENTS {
         // Always at the node that is to crash, and one at a time.
         world.caller.publish(&world.ledger, 0, ORGANIZATIONS[0]).await;
-        if way == Way::Together {
+        if way.together() > 0 {
             world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;
-            let together = world.caller.publish_together(&world.ledger, 0, ORGANIZATIONS[0], TOGETHER).await;
+            together = world.caller.publish_together(&world.ledger, 0, ORGANIZATIONS[0], way.together()).await;
+        }
+        if way == Way::Together {
             // Once the first part is stored, so will be all.
-            together.into_iter().for_each(|number| world.ledger.end(number, Outcome::Acknowledged));
+            together.iter().for_each(|number| world.ledger.end(*number, Outcome::Acknowledged));
         }
         crashed = alone(&mut world).await;
         if crashed {
@@ -103,9 +120,35 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;
     }
     world.settle(2 * LEASE).await;
+    let kept = kept(&world).await?;
     let mut report = Report::of(&world).await;
-    report.repeats_at_most(if way == Way::Together { TOGETHER } else { 1 });
+    report.check(kept == 0, || format!("{kept} parts of what was published together are left"));
+    if way == Way::Unaccepted {
+        let arrived = together.iter().filter(|number| world.ledger.has_arrived(**number)).count();
+        report.check(arrived == 0, || format!("{arrived} of {} events arrived that were not accepted", together.len()));
+    }
+    report.repeats_at_most(way.together().max(1));
     Ok(report)
+}
+
+/// How much is still kept of what was published together, once leases have had the time to run out.
+async fn kept(world: &World) -> Result<i64, String> {
+    let count = async {
+        let database = Database::connect(&world.launches[0].database_url).await?;
+        let sql = "SELECT (SELECT count(*) FROM publish_parts) + (SELECT count(*) FROM publish_drafts)";
+        let statement = || Statement::from_string(database.get_database_backend(), sql);
+        let began = clock::stopwatch();
+        loop {
+            let row = database.query_one_raw(statement()).await?;
+            let left: i64 = row.ok_or(DbErr::RecordNotFound(sql.to_owned()))?.try_get_by_index(0)?;
+            if left == 0 || began.elapsed() > 2 * LEASE {
+                let _ = database.close().await;
+                return Ok(left);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    count.await.map_err(|error: DbErr| error.to_string())
 }
 
 /// Waits until the event is through, or the first node has ended: true.

@@ -1,9 +1,9 @@
 //! What is published together is accepted whole or not at all. As one commit, a thousand events would be long for everybody who
-//! waits behind it; so where several organisations write, the commit that accepts them only keeps them, as text in a few rows
-//! of `publish_parts`, and each of those parts is then a commit's worth of events and deliveries like any other: it takes
-//! turns, and the commit that stores it removes its row, so it is stored once, by whoever has its lease. The caller is
-//! answered when all parts are stored. Should one fail, the answer is the same, and comes at once, since it will be stored:
-//! by whoever finds that its lease has run out, which may be a minute later.
+//! waits behind it; so where several organisations write, they are first kept, as text in rows of `publish_parts` (see
+//! [`super::keeping`]), and once they are accepted, each of those parts is a commit's worth of events and deliveries like any
+//! other: it takes turns, and the commit that stores it removes its row, so it is stored once, by whoever has its lease. The
+//! caller is answered when all parts are stored. Should one fail, the answer is the same, and comes at once, since it will be
+//! stored: by whoever finds that its lease has run out, which may be a minute later.
 
 use std::{
     borrow::Cow,
@@ -19,14 +19,14 @@ use sea_orm::{ConnectionTrait, DbBackend};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use super::{Draft, DraftEvent, NewDelivery, Published, weight};
+use super::{Draft, DraftEvent, NewDelivery, Published, keeping::Whole, weight};
 use crate::{
     clock,
     store::{
         Error, Store,
         holdings::Holding,
         keys::tenant,
-        rows::{Column, Rows, int, text},
+        rows::{Column, Rows, text},
         sql::Sql,
         writer::{Answer, BYTES_PER_ITEM, Write},
     },
@@ -36,15 +36,11 @@ use crate::{
 /// What has more deliveries or events than this is kept first, and stored in parts …
 const LARGE: usize = 64;
 /// … of at most so many.
-const PART: usize = 16;
+pub(super) const PART: usize = 16;
 /// A part also ends with the event that makes its data so long.
 const PART_BYTES: usize = PART * BYTES_PER_ITEM;
 /// So many parts of nodes that are gone are taken over at a time, and wait in memory for their turn.
 const MAX_TAKEN_OVER: usize = 64;
-
-const KEPT: &[Column] = &[text("id"), text("node"), int("lease_expires_at_ms"), text("content")];
-pub(in crate::store) const INSERT_PARTS: &str = "INSERT INTO publish_parts (id, node, lease_expires_at_ms, content) \
-    SELECT id, node, lease_expires_at_ms, content FROM {rows}";
 
 const REMOVED: &[Column] = &[text("id"), text("node")];
 /// Each only if it is this node's.
@@ -59,12 +55,6 @@ pub(in crate::store) const fn remove_parts(backend: DbBackend) -> &'static str {
         }
         _ => "DELETE FROM publish_parts WHERE (id, node) IN (SELECT id, node FROM {rows})",
     }
-}
-
-/// A draft that is kept first.
-pub(super) struct Whole {
-    published: Vec<Published>,
-    parts: Vec<Draft>,
 }
 
 /// Where the outcome of storing a draft goes.
@@ -141,14 +131,18 @@ impl Draft {
         }
         let published = self.published();
         let (tenant, first_attempt_at, lease) = (self.tenant.clone(), self.first_attempt_at, self.lease);
-        let part = || Self::part(tenant.clone(), first_attempt_at, lease, clock::new_id("prt"));
+        let (id, mut number) = (clock::new_id("prt"), 0);
+        let mut part = || {
+            number += 1;
+            Self::part(tenant.clone(), first_attempt_at, lease, format!("{id}.{number}"))
+        };
         let mut parts = vec![part()];
-        let (mut weight, mut bytes) = (0, 0);
+        let (mut weight, mut bytes, mut long) = (0, 0, Vec::new());
         for DraftEvent { event, deliveries, .. } in mem::take(&mut self.events) {
-            // One that goes to more than a part holds is stored with what is kept; the parts only have its deliveries.
+            // One that goes to more than a part holds is stored as they are accepted; the parts only have its deliveries.
             let has_row = deliveries.len() > PART;
             if has_row {
-                self.events.push(DraftEvent { event: Arc::clone(&event), deliveries: Vec::new(), has_row: false });
+                long.push(DraftEvent { event: Arc::clone(&event), deliveries: Vec::new(), has_row: false });
             }
             let no_room = !has_row && (weight + deliveries.len().max(1) > PART || bytes > PART_BYTES);
             if no_room || weight == PART {
@@ -174,7 +168,7 @@ impl Draft {
             // One event with long data is no shorter for being kept first.
             self.events = mem::take(&mut one.events);
         } else {
-            self.whole = Some(Whole { published, parts });
+            self.whole = Some(Whole::new(id, published, long, parts));
         }
         self
     }
@@ -200,17 +194,11 @@ impl Draft {
         self.part.is_some()
     }
 
-    /// How much it is to write now: what is kept is little for each part, and its data.
+    /// How much it is to write now.
     pub(in crate::store) fn weight(&self) -> usize {
-        let data = |draft: &Self| -> usize {
-            draft.events.iter().filter(|new| !new.has_row).map(|new| new.event.data.as_str().len()).sum()
-        };
         match &self.whole {
-            Some(whole) => {
-                let bytes = data(self) + whole.parts.iter().map(data).sum::<usize>();
-                self.events.len() + whole.parts.len() + bytes / BYTES_PER_ITEM
-            }
-            None => weight(self.events.len(), self.deliveries().count(), data(self)),
+            Some(whole) => whole.weight(),
+            None => weight(self.events.len(), self.deliveries().count(), data(&self.events)),
         }
     }
 
@@ -219,30 +207,20 @@ impl Draft {
         self.leased_until = clock::now().after(self.lease);
     }
 
-    pub(in crate::store) fn is_whole(&self) -> bool {
-        self.whole.is_some()
+    /// The parts that are to be stored, now that all are accepted, and where the outcome of each goes.
+    pub(super) fn accepted(
+        parts: Vec<Self>,
+        published: Vec<Published>,
+        room: Option<Holding>,
+        answer: Answer<Vec<Published>>,
+    ) -> impl Iterator<Item = (Self, Done)> {
+        let left = AtomicUsize::new(parts.len());
+        let caller = Mutex::new(Some(Caller { answer, published }));
+        let all = Arc::new(Parts { left, caller, _room: room });
+        parts.into_iter().map(move |part| (part, Done::Part(Arc::clone(&all))))
     }
 
-    /// The parts that are to be stored of a whole, now that it is kept, and where the outcome of each goes.
-    pub(in crate::store) fn unpack(self, done: Done) -> Vec<(Self, Done)> {
-        let (Some(whole), Done::Caller(answer)) = (self.whole, done) else { return Vec::new() };
-        let left = AtomicUsize::new(whole.parts.len());
-        let caller = Mutex::new(Some(Caller { answer, published: whole.published }));
-        let parts = Arc::new(Parts { left, caller, _room: self.room });
-        whole.parts.into_iter().map(|part| (part, Done::Part(Arc::clone(&parts)))).collect()
-    }
-
-    /// It, or all of its parts.
-    pub(super) fn parts(&self) -> &[Self] {
-        self.whole.as_ref().map_or(std::slice::from_ref(self), |whole| &whole.parts)
-    }
-
-    /// What the caller of a whole is answered.
-    pub(super) fn whole_published(&self) -> Option<&[Published]> {
-        self.whole.as_ref().map(|whole| &*whole.published)
-    }
-
-    fn content(&self) -> Result<String, Error> {
+    pub(super) fn content(&self) -> Result<String, Error> {
         let events = self.events.iter().map(|DraftEvent { event, deliveries, has_row }| KeptEvent {
             id: (&*event.id).into(),
             event_type: (&*event.event_type).into(),
@@ -284,18 +262,9 @@ impl Draft {
     }
 }
 
-/// The rows for [`INSERT_PARTS`].
-pub(in crate::store) fn to_keep<'a>(
-    backend: DbBackend,
-    node: &str,
-    drafts: impl Iterator<Item = &'a Draft>,
-) -> Result<Rows, Error> {
-    let mut rows = Rows::new(backend, KEPT);
-    for part in drafts.filter_map(|draft| draft.whole.as_ref()).flat_map(|whole| &whole.parts) {
-        let (id, content) = (part.part.as_deref().unwrap_or_default(), part.content()?);
-        rows.push([id.into(), node.into(), part.leased_until.millis().into(), content.as_str().into()]);
-    }
-    Ok(rows)
+/// Bytes of the data that is to be written with these.
+pub(super) fn data(events: &[DraftEvent]) -> usize {
+    events.iter().filter(|new| !new.has_row).map(|new| new.event.data.as_str().len()).sum()
 }
 
 /// The rows for [`remove_parts`].
@@ -306,9 +275,12 @@ pub(in crate::store) fn to_remove<'a>(backend: DbBackend, node: &str, drafts: im
 }
 
 impl Store {
-    /// Stores what a process that is gone had accepted. On SQLite no other node can be storing it, so that is all; on
+    /// Stores what a process that is gone had accepted, and discards what it had not. On SQLite no other node can be storing it, so that is all; on
     /// PostgreSQL its leases run out in their own time.
     pub(in crate::store) async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
+        if self.sqlite() {
+            self.discard_drafts(true).await?;
+        }
         let mut stored = self.sqlite();
         while stored {
             stored = false;
@@ -320,8 +292,10 @@ impl Store {
         Ok(())
     }
 
-    /// Takes some parts over whose lease has run out; they are stored in turns with all else. Answers how many.
+    /// Takes some parts over whose lease has run out; they are stored in turns with all else. Answers how many. What was not
+    /// accepted before its lease ran out is discarded.
     pub async fn store_kept_parts(&self, lease: Duration) -> Result<usize, Error> {
+        self.discard_drafts(false).await?;
         Ok(self.take_parts_over(false, lease).await?.len())
     }
 
@@ -331,6 +305,10 @@ impl Store {
         // Materialized as in a claim, so that a plan that looks twice does not take more.
         let mut sql = Sql::new("WITH due AS MATERIALIZED (SELECT id FROM publish_parts WHERE lease_expires_at_ms <= ");
         sql.value(if all { i64::MAX } else { now.millis() });
+        // Not of those that are still being kept.
+        sql.text(
+            " AND NOT EXISTS (SELECT 1 FROM publish_drafts d WHERE d.id = substr(publish_parts.id, 1, length(d.id)))",
+        );
         sql.text(&format!(" ORDER BY lease_expires_at_ms LIMIT {MAX_TAKEN_OVER}"));
         sql.text(if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" });
         sql.text(") UPDATE publish_parts SET node = ").value(self.0.node.as_str());
@@ -361,21 +339,30 @@ impl Store {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::HashMap;
 
     use proptest::prelude::*;
 
     use super::*;
     use crate::{
-        store::{Lease, NewEvent, publish::Publish, script::Script, targets::Subscribers},
+        store::{
+            Lease, NewEvent,
+            publish::{
+                Publish,
+                keeping::{INSERT_PARTS, Pieces},
+            },
+            script::Script,
+            targets::Subscribers,
+        },
         webhook::Environment,
     };
 
-    const LEASE: Lease = Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
+    pub(in crate::store::publish) const LEASE: Lease =
+        Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
 
     /// An event for as many webhooks as each number says, with data of as many bytes.
-    async fn draft(store: &Store, events: &[(usize, usize)]) -> Draft {
+    pub(in crate::store::publish) async fn draft(store: &Store, events: &[(usize, usize)]) -> Draft {
         let tenant = Tenant::new("acme", Environment::Live).unwrap();
         let (mut new, mut subscribers) = (Vec::new(), HashMap::new());
         for (index, (webhooks, bytes)) in events.iter().enumerate() {
@@ -425,22 +412,19 @@ mod tests {
                 }
                 let deliveries: usize = published.iter().map(|one| one.deliveries).sum();
                 prop_assert!(draft.whole.is_some() || deliveries.max(events.len()) <= LARGE);
-                if let Some(whole) = &draft.whole {
-                    prop_assert!(whole.parts.len() > 1);
-                    for part in &whole.parts {
+                if draft.is_whole() {
+                    prop_assert!(draft.parts().len() > 1);
+                    for part in draft.parts() {
                         prop_assert!(!part.events.is_empty());
                         prop_assert!(part.deliveries().count() <= PART && part.events.len() <= PART);
                     }
-                    let kept: Vec<_> = whole.parts.iter().map(|part| {
+                    let kept: Vec<_> = draft.parts().iter().map(|part| {
                         Draft::taken_over("prt_1".to_owned(), &part.content().unwrap(), LEASE.length).unwrap()
                     }).collect();
-                    // What is stored already is not kept a second time.
+                    // What has a row of its own is not kept a second time.
                     let mut expected = before;
-                    for (id, data, _) in &mut expected {
-                        if draft.events.iter().any(|new| new.event.id == *id) {
-                            data.clear();
-                        }
-                    }
+                    let long = |id: &str| draft.parts().iter().flat_map(|part| &part.events).any(|new| new.event.id == id && new.has_row);
+                    expected.iter_mut().filter(|(id, ..)| long(id)).for_each(|(_, data, _)| data.clear());
                     prop_assert_eq!(seen(&kept), expected);
                 }
                 Ok(())
@@ -448,7 +432,7 @@ mod tests {
         }
     }
 
-    async fn count(store: &Store, of: &str) -> i64 {
+    pub(in crate::store::publish) async fn count(store: &Store, of: &str) -> i64 {
         let sql = Sql::new(&format!("SELECT count(*) FROM {of}"));
         store.0.read.query_one_raw(sql.build(DbBackend::Sqlite)).await.unwrap().unwrap().try_get_by_index(0).unwrap()
     }
@@ -456,8 +440,8 @@ mod tests {
     /// Keeps a large publish as a node would that ends right after that.
     async fn keep(store: &Store, node: &str) -> Draft {
         let draft = draft(store, &[(2, 10); 100]).await.in_parts();
-        let rows = to_keep(DbBackend::Sqlite, node, std::iter::once(&draft)).unwrap();
-        store.0.commits.run(Script::default().with(INSERT_PARTS, rows)).await.unwrap();
+        let pieces = Pieces::of(DbBackend::Sqlite, node, std::iter::once(&draft)).unwrap();
+        store.0.commits.run(Script::default().with(INSERT_PARTS, pieces.parts)).await.unwrap();
         draft
     }
 
@@ -505,7 +489,7 @@ mod tests {
         let sql = "UPDATE publish_parts SET node = 'node_other' WHERE id IN (SELECT id FROM publish_parts LIMIT 2)";
         store.0.write.execute_unprepared(sql).await.unwrap();
         let (answer, answered) = oneshot::channel();
-        for (part, done) in whole.unpack(Done::Caller(answer)) {
+        for (part, done) in whole.after_piece(Done::Caller(answer)) {
             store.writer().unwrap().send(Write::Part(Box::new(part), done)).unwrap();
         }
         assert_eq!(answered.await.unwrap().unwrap().len(), 100);
