@@ -8,7 +8,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use sea_orm::DbBackend;
 use tokio::sync::{mpsc, oneshot};
 
-use self::keeping::Whole;
+use self::{keeping::Whole, parts::LARGE};
 use super::{
     Error, Leased, Store,
     counts::Deltas,
@@ -167,11 +167,12 @@ impl Store {
     }
 
     /// The rows of events, with as many deliveries leased to this node as it has room for; refused when too much is
-    /// pending.
+    /// pending. Of what is large, and is to be stored `in_parts`, none is leased yet.
     pub(super) fn draft_of(
         &self,
         publish: Publish,
         subscribers: &HashMap<Subscription, Subscribers>,
+        in_parts: bool,
     ) -> Result<Draft, Error> {
         let Publish { tenant, events, lease, test, keep, room } = publish;
         let webhooks: Vec<Subscribers> = match &test {
@@ -188,6 +189,9 @@ impl Store {
             }
         };
         let created_at = clock::now();
+        let bytes = events.iter().map(|event| event.data.as_str().len()).sum();
+        let deliveries = webhooks.iter().map(|webhooks| webhooks.len()).sum();
+        let in_parts = in_parts && test.is_none() && weight(events.len(), deliveries, bytes) > LARGE;
         let events = events.into_iter().zip(webhooks).map(|(NewEvent { event_type, data }, webhooks)| {
             let (id, delivery_ids) = match &test {
                 Some(test) => (test.event_id.clone(), vec![test.delivery_id.clone()]),
@@ -201,12 +205,13 @@ impl Store {
                 webhook_id: Arc::clone(webhook_id),
                 // A test takes no place: somebody waits for it.
                 leased: test.is_some()
-                    || lease.first_wait.is_zero()
+                    || !in_parts
+                        && lease.first_wait.is_zero()
                         && self.0.handoff.try_take(tenant.shared_organization(), webhook_id, bytes),
             });
             DraftEvent { deliveries: new.collect(), event, has_row: false }
         });
-        Ok(Draft {
+        let draft = Draft {
             events: events.collect(),
             tenant,
             first_attempt_at: created_at.after(lease.first_wait),
@@ -218,7 +223,8 @@ impl Store {
             room,
             whole: None,
             part: None,
-        })
+        };
+        Ok(if in_parts { draft.in_parts(&self.0.handoff) } else { draft })
     }
 }
 

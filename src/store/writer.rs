@@ -190,7 +190,7 @@ impl Store {
                 Write::Publish(_, answer) if answer.is_closed() => {}
                 Write::Publish(publish, answer) => publishes.push((publish, answer)),
                 Write::Part(mut draft, done) => {
-                    draft.begin_leases();
+                    draft.begin_leases(&self.0.handoff);
                     batch.drafts.push((*draft, done));
                 }
                 Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
@@ -207,9 +207,8 @@ impl Store {
                 while batch.weight < MAX_BATCH
                     && let Some((publish, answer)) = publishes.next()
                 {
-                    match self.draft_of(*publish, &subscribers) {
+                    match self.draft_of(*publish, &subscribers, in_parts) {
                         Ok(draft) => {
-                            let draft = if in_parts { draft.in_parts() } else { draft };
                             batch.weight += draft.weight();
                             batch.drafts.push((draft, Done::Caller(answer)));
                         }

@@ -227,7 +227,7 @@ mod tests {
     async fn pieces_are_small_and_the_last_one_accepts() {
         let (_directory, store) = Store::fresh().await;
         for (events, most) in [(100, 1), (1_000, 4)] {
-            let mut draft = draft(&store, &vec![(1, 500); events]).await.in_parts();
+            let mut draft = draft(&store, &vec![(1, 500); events], true);
             let all: Vec<_> = draft.parts().iter().map(|part| part.part.clone().unwrap()).collect();
             let (mut kept, mut pieces) = (Vec::new(), 0);
             let parts = loop {
@@ -260,7 +260,7 @@ mod tests {
 
     /// Of a publish of several pieces, as a node would that ends then.
     async fn keep(store: &Store, pieces: usize) -> Draft {
-        let mut draft = draft(store, &[(1, 500); 1_000]).await.in_parts();
+        let mut draft = draft(store, &[(1, 500); 1_000], true);
         for number in 0..pieces {
             if number > 0 {
                 draft = draft.after_piece(done()).remove(0).0;

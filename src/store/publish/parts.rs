@@ -24,6 +24,7 @@ use crate::{
     clock,
     store::{
         Error, Store,
+        handoff::Handoff,
         holdings::Holding,
         keys::tenant,
         rows::{Column, Rows, text},
@@ -34,7 +35,7 @@ use crate::{
 };
 
 /// What has more deliveries or events than this is kept first, and stored in parts …
-const LARGE: usize = 64;
+pub(super) const LARGE: usize = 64;
 /// … of at most so many.
 pub(super) const PART: usize = 16;
 /// A part also ends with the event that makes its data so long.
@@ -124,11 +125,8 @@ impl Parts {
 }
 
 impl Draft {
-    /// The same, to be kept first and stored in parts, if it is large.
-    pub(in crate::store) fn in_parts(mut self) -> Self {
-        if self.done.is_some() || self.weight() <= LARGE {
-            return self;
-        }
+    /// The same, to be kept first and stored in parts. None of its deliveries is leased yet.
+    pub(super) fn in_parts(mut self, handoff: &Handoff) -> Self {
         let published = self.published();
         let (tenant, first_attempt_at, lease) = (self.tenant.clone(), self.first_attempt_at, self.lease);
         let (id, mut number) = (clock::new_id("prt"), 0);
@@ -167,6 +165,7 @@ impl Draft {
         if let [one] = &mut parts[..] {
             // One event with long data is no shorter for being kept first.
             self.events = mem::take(&mut one.events);
+            self.begin_leases(handoff);
         } else {
             self.whole = Some(Whole::new(id, published, long, parts));
         }
@@ -202,9 +201,20 @@ impl Draft {
         }
     }
 
-    /// Its leases begin now, however long it has waited since it was kept.
-    pub(in crate::store) fn begin_leases(&mut self) {
-        self.leased_until = clock::now().after(self.lease);
+    /// Begins leases, of itself where it is kept, and of as many of its deliveries as may go out now and this node has room
+    /// for. Not before it is written: room that is held in vain makes others wait.
+    pub(in crate::store) fn begin_leases(&mut self, handoff: &Handoff) {
+        let now = clock::now();
+        self.leased_until = now.after(self.lease);
+        if self.first_attempt_at <= now {
+            let organization = self.tenant.shared_organization();
+            for DraftEvent { event, deliveries, .. } in &mut self.events {
+                let bytes = event.data.as_str().len();
+                deliveries
+                    .iter_mut()
+                    .for_each(|new| new.leased = handoff.try_take(organization, &new.webhook_id, bytes));
+            }
+        }
     }
 
     /// The parts that are to be stored, now that all are accepted, and where the outcome of each goes.
@@ -237,7 +247,7 @@ impl Draft {
         serde_json::to_string(&content).map_err(|_| Error::Corrupt("part"))
     }
 
-    /// A part that was kept by another node, or before a start. Its deliveries are claimed like all that is due.
+    /// A part that was kept by another node, or before a start.
     fn taken_over(id: String, content: &str, lease: Duration) -> Result<Self, Error> {
         let content: Content<'_> = serde_json::from_str(content).map_err(|_| Error::Corrupt("part"))?;
         let events = content.events.into_iter().map(|kept| {
@@ -362,7 +372,7 @@ pub(super) mod tests {
         Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
 
     /// An event for as many webhooks as each number says, with data of as many bytes.
-    pub(in crate::store::publish) async fn draft(store: &Store, events: &[(usize, usize)]) -> Draft {
+    pub(in crate::store::publish) fn draft(store: &Store, events: &[(usize, usize)], in_parts: bool) -> Draft {
         let tenant = Tenant::new("acme", Environment::Live).unwrap();
         let (mut new, mut subscribers) = (Vec::new(), HashMap::new());
         for (index, (webhooks, bytes)) in events.iter().enumerate() {
@@ -372,7 +382,7 @@ pub(super) mod tests {
             let data = EventData::parse(&format!("{{\"index\":{index},\"a\":\"{}\"}}", "x".repeat(*bytes))).unwrap();
             new.push(NewEvent { event_type, data });
         }
-        store.draft_of(Publish::of(tenant, new, LEASE), &subscribers).unwrap()
+        store.draft_of(Publish::of(tenant, new, LEASE), &subscribers, in_parts).unwrap()
     }
 
     /// Events with their deliveries, in order.
@@ -400,10 +410,10 @@ pub(super) mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let (_directory, store) = Store::fresh().await;
-                let draft = draft(&store, &events).await;
+                let draft = draft(&store, &events, false);
                 let (before, published) = (seen([&draft]), draft.published());
                 let (backlog, weight) = (draft.backlog().1, draft.weight());
-                let draft = draft.in_parts();
+                let draft = if weight > LARGE { draft.in_parts(&store.0.handoff) } else { draft };
                 prop_assert!(draft.whole.is_none() || weight > LARGE);
                 prop_assert_eq!(draft.backlog().1, backlog);
                 prop_assert_eq!(seen(draft.parts()), before.clone());
@@ -439,7 +449,7 @@ pub(super) mod tests {
 
     /// Keeps a large publish as a node would that ends right after that.
     async fn keep(store: &Store, node: &str) -> Draft {
-        let draft = draft(store, &[(2, 10); 100]).await.in_parts();
+        let draft = draft(store, &[(2, 10); 100], true);
         let pieces = Pieces::of(DbBackend::Sqlite, node, std::iter::once(&draft)).unwrap();
         store.0.commits.run(Script::default().with(INSERT_PARTS, pieces.parts)).await.unwrap();
         draft
@@ -455,8 +465,8 @@ pub(super) mod tests {
         assert_eq!((count(&store, "events").await, count(&store, "deliveries").await), (100, 200));
         assert_eq!(count(&store, "publish_parts").await, 0);
         assert_eq!(count(&store, "delivery_counts WHERE status = 'pending' AND total = 1").await, 200);
-        let waiting = "deliveries WHERE lease_node IS NULL AND next_attempt_at_ms IS NOT NULL";
-        assert_eq!(count(&store, waiting).await, 200, "they are claimed like all that is due");
+        let leased = format!("deliveries WHERE lease_node = '{}' AND attempts = 1", store.0.node);
+        assert_eq!(count(&store, &leased).await, 200, "there was room for them");
     }
 
     /// Otherwise its deliveries would come when there is nothing left that they belong to.
