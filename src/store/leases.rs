@@ -2,12 +2,12 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use sea_orm::{ColumnTrait, ConnectionTrait, DbBackend, EntityTrait, FromQueryResult, QueryFilter, Value};
+use sea_orm::{ConnectionTrait, DbBackend, FromQueryResult};
 
 use super::{
     Error, Store,
     deliveries::listed,
-    entity::{delivery, event},
+    entity::delivery,
     keys::tenant,
     rows::{Cell, Column, Rows, int, text},
     script::Script,
@@ -67,7 +67,7 @@ const CLAIM_ON_POSTGRES: &str = concat!(
 pub struct Lease {
     /// How long.
     pub length: Duration,
-    /// The wait before the first attempt; a delivery is leased at once only when it is zero.
+    /// The wait before the first attempt; a delivery is leased as it is stored only when that is over.
     pub first_wait: Duration,
 }
 
@@ -293,25 +293,28 @@ impl Store {
         );
         sql.value(self.0.node.as_str()).text(", lease_expires_at_ms = ").value(expires_at.millis());
         sql.text(concat!(" WHERE (webhook_id, id) IN (SELECT webhook_id, id FROM due) RETURNING ", listed!()));
-        // One transaction with reading the events: a claim that nobody hears of would hold its leases for nothing.
-        let transaction = self.write().await?;
+        // Then the events, once each. Others wait for the connection, so both are one trip; should only the second fail, leases
+        // are held for nothing until they run out, as with a claim on PostgreSQL that nobody hears of.
+        sql.text("; SELECT id AS published_id, event_type, data, created_at_ms FROM events WHERE id IN (");
+        sql.text("SELECT event_id FROM deliveries WHERE lease_expires_at_ms = ").value(expires_at.millis());
+        sql.text(" AND lease_node = ").value(self.0.node.as_str()).text(")");
         let claim = sql.build(DbBackend::Sqlite);
-        let claimed = delivery::Entity::find().from_raw_sql(claim).all(&transaction).await?;
-        let ids = claimed.iter().map(|row| Value::from(row.event_id.clone()));
-        let events = event::Entity::find().filter(event::Column::Id.is_in(ids)).all(&transaction).await?;
-        let any = !claimed.is_empty();
-        if any {
-            failpoint::reached("claim", "before commit");
+        // In the middle of a trip nothing can be done.
+        failpoint::reached("claim", "before commit");
+        let (mut claimed, mut events) = (Vec::new(), HashMap::new());
+        for row in self.0.engine_write.query_all_raw(claim).await? {
+            let Ok(id) = row.try_get::<String>("", "published_id") else {
+                claimed.push(delivery::Model::from_query_result(&row, "")?);
+                continue;
+            };
+            let (event_type, data) = (row.try_get("", "event_type")?, EventData::trusted(row.try_get("", "data")?));
+            let created_at = Timestamp::from_millis(row.try_get("", "created_at_ms")?);
+            events.insert(id.clone(), Arc::new(Event { id, event_type, data, created_at }));
         }
-        transaction.commit().await?;
-        if any {
+        if !claimed.is_empty() {
             failpoint::reached("claim", "after commit");
         }
-        let events = events.into_iter().map(|row| {
-            let (data, created_at) = (EventData::trusted(row.data), Timestamp::from_millis(row.created_at_ms));
-            (row.id.clone(), Arc::new(Event { id: row.id, event_type: row.event_type, data, created_at }))
-        });
-        Ok((claimed, events.collect()))
+        Ok((claimed, events))
     }
 
     /// Says that a delivery of so many bytes of data is no longer held in memory, because its result is recorded or its

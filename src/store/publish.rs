@@ -1,4 +1,4 @@
-//! Accepting events: an event and its deliveries in one transaction, many publishers in one commit.
+//! Accepting events: an event and its deliveries in one transaction, many publishers in one commit; or, what is large, in many.
 
 pub(super) mod keeping;
 pub(super) mod parts;
@@ -112,6 +112,8 @@ pub(super) struct Draft {
     whole: Option<Whole>,
     /// The id under which a part is kept.
     part: Option<String>,
+    /// Whether it was kept by another node, or before a start.
+    taken_over: bool,
 }
 
 struct DraftEvent {
@@ -129,8 +131,8 @@ struct NewDelivery {
 }
 
 impl Store {
-    /// Stores events, a delivery for each of their active subscribers, and what `keep` keeps: all of it in one commit, or
-    /// nothing. What it answers, in the order of the events, is on disk.
+    /// Stores events, a delivery for each of their active subscribers, and what `keep` keeps: all of it or nothing. What it
+    /// answers, in the order of the events, is on disk.
     pub async fn publish(
         &self,
         tenant: Tenant,
@@ -223,6 +225,7 @@ impl Store {
             room,
             whole: None,
             part: None,
+            taken_over: false,
         };
         Ok(if in_parts { draft.in_parts(&self.0.handoff) } else { draft })
     }

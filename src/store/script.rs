@@ -40,7 +40,7 @@ pub(super) enum Expected {
     Lease,
     /// A name that no request has.
     Name,
-    /// A part of what was published, that is this node's to store.
+    /// A part, or a draft, of what was published, that is this node's.
     Part,
 }
 

@@ -21,12 +21,14 @@ enum Way {
     Claimed,
     /// With so many others that it is stored in parts; all of them are accepted.
     Together,
-    /// With so many others that they are kept in several pieces; none of them is accepted.
+    /// With so many others that they are kept in several pieces, before the last; none of them is accepted.
     Unaccepted,
+    /// The same, at the last piece; all of them are.
+    Accepted,
 }
 
 /// The steps, as `failpoint::reached` names them.
-const STEPS: [(&str, Way); 12] = [
+const STEPS: [(&str, Way); 13] = [
     ("publish before commit", Way::Published),
     ("publish after commit", Way::Published),
     ("claim before commit", Way::Claimed),
@@ -39,11 +41,10 @@ const STEPS: [(&str, Way); 12] = [
     ("part after commit", Way::Together),
     ("piece before commit", Way::Unaccepted),
     ("piece after commit", Way::Unaccepted),
+    ("piece after commit", Way::Accepted),
 ];
 /// Names the step to a process.
 const CRASH_AT: &str = "SHORTKIT_CRASH_AT";
-/// The third event meets the crash: the first two prove that it is not always there.
-const COUNT: usize = 3;
 /// More are not published in waiting for it.
 const MAX_EVENTS: usize = 100;
 /// Published after the crash.
@@ -79,8 +80,19 @@ impl Way {
         match self {
             Self::Published | Self::Claimed => 0,
             Self::Together => 200,
-            Self::Unaccepted => 1_000,
+            Self::Unaccepted | Self::Accepted => 1_000,
         }
+    }
+
+    /// Which time the step is the one. The first two events that meet it prove that the crash is not always there; and a
+    /// thousand events are four pieces.
+    const fn count(self) -> usize {
+        if matches!(self, Self::Accepted) { 4 } else { 3 }
+    }
+
+    /// Whether all that are published together are accepted once the step has come.
+    const fn accepts(self) -> bool {
+        matches!(self, Self::Together | Self::Accepted)
     }
 }
 
@@ -90,7 +102,7 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         if way == Way::Claimed {
             launch.retry_schedule(&format!("50ms{}", ",1s".repeat(9)));
         }
-        if index == 0 { launch.env(CRASH_AT, &format!("{step}:{COUNT}")) } else { launch }
+        if index == 0 { launch.env(CRASH_AT, &format!("{step}:{}", way.count())) } else { launch }
     })
     .await?;
     let (mut crashed, mut together) = (false, Vec::new());
@@ -101,8 +113,7 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
             world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;
             together = world.caller.publish_together(&world.ledger, 0, ORGANIZATIONS[0], way.together()).await;
         }
-        if way == Way::Together {
-            // Once the first part is stored, so will be all.
+        if way.accepts() {
             together.iter().for_each(|number| world.ledger.end(*number, Outcome::Acknowledged));
         }
         crashed = alone(&mut world).await;
@@ -127,7 +138,7 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         let arrived = together.iter().filter(|number| world.ledger.has_arrived(**number)).count();
         report.check(arrived == 0, || format!("{arrived} of {} events arrived that were not accepted", together.len()));
     }
-    report.repeats_at_most(way.together().max(1));
+    report.repeats_at_most(if way.accepts() { way.together() } else { 1 });
     Ok(report)
 }
 

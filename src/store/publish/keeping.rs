@@ -115,7 +115,7 @@ impl Draft {
         self.whole.is_some()
     }
 
-    /// Whether what it writes now makes it accepted, so that it must be all or nothing.
+    /// Whether it is accepted with what it writes now.
     pub(super) fn is_accepted_now(&self) -> bool {
         self.whole.as_ref().is_none_or(Whole::is_last)
     }
@@ -302,6 +302,7 @@ mod tests {
         for pieces in [2, 10] {
             let draft = keep(&store, pieces).await;
             let (next, _) = draft.after_piece(done()).remove(0);
+            assert_eq!((next.is_whole(), next.is_accepted_now()), (true, pieces == 10), "the last piece as well");
             let sql = "UPDATE publish_parts SET lease_expires_at_ms = 1";
             store.0.write.execute_unprepared(sql).await.unwrap();
             assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0, "it is not accepted");

@@ -94,7 +94,7 @@ struct Content<'a> {
 struct KeptEvent<'a> {
     id: Cow<'a, str>,
     event_type: Cow<'a, str>,
-    /// None when the event itself was stored with what was kept.
+    /// None when the event itself is stored as it is accepted.
     data: Option<Cow<'a, str>>,
     created_at_ms: i64,
     /// Ids of deliveries and of their webhooks.
@@ -186,6 +186,7 @@ impl Draft {
             room: None,
             whole: None,
             part: Some(id),
+            taken_over: false,
         }
     }
 
@@ -201,12 +202,12 @@ impl Draft {
         }
     }
 
-    /// Begins leases, of itself where it is kept, and of as many of its deliveries as may go out now and this node has room
+    /// Leases begin now, of itself where it is kept, and of as many of its deliveries as may go out and this node has room
     /// for. Not before it is written: room that is held in vain makes others wait.
     pub(in crate::store) fn begin_leases(&mut self, handoff: &Handoff) {
         let now = clock::now();
         self.leased_until = now.after(self.lease);
-        if self.first_attempt_at <= now {
+        if self.first_attempt_at <= now && !self.taken_over {
             let organization = self.tenant.shared_organization();
             for DraftEvent { event, deliveries, .. } in &mut self.events {
                 let bytes = event.data.as_str().len();
@@ -247,7 +248,8 @@ impl Draft {
         serde_json::to_string(&content).map_err(|_| Error::Corrupt("part"))
     }
 
-    /// A part that was kept by another node, or before a start.
+    /// A part that was kept by another node, or before a start. Its deliveries are claimed like all that is due: not all data
+    /// that they need is in it.
     fn taken_over(id: String, content: &str, lease: Duration) -> Result<Self, Error> {
         let content: Content<'_> = serde_json::from_str(content).map_err(|_| Error::Corrupt("part"))?;
         let events = content.events.into_iter().map(|kept| {
@@ -268,7 +270,7 @@ impl Draft {
         });
         let first_attempt_at = Timestamp::from_millis(content.first_attempt_at_ms);
         let part = Self::part(tenant(&content.organization, &content.environment)?, first_attempt_at, lease, id);
-        Ok(Self { events: events.collect(), ..part })
+        Ok(Self { events: events.collect(), taken_over: true, ..part })
     }
 }
 
@@ -305,8 +307,9 @@ impl Store {
     /// Takes some parts over whose lease has run out; they are stored in turns with all else. Answers how many. What was not
     /// accepted before its lease ran out is discarded.
     pub async fn store_kept_parts(&self, lease: Duration) -> Result<usize, Error> {
+        let taken_over = self.take_parts_over(false, lease).await?.len();
         self.discard_drafts(false).await?;
-        Ok(self.take_parts_over(false, lease).await?.len())
+        Ok(taken_over)
     }
 
     /// Takes some parts over whose lease has run out, or any when `all`; each says when it is stored.
@@ -364,6 +367,7 @@ pub(super) mod tests {
             },
             script::Script,
             targets::Subscribers,
+            waiting::Waitlist,
         },
         webhook::Environment,
     };
@@ -465,8 +469,31 @@ pub(super) mod tests {
         assert_eq!((count(&store, "events").await, count(&store, "deliveries").await), (100, 200));
         assert_eq!(count(&store, "publish_parts").await, 0);
         assert_eq!(count(&store, "delivery_counts WHERE status = 'pending' AND total = 1").await, 200);
-        let leased = format!("deliveries WHERE lease_node = '{}' AND attempts = 1", store.0.node);
-        assert_eq!(count(&store, &leased).await, 200, "there was room for them");
+        let waiting = "deliveries WHERE lease_node IS NULL AND next_attempt_at_ms IS NOT NULL";
+        assert_eq!(count(&store, waiting).await, 200, "they are claimed like all that is due");
+    }
+
+    /// The data of an event for many is not in its parts.
+    #[tokio::test]
+    async fn what_is_taken_over_is_sent_with_its_data() {
+        let (_directory, store) = Store::fresh().await;
+        let webhooks = "INSERT INTO webhooks (id, organization, environment, url, events, status, secret, created_at_ms) \
+            WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 99) \
+            SELECT 'whk_' || i, 'acme', 'live', 'https://example.com/', '[]', 'active', '', 1 FROM n";
+        store.0.write.execute_unprepared(webhooks).await.unwrap();
+        let draft = draft(&store, &[(100, 10)], true);
+        let pieces = Pieces::of(DbBackend::Sqlite, "node_gone", std::iter::once(&draft)).unwrap();
+        let events = super::super::events(DbBackend::Sqlite, std::iter::once(&draft));
+        let script = Script::default().with(INSERT_PARTS, pieces.parts).with(super::super::INSERT_EVENTS, events);
+        store.0.commits.run(script).await.unwrap();
+        store.store_kept_parts_at_start(LEASE.length).await.unwrap();
+        let (mut ready, mut list) = (store.ready().unwrap(), Waitlist::default());
+        assert!(ready.try_recv().is_err(), "it is not in memory");
+        store.look(&mut list).await.unwrap();
+        while store.claim(&mut list, clock::now(), LEASE.length).await.unwrap().more {}
+        let claimed: Vec<_> = std::iter::from_fn(|| ready.try_recv().ok()).collect();
+        assert_eq!(claimed.len(), 100);
+        assert!(claimed.iter().all(|leased| leased.event.data.as_str().starts_with("{\"index\":0")));
     }
 
     /// Otherwise its deliveries would come when there is nothing left that they belong to.
