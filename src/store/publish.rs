@@ -112,8 +112,6 @@ pub(super) struct Draft {
     whole: Option<Whole>,
     /// The id under which a part is kept.
     part: Option<String>,
-    /// Whether it was kept by another node, or before a start.
-    taken_over: bool,
 }
 
 struct DraftEvent {
@@ -225,7 +223,6 @@ impl Store {
             room,
             whole: None,
             part: None,
-            taken_over: false,
         };
         Ok(if in_parts { draft.in_parts(&self.0.handoff) } else { draft })
     }

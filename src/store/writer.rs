@@ -56,7 +56,7 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
 pub(super) enum Write {
     Publish(Box<Publish>, Answer<Vec<Published>>),
     /// What goes on with a publish that is stored in parts.
-    Part(Box<Draft>, Done),
+    Draft(Box<Draft>, Done),
     /// Answered with whether the lease still held.
     Finish(Arc<Finished>, Answer<bool>),
     Release(Release, Answer<()>),
@@ -73,7 +73,7 @@ impl Write {
     fn organization(&self) -> Arc<str> {
         Arc::clone(match self {
             Self::Publish(publish, _) => publish.organization(),
-            Self::Part(draft, _) => draft.organization(),
+            Self::Draft(draft, _) => draft.organization(),
             Self::Finish(finished, _) => finished.tenant.shared_organization(),
             Self::Release(release, _) => release.organization(),
         })
@@ -83,7 +83,7 @@ impl Write {
     fn weight(&self, store: &Store) -> usize {
         match self {
             Self::Publish(publish, _) => publish.weight(store.known_deliveries(publish.subscriptions())),
-            Self::Part(draft, _) => draft.weight(),
+            Self::Draft(draft, _) => draft.weight(),
             Self::Finish(finished, _) => finished.weight(),
             Self::Release(..) => 1,
         }
@@ -189,8 +189,11 @@ impl Store {
                 // Whoever left was promised nothing.
                 Write::Publish(_, answer) if answer.is_closed() => {}
                 Write::Publish(publish, answer) => publishes.push((publish, answer)),
-                Write::Part(mut draft, done) => {
-                    draft.begin_leases(&self.0.handoff);
+                Write::Draft(mut draft, done) => {
+                    // What is taken over is claimed: not all data that it needs is in it.
+                    if !matches!(done, Done::TakenOver(_)) {
+                        draft.begin_leases(&self.0.handoff);
+                    }
                     batch.drafts.push((*draft, done));
                 }
                 Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
@@ -358,9 +361,9 @@ impl Store {
 
     /// What follows comes back to the writer, and takes turns as everything does.
     fn write_on(&self, next: Vec<(Draft, Done)>) {
-        for (part, done) in next {
+        for (draft, done) in next {
             if let Ok(writer) = self.writer() {
-                let _ = writer.send(Write::Part(Box::new(part), done));
+                let _ = writer.send(Write::Draft(Box::new(draft), done));
             }
         }
     }

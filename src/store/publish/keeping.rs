@@ -311,7 +311,7 @@ mod tests {
             assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0);
             assert_eq!(left(&store).await, [0; 4]);
             let (answer, answered) = oneshot::channel();
-            store.writer().unwrap().send(Write::Part(Box::new(next), Done::Caller(answer))).unwrap();
+            store.writer().unwrap().send(Write::Draft(Box::new(next), Done::Caller(answer))).unwrap();
             assert!(matches!(answered.await.unwrap(), Err(Error::TakenOver)));
             assert_eq!(left(&store).await, [0; 4]);
         }

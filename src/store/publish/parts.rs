@@ -186,7 +186,6 @@ impl Draft {
             room: None,
             whole: None,
             part: Some(id),
-            taken_over: false,
         }
     }
 
@@ -207,7 +206,7 @@ impl Draft {
     pub(in crate::store) fn begin_leases(&mut self, handoff: &Handoff) {
         let now = clock::now();
         self.leased_until = now.after(self.lease);
-        if self.first_attempt_at <= now && !self.taken_over {
+        if self.first_attempt_at <= now {
             let organization = self.tenant.shared_organization();
             for DraftEvent { event, deliveries, .. } in &mut self.events {
                 let bytes = event.data.as_str().len();
@@ -270,7 +269,7 @@ impl Draft {
         });
         let first_attempt_at = Timestamp::from_millis(content.first_attempt_at_ms);
         let part = Self::part(tenant(&content.organization, &content.environment)?, first_attempt_at, lease, id);
-        Ok(Self { events: events.collect(), taken_over: true, ..part })
+        Ok(Self { events: events.collect(), ..part })
     }
 }
 
@@ -344,7 +343,7 @@ impl Store {
             let (organization, deliveries) = part.backlog();
             self.0.backlog.let_in(organization, deliveries);
             let (done, stored) = oneshot::channel();
-            self.writer()?.send(Write::Part(Box::new(part), Done::TakenOver(done)))?;
+            self.writer()?.send(Write::Draft(Box::new(part), Done::TakenOver(done)))?;
             taken_over.push(stored);
         }
         Ok(taken_over)
@@ -527,7 +526,7 @@ pub(super) mod tests {
         store.0.write.execute_unprepared(sql).await.unwrap();
         let (answer, answered) = oneshot::channel();
         for (part, done) in whole.after_piece(Done::Caller(answer)) {
-            store.writer().unwrap().send(Write::Part(Box::new(part), done)).unwrap();
+            store.writer().unwrap().send(Write::Draft(Box::new(part), done)).unwrap();
         }
         assert_eq!(answered.await.unwrap().unwrap().len(), 100);
         // The writer is through when it has done what comes after.
