@@ -23,7 +23,8 @@ use crate::{
 
 /// One claim takes at most this many deliveries; the rest is in the next, and what others write comes between.
 const MAX_CLAIM: usize = 128;
-/// On SQLite as much while several organisations have something to write, which waits for it.
+/// As much while several organisations have something to write, which on SQLite waits for it, and everywhere for what is sent
+/// and recorded of it.
 const MAX_SHARED_CLAIM: usize = 32;
 /// One claim serves at most this many webhooks, or as many as it may take deliveries if that is less; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 64;
@@ -151,7 +152,7 @@ impl Store {
     /// Leases to this node what is due of those in `list`, as far as there is room, and hands it to the engine.
     pub async fn claim(&self, list: &mut Waitlist, now: Timestamp, length: Duration) -> Result<Claimed, Error> {
         list.fall_due(now);
-        let most = if self.sqlite() && self.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
+        let most = if self.is_shared() { MAX_SHARED_CLAIM } else { MAX_CLAIM };
         let most_webhooks = MAX_CLAIM_WEBHOOKS.min(most);
         let share = (most / list.due().clamp(1, most_webhooks)).max(MIN_SHARE);
         let mut wanted = Vec::new();
