@@ -47,7 +47,7 @@ impl proto::delivery_service_server::DeliveryService for Api {
     ) -> Result<Response<proto::PublishEventsResponse>, Status> {
         let tenant = tenant(&request)?;
         let keep = keep(&request, |done: &Vec<Published>| accepted(done));
-        let events = self.new_events(request.into_inner().events)?;
+        let events = self.new_events(request.into_inner().events).await?;
         let published = self.store.publish(tenant, events, self.lease.clone(), keep).await;
         Ok(Response::new(accepted(&published.map_err(status::store)?)))
     }

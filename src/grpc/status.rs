@@ -1,7 +1,7 @@
 //! The only place that turns errors into a `Status`. Every one carries `google.rpc.ErrorInfo`, whose reason is the code
 //! of the documented error table; one about a field carries `BadRequest` too.
 
-use std::{any::Any, collections::HashMap, time::Duration};
+use std::{any::Any, collections::HashMap, fmt::Display, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
@@ -228,7 +228,7 @@ pub(super) fn url(error: UrlError) -> Status {
 }
 
 /// Faulty data of an event; `place` is where in the request the event stands.
-pub(super) fn event_data(place: &str, error: &EventDataError) -> Status {
+pub(super) fn event_data(place: impl Display, error: &EventDataError) -> Status {
     let reason = match error {
         EventDataError::Missing => "required",
         EventDataError::NotAnObject => "wrong_type",

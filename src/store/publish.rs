@@ -82,6 +82,8 @@ pub(super) struct Publish {
     tenant: Tenant,
     events: Vec<NewEvent>,
     lease: Lease,
+    /// For whose subscribers the events are, and how many; a test is for none.
+    subscriptions: Vec<(Subscription, usize)>,
     /// For a test: the only delivery of the only event, whatever the subscriptions say.
     test: Option<Test>,
     /// For a named request.
@@ -142,7 +144,7 @@ impl Store {
         self.0.backlog.admit(tenant.organization(), 0)?;
         let bytes = events.iter().map(|event| event.data.as_str().len().max(MIN_BYTES)).sum();
         let room = self.0.publishing.take(tenant.shared_organization(), bytes)?;
-        self.submit(Publish { tenant, events, lease, test: None, keep, room: Some(room) }).await
+        self.submit(Publish { keep, room: Some(room), ..Publish::of(tenant, events, lease) }).await
     }
 
     /// Stores a test event as a delivery of its own and has it attempted at once, whatever else is under way but other
@@ -158,7 +160,8 @@ impl Store {
         let (event_id, mut delivery_ids) = clock::new_ids("evt", "del", 1);
         let delivery_id = delivery_ids.remove(0);
         let test = Test { webhook_id: webhook_id.into(), event_id, delivery_id: delivery_id.clone(), done };
-        self.submit(Publish { tenant, events: vec![event], lease, test: Some(test), keep: None, room: None }).await?;
+        let (events, subscriptions, test) = (vec![event], Vec::new(), Some(test));
+        self.submit(Publish { tenant, events, lease, subscriptions, test, keep: None, room: None }).await?;
         Ok((delivery_id, attempted))
     }
 
@@ -174,12 +177,14 @@ impl Store {
         subscribers: &HashMap<Subscription, Subscribers>,
         in_parts: bool,
     ) -> Result<Draft, Error> {
-        let Publish { tenant, events, lease, test, keep, room } = publish;
+        let Publish { tenant, events, lease, subscriptions, test, keep, room } = publish;
         let webhooks: Vec<Subscribers> = match &test {
             Some(test) => vec![Arc::new([Arc::clone(&test.webhook_id)])],
             None => {
-                let of = |event: &NewEvent| subscribers.get(&(tenant.clone(), event.event_type.clone())).cloned();
-                let webhooks: Vec<_> = events.iter().map(|event| of(event).unwrap_or_default()).collect();
+                let found = |of: &Subscription| subscribers.get(of).cloned().unwrap_or_default();
+                let of: HashMap<&str, Subscribers> =
+                    subscriptions.iter().map(|(of, _)| (of.1.as_str(), found(of))).collect();
+                let webhooks: Vec<_> = events.iter().map(|event| Arc::clone(&of[event.event_type.as_str()])).collect();
                 let deliveries = webhooks.iter().map(|webhooks| webhooks.len()).sum();
                 if webhooks.len() > 1 && deliveries > MAX_DELIVERIES_TOGETHER {
                     return Err(Error::TooManyDeliveries(MAX_DELIVERIES_TOGETHER));
@@ -229,18 +234,21 @@ impl Store {
 }
 
 impl Publish {
-    #[cfg(test)]
     pub(super) fn of(tenant: Tenant, events: Vec<NewEvent>, lease: Lease) -> Self {
-        Self { tenant, events, lease, test: None, keep: None, room: None }
+        let mut types: HashMap<&str, usize> = HashMap::new();
+        events.iter().for_each(|event| *types.entry(&event.event_type).or_default() += 1);
+        let subscription = |event_type: &str| (tenant.clone(), event_type.to_owned());
+        let subscriptions = types.into_iter().map(|(event_type, events)| (subscription(event_type), events)).collect();
+        Self { tenant, events, lease, subscriptions, test: None, keep: None, room: None }
     }
 
     pub(super) fn organization(&self) -> &Arc<str> {
         self.tenant.shared_organization()
     }
 
-    /// Whose subscribers it is for; a test is for none.
-    pub(super) fn subscriptions(&self) -> impl Iterator<Item = Subscription> {
-        self.events.iter().filter(|_| self.test.is_none()).map(|event| (self.tenant.clone(), event.event_type.clone()))
+    /// Whose subscribers it is for, and how many events they get.
+    pub(super) fn subscriptions(&self) -> impl Iterator<Item = &(Subscription, usize)> {
+        self.subscriptions.iter()
     }
 
     /// How much it is to write with so many deliveries: as much as they are, and more when its data is long.

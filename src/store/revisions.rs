@@ -214,8 +214,9 @@ mod tests {
             for (_, id) in &webhooks {
                 store.target(id).await.unwrap().unwrap();
             }
-            let wanted = || webhooks.iter().map(|(tenant, _)| (tenant.clone(), "content.ready".to_owned()));
-            store.subscribers(wanted()).await.unwrap();
+            let of = |(tenant, _): &(Tenant, Arc<str>)| (tenant.clone(), "content.ready".to_owned());
+            let wanted: Vec<_> = webhooks.iter().map(of).collect();
+            store.subscribers(wanted.iter()).await.unwrap();
         };
         let known = || {
             [0, 1].map(|index| {

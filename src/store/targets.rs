@@ -182,26 +182,27 @@ impl Store {
         Ok(())
     }
 
-    /// How many deliveries events make, as far as that is known.
-    pub(super) fn known_deliveries(&self, wanted: impl Iterator<Item = Subscription>) -> usize {
+    /// How many deliveries so many events for each make, as far as that is known.
+    pub(super) fn known_deliveries<'a>(&self, wanted: impl Iterator<Item = &'a (Subscription, usize)>) -> usize {
         let known = self.0.targets.lock();
-        wanted.filter_map(|subscription| known.subscribers_of(&subscription)).map(|(_, ids)| ids.len()).sum()
+        let deliveries = |(of, events): &(Subscription, usize)| Some(known.subscribers_of(of)?.1.len() * events);
+        wanted.filter_map(deliveries).sum()
     }
 
     /// The active webhooks that each event goes to, in one query for those not known.
-    pub(super) async fn subscribers(
+    pub(super) async fn subscribers<'a>(
         &self,
-        wanted: impl Iterator<Item = Subscription>,
+        wanted: impl Iterator<Item = &'a Subscription>,
     ) -> Result<HashMap<Subscription, Subscribers>, Error> {
         let (mut found, mut unknown) = (HashMap::new(), HashMap::<Subscription, Vec<Arc<str>>>::new());
         let generation = {
             let known = self.0.targets.lock();
             for subscription in wanted {
-                match known.subscribers_of(&subscription) {
+                match known.subscribers_of(subscription) {
                     Some((asked_at, ids)) if self.0.revisions.hold(*asked_at) => {
-                        found.insert(subscription, Arc::clone(ids));
+                        found.insert(subscription.clone(), Arc::clone(ids));
                     }
-                    _ => drop(unknown.insert(subscription, Vec::new())),
+                    _ => drop(unknown.insert(subscription.clone(), Vec::new())),
                 }
             }
             known.generation

@@ -204,7 +204,8 @@ impl Store {
             batch.finished.iter().map(|(finished, _)| finished.weight()).sum::<usize>() + batch.releases.len();
         // They were weighed when they were taken; publishes are not put back for them.
         let parts: usize = batch.drafts.iter().map(|(part, _)| part.weight()).sum();
-        match self.subscribers(publishes.iter().flat_map(|(publish, _)| publish.subscriptions())).await {
+        let wanted = publishes.iter().flat_map(|(publish, _)| publish.subscriptions()).map(|(of, _)| of);
+        match self.subscribers(wanted).await {
             Ok(subscribers) => {
                 let mut publishes = publishes.into_iter();
                 while batch.weight < MAX_BATCH

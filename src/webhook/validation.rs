@@ -1,5 +1,7 @@
 //! What a caller may ask for.
 
+use std::fmt::Display;
+
 use super::WebhookStatus;
 
 /// A description is at most this many characters; a longer one is refused.
@@ -70,17 +72,17 @@ impl EventTypes {
     }
 
     /// Finds fault with one event type of a request.
-    pub fn validate(&self, field: &str, name: &str) -> Result<(), Fault> {
+    pub fn validate(&self, field: impl Display, name: &str) -> Result<(), Fault> {
         if name.is_empty() {
-            return Err(fault(field, "required", format!("{field} is required")));
+            return Err(fault(&field, "required", format!("{field} is required")));
         }
         self.validate_known(field, name)
     }
 
     /// Finds fault with one event type where none need be given.
-    pub fn validate_known(&self, field: &str, name: &str) -> Result<(), Fault> {
+    pub fn validate_known(&self, field: impl Display, name: &str) -> Result<(), Fault> {
         if !self.contains(name) {
-            return Err(fault(field, "unknown", format!("{field} must be one of {}", self.0.join(", "))));
+            return Err(fault(&field, "unknown", format!("{field} must be one of {}", self.0.join(", "))));
         }
         Ok(())
     }
@@ -120,8 +122,8 @@ pub fn validate_description(description: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-fn fault(field: &str, reason: &'static str, message: String) -> Fault {
-    Fault { field: field.to_owned(), reason, message }
+fn fault(field: impl Display, reason: &'static str, message: String) -> Fault {
+    Fault { field: field.to_string(), reason, message }
 }
 
 #[cfg(test)]

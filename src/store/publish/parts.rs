@@ -286,8 +286,8 @@ pub(in crate::store) fn to_remove<'a>(backend: DbBackend, node: &str, drafts: im
 }
 
 impl Store {
-    /// Stores what a process that is gone had accepted, and discards what it had not. On SQLite no other node can be storing it, so that is all; on
-    /// PostgreSQL its leases run out in their own time.
+    /// Stores what a process that is gone had accepted, and discards what it had not. On SQLite no other node can be storing
+    /// it, so that is all; on PostgreSQL its leases run out in their own time.
     pub(in crate::store) async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
         if self.sqlite() {
             self.discard_drafts(true).await?;
