@@ -194,7 +194,8 @@ mod tests {
         };
         let busy = store.write().await.unwrap();
         let (_, before, ()) = join3(join_all((0..100).map(|_| change())), publish, async { drop(busy) }).await;
-        assert!(before < 5 && changed.get() == 100, "{before}");
+        // A few more may be made while it finds out whose subscribers there are.
+        assert!(before < 50 && changed.get() == 100, "{before}");
     }
 
     #[test]
