@@ -23,8 +23,8 @@ use crate::{
 
 /// One claim takes at most this many deliveries; the rest is in the next, and what others write comes between.
 const MAX_CLAIM: usize = 128;
-/// As much while several organisations have something to write, which on SQLite waits for it, and everywhere for what is sent
-/// and recorded of it.
+/// No more than this while several organisations have something to write: on SQLite that waits for the claim itself, and on
+/// both for what is then sent and recorded. But for [`MIN_SHARE`], which may make it twice as many.
 const MAX_SHARED_CLAIM: usize = 32;
 /// One claim serves at most this many webhooks, or as many as it may take deliveries if that is less; the rest is in the next.
 const MAX_CLAIM_WEBHOOKS: usize = 64;

@@ -82,7 +82,7 @@ pub(super) struct Publish {
     tenant: Tenant,
     events: Vec<NewEvent>,
     lease: Lease,
-    /// For whose subscribers the events are, and how many; a test is for none.
+    /// Whose subscribers the events are for, each with how many events; none for a test.
     subscriptions: Vec<(Subscription, usize)>,
     /// For a test: the only delivery of the only event, whatever the subscriptions say.
     test: Option<Test>,
@@ -160,8 +160,7 @@ impl Store {
         let (event_id, mut delivery_ids) = clock::new_ids("evt", "del", 1);
         let delivery_id = delivery_ids.remove(0);
         let test = Test { webhook_id: webhook_id.into(), event_id, delivery_id: delivery_id.clone(), done };
-        let (events, subscriptions, test) = (vec![event], Vec::new(), Some(test));
-        self.submit(Publish { tenant, events, lease, subscriptions, test, keep: None, room: None }).await?;
+        self.submit(Publish::of_test(tenant, event, lease, test)).await?;
         Ok((delivery_id, attempted))
     }
 
@@ -181,10 +180,11 @@ impl Store {
         let webhooks: Vec<Subscribers> = match &test {
             Some(test) => vec![Arc::new([Arc::clone(&test.webhook_id)])],
             None => {
-                let found = |of: &Subscription| subscribers.get(of).cloned().unwrap_or_default();
-                let of: HashMap<&str, Subscribers> =
-                    subscriptions.iter().map(|(of, _)| (of.1.as_str(), found(of))).collect();
-                let webhooks: Vec<_> = events.iter().map(|event| Arc::clone(&of[event.event_type.as_str()])).collect();
+                let known =
+                    subscriptions.iter().filter_map(|(subscription, _)| subscribers.get_key_value(subscription));
+                let to: HashMap<&str, &Subscribers> = known.map(|((_, event_type), to)| (&**event_type, to)).collect();
+                let of = |event: &NewEvent| to.get(&*event.event_type).copied().cloned().unwrap_or_default();
+                let webhooks: Vec<_> = events.iter().map(of).collect();
                 let deliveries = webhooks.iter().map(|webhooks| webhooks.len()).sum();
                 if webhooks.len() > 1 && deliveries > MAX_DELIVERIES_TOGETHER {
                     return Err(Error::TooManyDeliveries(MAX_DELIVERIES_TOGETHER));
@@ -234,12 +234,18 @@ impl Store {
 }
 
 impl Publish {
+    /// For the subscribers of each event.
     pub(super) fn of(tenant: Tenant, events: Vec<NewEvent>, lease: Lease) -> Self {
         let mut types: HashMap<&str, usize> = HashMap::new();
         events.iter().for_each(|event| *types.entry(&event.event_type).or_default() += 1);
         let subscription = |event_type: &str| (tenant.clone(), event_type.to_owned());
         let subscriptions = types.into_iter().map(|(event_type, events)| (subscription(event_type), events)).collect();
         Self { tenant, events, lease, subscriptions, test: None, keep: None, room: None }
+    }
+
+    fn of_test(tenant: Tenant, event: NewEvent, lease: Lease, test: Test) -> Self {
+        let (events, subscriptions) = (vec![event], Vec::new());
+        Self { tenant, events, lease, subscriptions, test: Some(test), keep: None, room: None }
     }
 
     pub(super) fn organization(&self) -> &Arc<str> {

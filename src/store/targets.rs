@@ -189,7 +189,7 @@ impl Store {
         wanted.filter_map(deliveries).sum()
     }
 
-    /// The active webhooks that each event goes to, in one query for those not known.
+    /// The active webhooks of each subscription, in one query for those that are not known.
     pub(super) async fn subscribers<'a>(
         &self,
         wanted: impl Iterator<Item = &'a Subscription>,

@@ -405,18 +405,21 @@ mod tests {
             store.0.write.execute_unprepared(insert).await.unwrap();
         }
         let tenant = Tenant::new("acme", Environment::Live).unwrap();
-        let write = || {
-            let event = NewEvent { event_type: "content.ready".to_owned(), data: EventData::parse("{}").unwrap() };
+        let write = |events: usize| {
+            let data = || EventData::parse("{}").unwrap();
+            let events =
+                (0..events).map(|_| NewEvent { event_type: "content.ready".to_owned(), data: data() }).collect();
             let lease = Lease { length: Duration::from_secs(60), first_wait: Duration::ZERO };
             let (answer, answered) = oneshot::channel();
-            (Write::Publish(Box::new(Publish::of(tenant.clone(), vec![event], lease)), answer), answered)
+            (Write::Publish(Box::new(Publish::of(tenant.clone(), events, lease)), answer), answered)
         };
-        let (writes, _answered): (Vec<_>, Vec<_>) = (0..5).map(|_| write()).unzip();
+        let (writes, _answered): (Vec<_>, Vec<_>) = (0..5).map(|_| write(1)).unzip();
         assert!(writes.iter().all(|write| write.weight(&store) == 1));
         let mut waiting = Turns::default();
         let (batch, None) = store.draft(writes, &mut waiting, false).await else { panic!("it is there") };
         assert_eq!((batch.drafts.len(), waiting.len()), (2, 3));
         assert_eq!(waiting.pop().unwrap().weight(&store), 200);
+        assert_eq!(write(3).0.weight(&store), 600);
     }
 
     #[tokio::test]

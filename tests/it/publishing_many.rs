@@ -67,8 +67,14 @@ async fn none_when_one_is_wrong(database: Database) {
     let (webhook, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
     let mut deliveries = server.deliveries();
     let event = |event: &str, data: &str| PublishEventRequest { event: event.to_owned(), data: data.to_owned() };
-    for (wrong, field) in [(event("nope", "{}"), "events[1].event"), (event("content.ready", "[]"), "events[1].data")] {
-        let message = PublishEventsRequest { events: vec![event("content.ready", "{}"), wrong] };
+    for (before, wrong, field) in [
+        (1, event("nope", "{}"), "events[1].event"),
+        (1, event("content.ready", "[]"), "events[1].data"),
+        (150, event("content.ready", "[]"), "events[150].data"),
+    ] {
+        let mut events = vec![event("content.ready", "{}"); before];
+        events.push(wrong);
+        let message = PublishEventsRequest { events };
         let status = deliveries.publish_events(message).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
         let details = status.get_error_details();
