@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{Engine, lease_length};
 use crate::{
@@ -38,6 +38,8 @@ struct Claims {
     /// When the sweep that is under way began; none when it has ended.
     sweep: Option<Instant>,
     rescues: Seldom,
+    /// Who takes over what other nodes had accepted and not stored. Claims do not wait for it.
+    parts: Option<AbortOnDropHandle<()>>,
     leaps: Leaps,
     /// When the clock last leapt forward.
     leapt: Option<Instant>,
@@ -47,7 +49,7 @@ struct Claims {
 pub(super) async fn run(engine: Arc<Engine>, shutdown: CancellationToken) {
     let (store, rescues) = (engine.store.clone(), Seldom::new(POLL));
     let (list, leaps) = (Waitlist::default(), Leaps::default());
-    let mut claims = Claims { store, list, looked: None, sweep: None, rescues, leaps, leapt: None };
+    let mut claims = Claims { store, list, looked: None, sweep: None, rescues, parts: None, leaps, leapt: None };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let round = clock::stopwatch();
@@ -150,14 +152,22 @@ impl Claims {
         if rescued > 0 {
             tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
         }
-        // The next ones in a while: they wait in memory until they are stored, which claims do not wait for.
-        let parts = if self.leases_end(lease) { self.store.store_kept_parts(lease).await? } else { 0 };
-        if parts > 0 {
-            tracing::warn!(
-                parts,
-                "published events that were accepted, and not stored by their node in time, are taken over"
-            );
+        if self.leases_end(lease) && self.parts.as_ref().is_none_or(AbortOnDropHandle::is_finished) {
+            self.parts = Some(AbortOnDropHandle::new(tokio::spawn(store_parts(self.store.clone(), lease))));
         }
         Ok(())
+    }
+}
+
+async fn store_parts(store: Store, lease: Duration) {
+    match store.store_kept_parts(lease).await {
+        Ok(0) => {}
+        Ok(parts) => tracing::warn!(
+            parts,
+            "published events that were accepted, and not stored by their node in time, were taken over"
+        ),
+        Err(error) => {
+            tracing::warn!(%error, "published events of nodes that are gone could not be stored; trying again")
+        }
     }
 }

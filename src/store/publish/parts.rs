@@ -40,7 +40,7 @@ pub(super) const LARGE: usize = 64;
 pub(super) const PART: usize = 16;
 /// A part also ends with the event that makes its data so long.
 const PART_BYTES: usize = PART * BYTES_PER_ITEM;
-/// So many parts of nodes that are gone are taken over at a time, and wait in memory for their turn.
+/// So many parts of nodes that are gone are taken over at a time, and wait in memory for their turn; then the next ones.
 const MAX_TAKEN_OVER: usize = 64;
 
 const REMOVED: &[Column] = &[text("id"), text("node")];
@@ -292,23 +292,29 @@ impl Store {
         if self.sqlite() {
             self.discard_drafts(true).await?;
         }
-        let mut stored = self.sqlite();
-        while stored {
-            stored = false;
-            for part in self.take_parts_over(true, lease).await? {
-                // One that failed is found again when its lease has run out.
-                stored |= part.await.is_ok();
-            }
-        }
+        while self.sqlite() && self.store_some_parts(true, lease).await? > 0 {}
         Ok(())
     }
 
-    /// Takes some parts over whose lease has run out; they are stored in turns with all else. Answers how many. What was not
+    /// Takes parts over whose lease has run out, and stores them in turns with all else. Answers how many. What was not
     /// accepted before its lease ran out is discarded.
     pub async fn store_kept_parts(&self, lease: Duration) -> Result<usize, Error> {
-        let taken_over = self.take_parts_over(false, lease).await?.len();
+        let mut all = 0;
+        while let more @ 1.. = self.store_some_parts(false, lease).await? {
+            all += more;
+        }
         self.discard_drafts(false).await?;
-        Ok(taken_over)
+        Ok(all)
+    }
+
+    /// How many are stored of those that one step takes over.
+    async fn store_some_parts(&self, all: bool, lease: Duration) -> Result<usize, Error> {
+        let mut stored = 0;
+        for part in self.take_parts_over(all, lease).await? {
+            // One that failed is found again when its lease has run out.
+            stored += usize::from(part.await.is_ok());
+        }
+        Ok(stored)
     }
 
     /// Takes some parts over whose lease has run out, or any when `all`; each says when it is stored.
@@ -470,6 +476,19 @@ pub(super) mod tests {
         assert_eq!(count(&store, "delivery_counts WHERE status = 'pending' AND total = 1").await, 200);
         let waiting = "deliveries WHERE lease_node IS NULL AND next_attempt_at_ms IS NOT NULL";
         assert_eq!(count(&store, waiting).await, 200, "they are claimed like all that is due");
+    }
+
+    /// However many a node had kept: they do not wait for one look after the other.
+    #[tokio::test]
+    async fn all_that_a_node_kept_is_taken_over_when_its_lease_has_run_out() {
+        let (_directory, store) = Store::fresh().await;
+        let mut kept = 0;
+        while kept <= 2 * MAX_TAKEN_OVER {
+            kept += keep(&store, "node_gone").await.parts().len();
+        }
+        store.0.write.execute_unprepared("UPDATE publish_parts SET lease_expires_at_ms = 1").await.unwrap();
+        assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), kept);
+        assert_eq!(count(&store, "publish_parts").await, 0);
     }
 
     /// The data of an event for many is not in its parts.
