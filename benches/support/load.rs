@@ -15,8 +15,9 @@ use prost_types::FieldMask;
 use shortkit_webhooks::{
     clock,
     grpc::proto::{
-        CreateWebhookRequest, PublishEventRequest, PublishEventsRequest, UpdateWebhookRequest, WebhookStatus,
-        WebhookUpdate, delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
+        CreateWebhookRequest, ListWebhooksRequest, PublishEventRequest, PublishEventsRequest, UpdateWebhookRequest,
+        WebhookStatus, WebhookUpdate, delivery_service_client::DeliveryServiceClient,
+        webhook_service_client::WebhookServiceClient,
     },
 };
 use tokio::{net::TcpListener, task::JoinSet};
@@ -53,6 +54,8 @@ pub(crate) struct Measured {
     pub(crate) delivery: Vec<u64>,
     pub(crate) service_cpu_ms: f64,
     pub(crate) database_cpu_ms: f64,
+    /// Of this process: who publishes, and the receiver.
+    pub(crate) others_cpu_ms: f64,
     pub(crate) resident_mib: f64,
 }
 
@@ -122,6 +125,13 @@ impl Target {
         let value = format!("Bearer {}", self.service.secret_key).parse().expect("a header");
         request.metadata_mut().insert("authorization", value);
         request
+    }
+
+    /// Asks for something; how long after the start of the service it answered.
+    pub(crate) async fn first_answer(&self) -> Duration {
+        let mut client = WebhookServiceClient::new(self.channel.clone());
+        client.list_webhooks(self.authorized(ListWebhooksRequest::default())).await.expect("a list");
+        self.service.started.elapsed()
     }
 
     /// Registers a webhook for events of a type; its id.
@@ -200,10 +210,10 @@ pub(crate) async fn measure(
         Load::Paced(pace) => (1, Some(pace), 1),
         Load::Full(events) => (PUBLISHERS, None, events),
     };
-    let stop = Arc::new(AtomicBool::new(false));
+    let [stop, counts] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     let mut publishing = JoinSet::new();
     for _ in 0..publishers {
-        let (target, stop) = (Arc::clone(target), Arc::clone(&stop));
+        let (target, stop, counts) = (Arc::clone(target), Arc::clone(&stop), Arc::clone(&counts));
         publishing.spawn(async move {
             let mut took = Vec::new();
             let mut ticks = pace.map(|pace| tokio::time::interval(Duration::from_secs(1) / pace));
@@ -211,7 +221,10 @@ pub(crate) async fn measure(
                 if let Some(ticks) = &mut ticks {
                     ticks.tick().await;
                 }
-                took.push(u64::try_from(target.publish(events, start).await.as_nanos()).unwrap_or(u64::MAX));
+                let one = target.publish(events, start).await;
+                if counts.load(Ordering::Relaxed) {
+                    took.push(u64::try_from(one.as_nanos()).unwrap_or(u64::MAX));
+                }
             }
             took
         });
@@ -219,14 +232,19 @@ pub(crate) async fn measure(
     tokio::time::sleep(WARM_UP).await;
     let service = &target.service;
     let database_cpu = || database.map(postgres_pids).unwrap_or_default().into_iter().map(cpu_secs).sum::<f64>();
-    let (before, cpu, db_cpu, began) =
-        (seen.count.load(Ordering::Relaxed), service.cpu_secs(), database_cpu(), clock::stopwatch());
-    seen.measuring.store(true, Ordering::Relaxed);
+    let others_cpu = || cpu_secs(std::process::id());
+    let (before, cpu, db_cpu, others, began) =
+        (seen.count.load(Ordering::Relaxed), service.cpu_secs(), database_cpu(), others_cpu(), clock::stopwatch());
+    for now in [&seen.measuring, &*counts] {
+        now.store(true, Ordering::Relaxed);
+    }
     tokio::time::sleep(time).await;
-    seen.measuring.store(false, Ordering::Relaxed);
+    for now in [&seen.measuring, &*counts] {
+        now.store(false, Ordering::Relaxed);
+    }
     let count = (seen.count.load(Ordering::Relaxed) - before) as f64;
     let elapsed = began.elapsed().as_secs_f64();
-    let (cpu, db_cpu) = (service.cpu_secs() - cpu, database_cpu() - db_cpu);
+    let (cpu, db_cpu, others) = (service.cpu_secs() - cpu, database_cpu() - db_cpu, others_cpu() - others);
     let resident_mib = service.resident_mib();
     stop.store(true, Ordering::Relaxed);
     let mut publish: Vec<u64> = publishing.join_all().await.concat();
@@ -245,6 +263,7 @@ pub(crate) async fn measure(
         delivery,
         service_cpu_ms: cpu * 1e3 / count,
         database_cpu_ms: db_cpu * 1e3 / count,
+        others_cpu_ms: others * 1e3 / count,
         resident_mib,
     }
 }

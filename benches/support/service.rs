@@ -1,6 +1,6 @@
 //! The service in a process of its own, with durable settings.
 
-use std::{path::Path, process::Stdio, time::Duration};
+use std::{path::Path, process::Stdio, time::Instant};
 
 use shortkit_webhooks::clock;
 use tokio::{
@@ -17,8 +17,8 @@ pub(crate) struct Service {
     pub(crate) secret_key: String,
     /// A key for every organisation.
     pub(crate) service_key: String,
-    /// How long it took to listen.
-    pub(crate) started_in: Duration,
+    /// When its start began.
+    pub(crate) started: Instant,
 }
 
 impl Service {
@@ -33,13 +33,12 @@ impl Service {
         command.current_dir(directory).stdout(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().expect("the service starts");
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-        let (mut base, mut started_in) = (None, Duration::ZERO);
+        let mut base = None;
         let [mut secret_key, mut service_key] = [None, None];
         while secret_key.is_none() || service_key.is_none() {
             let line = lines.next_line().await.expect("the service prints").expect("the service goes on");
             if let Some(address) = line.strip_prefix("listening on ") {
                 base = Some(address.to_owned());
-                started_in = started.elapsed();
             }
             for (key, name) in [(&mut secret_key, "secret key"), (&mut service_key, "service key")] {
                 let rest = line.trim().strip_prefix(name);
@@ -47,7 +46,7 @@ impl Service {
             }
         }
         let [base, secret_key, service_key] = [base, secret_key, service_key].map(|said| said.expect("it is printed"));
-        Self { child, base, secret_key, service_key, started_in }
+        Self { child, base, secret_key, service_key, started }
     }
 
     /// Stops as a signal would.
@@ -79,6 +78,6 @@ pub(crate) fn cpu_secs(pid: u32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let after = stat.rsplit(')').next().unwrap_or_default();
     let fields: Vec<f64> = after.split_whitespace().map(|field| field.parse().unwrap_or(0.0)).collect();
-    // utime and stime, in hundredths of a second.
-    fields.get(11..13).map_or(0.0, |times| times.iter().sum::<f64>() / 100.0)
+    // utime, stime, cutime and cstime, in hundredths of a second.
+    fields.get(11..15).map_or(0.0, |times| times.iter().sum::<f64>() / 100.0)
 }

@@ -16,6 +16,22 @@ use shortkit_webhooks::clock;
 
 use crate::{postgres::Postgres, report::Report};
 
+/// Says what is needed for it.
+#[cfg(not(feature = "failpoints"))]
+mod crash_steps {
+    use super::{Form, Report};
+
+    const WHY: &str = "it needs `cargo bench --features failpoints --bench faults`";
+
+    pub(super) async fn on_sqlite(_: Form) -> Result<Report, String> {
+        Ok(Report::impossible(WHY.to_owned()))
+    }
+
+    pub(super) async fn on_postgres(_: Form) -> Result<Report, String> {
+        Ok(Report::impossible(WHY.to_owned()))
+    }
+}
+
 /// How much of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
@@ -46,9 +62,7 @@ macro_rules! scenario {
 pub(crate) const SCENARIOS: &[Scenario] = &[
     scenario!("crash-loop-sqlite", "kill -9 again and again under load", crash_loop::on_sqlite),
     scenario!("crash-loop-postgres", "kill -9 of one of three nodes, again and again", crash_loop::on_postgres),
-    #[cfg(feature = "failpoints")]
     scenario!("crash-steps-sqlite", "the process ends at each step of an event's way", crash_steps::on_sqlite),
-    #[cfg(feature = "failpoints")]
     scenario!("crash-steps-postgres", "the same, with another node that takes over", crash_steps::on_postgres),
     scenario!("disk-full", "SQLite on a disk of 2 MB that is later made larger", disk_full::play),
     scenario!("postgres-crash", "PostgreSQL ends at once and comes back, again and again", postgres_crash::play),
