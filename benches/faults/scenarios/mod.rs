@@ -7,6 +7,8 @@ mod crash_steps;
 mod disk_full;
 mod frozen_node;
 mod graceful_stop;
+#[cfg(feature = "failpoints")]
+mod poison;
 mod postgres_crash;
 mod postgres_silence;
 
@@ -16,20 +18,20 @@ use shortkit_webhooks::clock;
 
 use crate::{postgres::Postgres, report::Report};
 
-/// Says what is needed for it.
+/// A process ends at a step only where it was built for that.
+#[cfg(not(feature = "failpoints"))]
+async fn needs_failpoints(_: Form) -> Result<Report, String> {
+    Ok(Report::impossible("it needs `cargo bench --features failpoints --bench faults`".to_owned()))
+}
+
 #[cfg(not(feature = "failpoints"))]
 mod crash_steps {
-    use super::{Form, Report};
+    pub(super) use super::{needs_failpoints as on_postgres, needs_failpoints as on_sqlite};
+}
 
-    const WHY: &str = "it needs `cargo bench --features failpoints --bench faults`";
-
-    pub(super) async fn on_sqlite(_: Form) -> Result<Report, String> {
-        Ok(Report::impossible(WHY.to_owned()))
-    }
-
-    pub(super) async fn on_postgres(_: Form) -> Result<Report, String> {
-        Ok(Report::impossible(WHY.to_owned()))
-    }
+#[cfg(not(feature = "failpoints"))]
+mod poison {
+    pub(super) use super::needs_failpoints as play;
 }
 
 /// How much of it.
@@ -64,6 +66,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     scenario!("crash-loop-postgres", "kill -9 of one of three nodes, again and again", crash_loop::on_postgres),
     scenario!("crash-steps-sqlite", "the process ends at each step of an event's way", crash_steps::on_sqlite),
     scenario!("crash-steps-postgres", "the same, with another node that takes over", crash_steps::on_postgres),
+    scenario!("poison", "an event ends the process at each attempt", poison::play),
     scenario!("disk-full", "SQLite on a disk of 2 MB that is later made larger", disk_full::play),
     scenario!("postgres-crash", "PostgreSQL ends at once and comes back, again and again", postgres_crash::play),
     scenario!("postgres-silence", "PostgreSQL stands still, with all its connections", postgres_silence::play),
