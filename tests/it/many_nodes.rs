@@ -337,13 +337,22 @@ async fn a_change_of_a_webhook_holds_everywhere_within_a_second() {
         }
     };
     soon("the arrival of everything", all_came).await;
-    let arrived = |receiver: &Receiver| -> Vec<u128> {
-        let bodies = receiver.received().into_iter().map(|got| got.body);
-        bodies.filter_map(|body| body.split_once(r#""ms":"#)?.1.split('}').next()?.parse().ok()).collect()
-    };
-    assert!(arrived(&new).iter().any(|ms| *ms > WITHIN.as_millis()));
-    let stale = arrived(&old).into_iter().max().unwrap_or(0);
+    let published_at =
+        |got: &Received| -> Option<u128> { got.body.split_once(r#""ms":"#)?.1.split('}').next()?.parse().ok() };
+    assert!(new.received().iter().filter_map(published_at).any(|ms| ms > WITHIN.as_millis()));
+    let stale = old.received().iter().filter_map(published_at).max().unwrap_or(0);
     assert!(stale <= WITHIN.as_millis(), "still sent to the old URL {stale} ms after the change");
+
+    // The secret: what is published later than a second after it was replaced carries two signatures.
+    let before = new.received().len();
+    let replaced = nodes[0].post(&format!("{path}/rotate-secret"), "").await;
+    assert_eq!(replaced.status, 200, "{}", replaced.text);
+    let made = publish_for(&nodes[1..], clock::stopwatch(), 2 * WITHIN).await.len();
+    let got = new.wait_for(before + made).await.split_off(before);
+    assert!(got.iter().filter_map(published_at).any(|ms| ms > WITHIN.as_millis()));
+    let stale = got.iter().filter(|got| !got.header("x-shortform-signature").contains(','));
+    let stale = stale.filter_map(published_at).max().unwrap_or(0);
+    assert!(stale <= WITHIN.as_millis(), "still signed by the old secret alone {stale} ms after the change");
 
     // Disabled, and then deleted: nothing is made of what is published a second later.
     for (method, body) in [(http::Method::PATCH, r#"{"status":"disabled"}"#), (http::Method::DELETE, "")] {
