@@ -1,11 +1,11 @@
 //! Fetches what falls due, and what dead nodes left.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::sync::CancellationToken;
 
 use super::{Engine, lease_length};
 use crate::{
@@ -38,18 +38,32 @@ struct Claims {
     /// When the sweep that is under way began; none when it has ended.
     sweep: Option<Instant>,
     rescues: Seldom,
-    /// Who takes over what other nodes had accepted and not stored. Claims do not wait for it.
-    parts: Option<AbortOnDropHandle<()>>,
+    leases: Arc<LeaseEnds>,
+}
+
+/// Knows whether leases that seem to have run out have.
+#[derive(Default)]
+struct LeaseEnds(Mutex<Clock>);
+
+#[derive(Default)]
+struct Clock {
     leaps: Leaps,
-    /// When the clock last leapt forward.
+    /// When it last leapt forward.
     leapt: Option<Instant>,
 }
 
-/// Claims until `shutdown`. A database that fails is asked again after [`POLL`].
+/// Claims until `shutdown`, and takes over what other nodes had accepted. Claims do not wait for that; a fault in either ends
+/// both.
 pub(super) async fn run(engine: Arc<Engine>, shutdown: CancellationToken) {
-    let (store, rescues) = (engine.store.clone(), Seldom::new(POLL));
-    let (list, leaps) = (Waitlist::default(), Leaps::default());
-    let mut claims = Claims { store, list, looked: None, sweep: None, rescues, parts: None, leaps, leapt: None };
+    let leases = Arc::default();
+    let parts = take_parts_over(engine.store.clone(), lease_length(engine.request_timeout), &leases, &shutdown);
+    tokio::join!(claim(&engine, &leases, &shutdown), parts);
+}
+
+/// A database that fails is asked again after [`POLL`].
+async fn claim(engine: &Engine, leases: &Arc<LeaseEnds>, shutdown: &CancellationToken) {
+    let (store, rescues, leases) = (engine.store.clone(), Seldom::new(POLL), Arc::clone(leases));
+    let mut claims = Claims { store, list: Waitlist::default(), looked: None, sweep: None, rescues, leases };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
         let round = clock::stopwatch();
@@ -131,20 +145,10 @@ impl Claims {
         self.looked.map_or(Duration::ZERO, |(at, rest)| rest.saturating_sub(at.elapsed()))
     }
 
-    /// Whether leases that seem to have run out have. A clock that leaps forward says nothing of those that were taken before:
-    /// their attempts may be on the wire, and would be made twice. When as much time has passed as a lease lasts, they have.
-    fn leases_end(&mut self, lease: Duration) -> bool {
-        if self.leaps.any() {
-            tracing::warn!(wait = ?lease, "the clock was set forward; for so long no leases are taken over");
-            self.leapt = Some(clock::stopwatch());
-        }
-        self.leapt.is_none_or(|leapt| leapt.elapsed() >= lease)
-    }
-
     async fn rescue(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<(), Error> {
         let mut rescued = 0;
         // A node that is gone may have held thousands, and one step takes only so many.
-        while self.leases_end(lease)
+        while self.leases.have_ended(lease)
             && let more @ 1.. = self.store.rescue(false, schedule).await?
         {
             rescued += more;
@@ -152,22 +156,39 @@ impl Claims {
         if rescued > 0 {
             tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
         }
-        if self.leases_end(lease) && self.parts.as_ref().is_none_or(AbortOnDropHandle::is_finished) {
-            self.parts = Some(AbortOnDropHandle::new(tokio::spawn(store_parts(self.store.clone(), lease))));
-        }
         Ok(())
     }
 }
 
-async fn store_parts(store: Store, lease: Duration) {
-    match store.store_kept_parts(lease).await {
-        Ok(0) => {}
-        Ok(parts) => tracing::warn!(
-            parts,
-            "published events that were accepted, and not stored by their node in time, were taken over"
-        ),
-        Err(error) => {
-            tracing::warn!(%error, "published events of nodes that are gone could not be stored; trying again")
+/// What other nodes had accepted and not stored before their leases ran out, until `shutdown`.
+async fn take_parts_over(store: Store, lease: Duration, leases: &LeaseEnds, shutdown: &CancellationToken) {
+    while !shutdown.is_cancelled() {
+        match store.store_kept_parts(lease, || !shutdown.is_cancelled() && leases.have_ended(lease)).await {
+            Ok(0) => {}
+            Ok(parts) => tracing::warn!(
+                parts,
+                "published events that were accepted, and not stored by their node in time, were taken over"
+            ),
+            Err(error) => {
+                tracing::warn!(%error, "published events of nodes that are gone could not be taken over; trying again");
+            }
         }
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = tokio::time::sleep(POLL) => {}
+        }
+    }
+}
+
+impl LeaseEnds {
+    /// A clock that leaps forward says nothing of leases that were taken before: their attempts may be on the wire, and would
+    /// be made twice. When as much time has passed as a lease lasts, they have ended.
+    fn have_ended(&self, lease: Duration) -> bool {
+        let mut of = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if of.leaps.any() {
+            tracing::warn!(wait = ?lease, "the clock was set forward; for so long no leases are taken over");
+            of.leapt = Some(clock::stopwatch());
+        }
+        of.leapt.is_none_or(|leapt| leapt.elapsed() >= lease)
     }
 }

@@ -289,7 +289,7 @@ mod tests {
         keep(&store, 2).await;
         let [drafts, parts, ..] = left(&store).await;
         assert!(drafts == 1 && parts > 1);
-        assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0);
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0);
         assert_eq!(left(&store).await, [1, parts, 0, 0], "its lease holds");
         store.store_kept_parts_at_start(LEASE.length).await.unwrap();
         assert_eq!(left(&store).await, [0; 4]);
@@ -305,10 +305,10 @@ mod tests {
             assert_eq!((next.is_whole(), next.is_accepted_now()), (true, pieces == 10), "the last piece as well");
             let sql = "UPDATE publish_parts SET lease_expires_at_ms = 1";
             store.0.write.execute_unprepared(sql).await.unwrap();
-            assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0, "it is not accepted");
+            assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0, "it is not accepted");
             let sql = "UPDATE publish_drafts SET lease_expires_at_ms = 1";
             store.0.write.execute_unprepared(sql).await.unwrap();
-            assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0);
+            assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0);
             assert_eq!(left(&store).await, [0; 4]);
             let (answer, answered) = oneshot::channel();
             store.writer().unwrap().send(Write::Draft(Box::new(next), Done::Caller(answer))).unwrap();

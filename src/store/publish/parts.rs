@@ -65,7 +65,7 @@ pub(in crate::store) enum Done {
     /// To the whole of which it is a part.
     Part(Arc<Parts>),
     /// To who has taken the part over, if it still waits.
-    TakenOver(oneshot::Sender<()>),
+    TakenOver(oneshot::Sender<Result<(), Error>>),
 }
 
 /// The parts that are on their way.
@@ -107,7 +107,7 @@ impl Done {
         match self {
             Self::Caller(answer) => drop(answer.send(outcome)),
             Self::Part(parts) => parts.ended(outcome.is_ok()),
-            Self::TakenOver(done) => drop(outcome.is_ok().then(|| done.send(()))),
+            Self::TakenOver(done) => drop(done.send(outcome.map(drop))),
         }
     }
 }
@@ -296,29 +296,46 @@ impl Store {
         Ok(())
     }
 
-    /// Takes parts over whose lease has run out, and stores them in turns with all else. Answers how many. What was not
-    /// accepted before its lease ran out is discarded.
-    pub async fn store_kept_parts(&self, lease: Duration) -> Result<usize, Error> {
+    /// Takes parts over whose lease has run out, and stores them in turns with all else, as long as `leases_end`. Answers how
+    /// many. What was not accepted before its lease ran out is discarded.
+    pub async fn store_kept_parts(
+        &self,
+        lease: Duration,
+        mut leases_end: impl FnMut() -> bool,
+    ) -> Result<usize, Error> {
         let mut all = 0;
-        while let more @ 1.. = self.store_some_parts(false, lease).await? {
+        while leases_end()
+            && let more @ 1.. = self.store_some_parts(false, lease).await?
+        {
             all += more;
         }
-        self.discard_drafts(false).await?;
+        if leases_end() {
+            self.discard_drafts(false).await?;
+        }
         Ok(all)
     }
 
-    /// How many are stored of those that one step takes over.
+    /// How many are stored of those that one step takes over. One that failed is found again when its lease has run out.
     async fn store_some_parts(&self, all: bool, lease: Duration) -> Result<usize, Error> {
-        let mut stored = 0;
+        let (mut stored, mut failed) = (0, None);
         for part in self.take_parts_over(all, lease).await? {
-            // One that failed is found again when its lease has run out.
-            stored += usize::from(part.await.is_ok());
+            match part.await.unwrap_or(Err(Error::Closed)) {
+                Ok(()) => stored += 1,
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = failed {
+            tracing::warn!(%error, again_in = ?lease, "parts of what was published could not be stored; trying again");
         }
         Ok(stored)
     }
 
     /// Takes some parts over whose lease has run out, or any when `all`; each says when it is stored.
-    async fn take_parts_over(&self, all: bool, lease: Duration) -> Result<Vec<oneshot::Receiver<()>>, Error> {
+    async fn take_parts_over(
+        &self,
+        all: bool,
+        lease: Duration,
+    ) -> Result<Vec<oneshot::Receiver<Result<(), Error>>>, Error> {
         let now = clock::now();
         // Materialized as in a claim, so that a plan that looks twice does not take more.
         let mut sql = Sql::new("WITH due AS MATERIALIZED (SELECT id FROM publish_parts WHERE lease_expires_at_ms <= ");
@@ -469,7 +486,7 @@ pub(super) mod tests {
         let (_directory, store) = Store::fresh().await;
         let draft = keep(&store, "node_gone").await;
         assert_eq!(count(&store, "publish_parts").await, i64::try_from(draft.parts().len()).unwrap());
-        assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0, "its leases hold");
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0, "its leases hold");
         store.store_kept_parts_at_start(LEASE.length).await.unwrap();
         assert_eq!((count(&store, "events").await, count(&store, "deliveries").await), (100, 200));
         assert_eq!(count(&store, "publish_parts").await, 0);
@@ -487,7 +504,7 @@ pub(super) mod tests {
             kept += keep(&store, "node_gone").await.parts().len();
         }
         store.0.write.execute_unprepared("UPDATE publish_parts SET lease_expires_at_ms = 1").await.unwrap();
-        assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), kept);
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), kept);
         assert_eq!(count(&store, "publish_parts").await, 0);
     }
 
@@ -528,7 +545,7 @@ pub(super) mod tests {
         }
         store.remove_deleted().await.unwrap();
         assert_eq!(count(&store, "webhooks").await, 1);
-        assert_eq!(store.store_kept_parts(LEASE.length).await.unwrap(), 0, "it cannot be read, and stays");
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0, "it cannot be read, and stays");
         store.0.write.execute_unprepared("DELETE FROM publish_parts").await.unwrap();
         store.remove_deleted().await.unwrap();
         assert_eq!(count(&store, "webhooks").await, 0);
