@@ -4,10 +4,10 @@
 //! everything, while something goes wrong on purpose. Whatever it is: what was acknowledged arrives, nothing that was
 //! not published or is another tenant's arrives, every signature verifies, a repeat carries the same delivery id.
 //! `short` plays a few faults of each kind, several scenarios at a time, as the test command does. Prints a table for
-//! people and one JSON line for machines; the exit code is 0 only when all passed.
+//! people and one JSON line for machines; the exit code is 0 only when nothing failed. What cannot be played here is named.
 //!
 //! Needs PostgreSQL's programs in /usr/lib/postgresql, libfaketime, and root (or sudo) to mount a disk of 2 MB. The
-//! scenarios `crash-steps-…` need the feature `failpoints`: `cargo bench --features failpoints --bench faults`.
+//! scenarios `crash-steps-…` and `poison` need the feature `failpoints`: `cargo bench --features failpoints --bench faults`.
 
 mod ledger;
 mod node;

@@ -157,7 +157,7 @@ impl Report {
 }
 
 /// What SQLite finds wrong with its file; none for PostgreSQL, which has no such check of its own.
-async fn sqlite_fault(url: &str) -> Option<String> {
+pub(crate) async fn sqlite_fault(url: &str) -> Option<String> {
     let url = url.strip_suffix("?mode=rwc").filter(|url| url.starts_with("sqlite:"))?;
     let checked = async {
         let connection = Database::connect(format!("{url}?mode=ro")).await?;

@@ -244,7 +244,8 @@ pub(crate) async fn measure(
     }
     let count = (seen.count.load(Ordering::Relaxed) - before) as f64;
     let elapsed = began.elapsed().as_secs_f64();
-    let (cpu, db_cpu, others) = (service.cpu_secs() - cpu, database_cpu() - db_cpu, others_cpu() - others);
+    // This process first: it looks for those of the database.
+    let (others, cpu, db_cpu) = (others_cpu() - others, service.cpu_secs() - cpu, database_cpu() - db_cpu);
     let resident_mib = service.resident_mib();
     stop.store(true, Ordering::Relaxed);
     let mut publish: Vec<u64> = publishing.join_all().await.concat();

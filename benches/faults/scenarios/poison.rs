@@ -7,7 +7,7 @@ use shortkit_webhooks::clock;
 
 use super::Form;
 use crate::{
-    report::Report,
+    report::{Report, sqlite_fault},
     world::{LEASE, ORGANIZATIONS, Stats, World},
 };
 
@@ -27,7 +27,7 @@ pub(super) async fn play(_: Form) -> Result<Report, String> {
     .await?;
     world.caller.publish(&world.ledger, 0, ORGANIZATIONS[0]).await;
     let (mut crashes, mut starts) = (0, 1);
-    while ended(&mut world).await {
+    while ended(&mut world).await? {
         crashes += 1;
         world.kill(0).await;
         // Until it stays long enough to say where it listens: the attempt may end it before.
@@ -56,31 +56,37 @@ pub(super) async fn play(_: Form) -> Result<Report, String> {
     }
     let mut report = Report { sums: world.ledger.sums(), integrity: "ok".to_owned(), ..Report::default() };
     // It was acknowledged and has not arrived, but is not lost: it ended, and everybody can see how.
-    report.sums.lost = report.sums.lost.saturating_sub(usize::from(delivery["status"] == "failed"));
-    let sums = &report.sums;
-    let (lost, received) = (sums.lost, sums.received);
-    report.check(lost == 0, || format!("it has not ended: {delivery}"));
+    report.failures.extend(report.sums.violations.clone());
+    report.check(delivery["status"] == "failed", || format!("it has not ended as failed: {delivery}"));
+    report.sums.lost = report.sums.lost.saturating_sub(1);
+    let (lost, received) = (report.sums.lost, report.sums.received);
+    report.check(lost == 0, || format!("{lost} other events were lost"));
     report.check(received == AFTERWARDS, || format!("{received} of {AFTERWARDS} events arrived after it had ended"));
     report.check(crashes == ATTEMPTS, || format!("it ended the process {crashes} times"));
     report.check(delivery["attempts"] == ATTEMPTS, || format!("attempts that were counted: {}", delivery["attempts"]));
-    let said = detail.to_string().matches("The attempt was interrupted").count();
-    report.check(said as u64 >= ATTEMPTS, || format!("what is told of it: {detail}"));
+    let log = detail["data"]["attemptLog"].as_array().cloned().unwrap_or_default();
+    let interrupted = log.iter().filter(|entry| entry["error"] == "The attempt was interrupted").count() as u64;
+    report.check(interrupted == ATTEMPTS, || format!("what is told of its attempts: {log:?}"));
+    if let Some(fault) = sqlite_fault(&world.launches[0].database_url).await {
+        report.failures.push(format!("integrity_check: {fault}"));
+        report.integrity = fault;
+    }
     report.notes.push(format!("it ended as failed after {crashes} crashes"));
     Ok(report)
 }
 
 /// Whether the process ends, or the event has: false.
-async fn ended(world: &mut World) -> bool {
+async fn ended(world: &mut World) -> Result<bool, String> {
     let began = clock::stopwatch();
     while began.elapsed() < LEASE {
         if let Some(node) = &mut world.nodes[0]
             && node.ended(Duration::from_millis(10)).await.is_some()
         {
-            return true;
+            return Ok(true);
         }
         if matches!(world.stats().await, Ok(Stats { failed: 1.., .. })) {
-            return false;
+            return Ok(false);
         }
     }
-    false
+    Err(format!("neither has ended: {}", world.launches[0].last_words()))
 }
