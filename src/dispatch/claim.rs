@@ -30,7 +30,7 @@ const MAX_REST: Duration = Duration::from_millis(200);
 const REST_FROM_LOOKING: u32 = 16;
 
 /// What is known of the work to do.
-struct Claims {
+struct Claims<'a> {
     store: Store,
     list: Waitlist,
     /// When the last look was, and how long none follows.
@@ -38,31 +38,30 @@ struct Claims {
     /// When the sweep that is under way began; none when it has ended.
     sweep: Option<Instant>,
     rescues: Seldom,
-    leases: Arc<LeaseEnds>,
+    leases: &'a LeaseEnds,
 }
 
 /// Knows whether leases that seem to have run out have.
 #[derive(Default)]
-struct LeaseEnds(Mutex<Clock>);
+struct LeaseEnds(Mutex<LastLeap>);
 
+/// When the clock last leapt forward.
 #[derive(Default)]
-struct Clock {
+struct LastLeap {
     leaps: Leaps,
-    /// When it last leapt forward.
-    leapt: Option<Instant>,
+    at: Option<Instant>,
 }
 
 /// Claims until `shutdown`, and takes over what other nodes had accepted. Claims do not wait for that; a fault in either ends
 /// both.
 pub(super) async fn run(engine: Arc<Engine>, shutdown: CancellationToken) {
-    let leases = Arc::default();
-    let parts = take_parts_over(engine.store.clone(), lease_length(engine.request_timeout), &leases, &shutdown);
-    tokio::join!(claim(&engine, &leases, &shutdown), parts);
+    let leases = LeaseEnds::default();
+    tokio::join!(claim(&engine, &leases, &shutdown), rescue_parts(&engine, &leases, &shutdown));
 }
 
 /// A database that fails is asked again after [`POLL`].
-async fn claim(engine: &Engine, leases: &Arc<LeaseEnds>, shutdown: &CancellationToken) {
-    let (store, rescues, leases) = (engine.store.clone(), Seldom::new(POLL), Arc::clone(leases));
+async fn claim(engine: &Engine, leases: &LeaseEnds, shutdown: &CancellationToken) {
+    let (store, rescues) = (engine.store.clone(), Seldom::new(POLL));
     let mut claims = Claims { store, list: Waitlist::default(), looked: None, sweep: None, rescues, leases };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
@@ -96,7 +95,7 @@ async fn claim(engine: &Engine, leases: &Arc<LeaseEnds>, shutdown: &Cancellation
     }
 }
 
-impl Claims {
+impl Claims<'_> {
     /// Claims what is due and there is room for; answers how long nothing more will be, unless there is more at once.
     async fn round(&mut self, schedule: &RetrySchedule, lease: Duration) -> Result<(Claimed, Duration), Error> {
         // Leases run out by the clock, not by what happens here: looking once in a while is enough. What cannot be taken over,
@@ -160,10 +159,11 @@ impl Claims {
     }
 }
 
-/// What other nodes had accepted and not stored before their leases ran out, until `shutdown`.
-async fn take_parts_over(store: Store, lease: Duration, leases: &LeaseEnds, shutdown: &CancellationToken) {
+/// Stores what other nodes had accepted and not stored before their leases ran out, until `shutdown`.
+async fn rescue_parts(engine: &Engine, leases: &LeaseEnds, shutdown: &CancellationToken) {
+    let lease = lease_length(engine.request_timeout);
     while !shutdown.is_cancelled() {
-        match store.store_kept_parts(lease, || !shutdown.is_cancelled() && leases.have_ended(lease)).await {
+        match engine.store.store_kept_parts(lease, || !shutdown.is_cancelled() && leases.have_ended(lease)).await {
             Ok(0) => {}
             Ok(parts) => tracing::warn!(
                 parts,
@@ -184,11 +184,11 @@ impl LeaseEnds {
     /// A clock that leaps forward says nothing of leases that were taken before: their attempts may be on the wire, and would
     /// be made twice. When as much time has passed as a lease lasts, they have ended.
     fn have_ended(&self, lease: Duration) -> bool {
-        let mut of = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if of.leaps.any() {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.leaps.any() {
             tracing::warn!(wait = ?lease, "the clock was set forward; for so long no leases are taken over");
-            of.leapt = Some(clock::stopwatch());
+            last.at = Some(clock::stopwatch());
         }
-        of.leapt.is_none_or(|leapt| leapt.elapsed() >= lease)
+        last.at.is_none_or(|at| at.elapsed() >= lease)
     }
 }

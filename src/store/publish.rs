@@ -182,8 +182,8 @@ impl Store {
             None => {
                 let known =
                     subscriptions.iter().filter_map(|(subscription, _)| subscribers.get_key_value(subscription));
-                let to: HashMap<&str, &Subscribers> = known.map(|((_, event_type), to)| (&**event_type, to)).collect();
-                let of = |event: &NewEvent| to.get(&*event.event_type).copied().cloned().unwrap_or_default();
+                let to: HashMap<&str, _> = known.map(|((_, event_type), to)| (&**event_type, Arc::clone(to))).collect();
+                let of = |event: &NewEvent| to.get(&*event.event_type).cloned().unwrap_or_default();
                 let webhooks: Vec<_> = events.iter().map(of).collect();
                 let deliveries = webhooks.iter().map(|webhooks| webhooks.len()).sum();
                 if webhooks.len() > 1 && deliveries > MAX_DELIVERIES_TOGETHER {
