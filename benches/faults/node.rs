@@ -15,6 +15,10 @@ use tokio::{
 /// A process that has not said where it listens within this time will not.
 const START: Duration = Duration::from_secs(60);
 
+/// Names the step to a process.
+#[cfg(feature = "failpoints")]
+const CRASH_AT: &str = "SHORTKIT_CRASH_AT";
+
 /// How to start a node; the same for every start, so that a restart is one.
 #[derive(Clone)]
 pub(crate) struct Launch {
@@ -54,6 +58,18 @@ impl Launch {
     pub(crate) fn retry_schedule(&mut self, schedule: &str) {
         let flag = self.args.iter().position(|arg| arg == "--retry-schedule").expect("every node has one");
         self.args[flag + 1] = schedule.to_owned();
+    }
+
+    /// Ends the process where `step` comes the `count`th time, as `failpoint::reached` names it.
+    #[cfg(feature = "failpoints")]
+    pub(crate) fn crash_at(self, step: &str, count: usize) -> Self {
+        self.env(CRASH_AT, &format!("{step}:{count}"))
+    }
+
+    /// From the next start on it goes on there.
+    #[cfg(feature = "failpoints")]
+    pub(crate) fn crash_no_more(&mut self) {
+        self.envs.retain(|(name, _)| name != CRASH_AT);
     }
 
     pub(crate) fn log(&self) -> PathBuf {

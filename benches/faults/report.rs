@@ -42,10 +42,7 @@ impl Report {
                 }
             }
         }
-        if let Some(fault) = sqlite_fault(&world.launches[0].database_url).await {
-            report.failures.push(format!("integrity_check: {fault}"));
-            report.integrity = fault;
-        }
+        report.check_file(world).await;
         if !report.failures.is_empty() {
             let logs = world.launches.iter().enumerate();
             report
@@ -90,6 +87,14 @@ impl Report {
     pub(crate) fn check(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
         if !holds {
             self.failures.push(otherwise());
+        }
+    }
+
+    /// Checks the file of SQLite.
+    pub(crate) async fn check_file(&mut self, world: &World) {
+        if let Some(fault) = sqlite_fault(&world.launches[0].database_url).await {
+            self.failures.push(format!("integrity_check: {fault}"));
+            self.integrity = fault;
         }
     }
 
@@ -157,7 +162,7 @@ impl Report {
 }
 
 /// What SQLite finds wrong with its file; none for PostgreSQL, which has no such check of its own.
-pub(crate) async fn sqlite_fault(url: &str) -> Option<String> {
+async fn sqlite_fault(url: &str) -> Option<String> {
     let url = url.strip_suffix("?mode=rwc").filter(|url| url.starts_with("sqlite:"))?;
     let checked = async {
         let connection = Database::connect(format!("{url}?mode=ro")).await?;

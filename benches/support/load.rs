@@ -200,7 +200,7 @@ pub(crate) enum Load {
 /// Publishes for `time` after the warm-up and measures what arrives.
 pub(crate) async fn measure(
     target: &Arc<Target>,
-    seen: &Seen,
+    seen: &Arc<Seen>,
     database: Option<&str>,
     time: Duration,
     load: Load,
@@ -210,10 +210,10 @@ pub(crate) async fn measure(
         Load::Paced(pace) => (1, Some(pace), 1),
         Load::Full(events) => (PUBLISHERS, None, events),
     };
-    let [stop, counts] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let stop = Arc::new(AtomicBool::new(false));
     let mut publishing = JoinSet::new();
     for _ in 0..publishers {
-        let (target, stop, counts) = (Arc::clone(target), Arc::clone(&stop), Arc::clone(&counts));
+        let (target, stop, seen) = (Arc::clone(target), Arc::clone(&stop), Arc::clone(seen));
         publishing.spawn(async move {
             let mut took = Vec::new();
             let mut ticks = pace.map(|pace| tokio::time::interval(Duration::from_secs(1) / pace));
@@ -222,7 +222,7 @@ pub(crate) async fn measure(
                     ticks.tick().await;
                 }
                 let one = target.publish(events, start).await;
-                if counts.load(Ordering::Relaxed) {
+                if seen.measuring.load(Ordering::Relaxed) {
                     took.push(u64::try_from(one.as_nanos()).unwrap_or(u64::MAX));
                 }
             }
@@ -235,13 +235,9 @@ pub(crate) async fn measure(
     let others_cpu = || cpu_secs(std::process::id());
     let (before, cpu, db_cpu, others, began) =
         (seen.count.load(Ordering::Relaxed), service.cpu_secs(), database_cpu(), others_cpu(), clock::stopwatch());
-    for now in [&seen.measuring, &*counts] {
-        now.store(true, Ordering::Relaxed);
-    }
+    seen.measuring.store(true, Ordering::Relaxed);
     tokio::time::sleep(time).await;
-    for now in [&seen.measuring, &*counts] {
-        now.store(false, Ordering::Relaxed);
-    }
+    seen.measuring.store(false, Ordering::Relaxed);
     let count = (seen.count.load(Ordering::Relaxed) - before) as f64;
     let elapsed = began.elapsed().as_secs_f64();
     // This process first: it looks for those of the database.

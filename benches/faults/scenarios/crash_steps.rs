@@ -43,8 +43,6 @@ const STEPS: [(&str, Way); 13] = [
     ("piece after commit", Way::Unaccepted),
     ("piece after commit", Way::Accepted),
 ];
-/// Names the step to a process.
-const CRASH_AT: &str = "SHORTKIT_CRASH_AT";
 /// More are not published in waiting for it.
 const MAX_EVENTS: usize = 100;
 /// Published after the crash.
@@ -102,7 +100,7 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         if way == Way::Claimed {
             launch.retry_schedule(&format!("50ms{}", ",1s".repeat(9)));
         }
-        if index == 0 { launch.env(CRASH_AT, &format!("{step}:{}", way.count())) } else { launch }
+        if index == 0 { launch.crash_at(step, way.count()) } else { launch }
     })
     .await?;
     let (mut crashed, mut together) = (false, Vec::new());
@@ -125,7 +123,7 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         return Err(format!("the process never came to `{step}`"));
     }
     world.kill(0).await;
-    world.launches[0].envs.retain(|(name, _)| name != CRASH_AT);
+    world.launches[0].crash_no_more();
     world.restart(0).await?;
     for _ in 0..AFTERWARDS {
         world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;

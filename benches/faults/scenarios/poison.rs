@@ -7,7 +7,7 @@ use shortkit_webhooks::clock;
 
 use super::Form;
 use crate::{
-    report::{Report, sqlite_fault},
+    report::Report,
     world::{LEASE, ORGANIZATIONS, Stats, World},
 };
 
@@ -22,7 +22,7 @@ const AFTERWARDS: usize = 3;
 pub(super) async fn play(_: Form) -> Result<Report, String> {
     let mut world = World::start(1, None, |_, mut launch| {
         launch.retry_schedule("0s,1s,1s");
-        launch.env("SHORTKIT_CRASH_AT", "post before:1")
+        launch.crash_at("post before", 1)
     })
     .await?;
     world.caller.publish(&world.ledger, 0, ORGANIZATIONS[0]).await;
@@ -45,7 +45,7 @@ pub(super) async fn play(_: Form) -> Result<Report, String> {
     let path = format!("{path}/{}", delivery["id"].as_str().unwrap_or_default());
     let detail = world.caller.call(0, Method::GET, ORGANIZATIONS[0], &path, "").await?;
     world.kill(0).await;
-    world.launches[0].envs.retain(|(name, _)| name != "SHORTKIT_CRASH_AT");
+    world.launches[0].crash_no_more();
     world.restart(0).await?;
     for _ in 0..AFTERWARDS {
         world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;
@@ -67,10 +67,7 @@ pub(super) async fn play(_: Form) -> Result<Report, String> {
     let log = detail["data"]["attemptLog"].as_array().cloned().unwrap_or_default();
     let interrupted = log.iter().filter(|entry| entry["error"] == "The attempt was interrupted").count() as u64;
     report.check(interrupted == ATTEMPTS, || format!("what is told of its attempts: {log:?}"));
-    if let Some(fault) = sqlite_fault(&world.launches[0].database_url).await {
-        report.failures.push(format!("integrity_check: {fault}"));
-        report.integrity = fault;
-    }
+    report.check_file(&world).await;
     report.notes.push(format!("it ended as failed after {crashes} crashes"));
     Ok(report)
 }
