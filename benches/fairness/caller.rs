@@ -10,7 +10,8 @@ use std::{
 
 use shortkit_webhooks::grpc::proto::{
     CreateWebhookRequest, PublishEventRequest, PublishEventsRequest, UpdateWebhookRequest, WatchDeliveriesRequest,
-    WebhookUpdate, delivery_service_client::DeliveryServiceClient, webhook_service_client::WebhookServiceClient,
+    WebhookStatus, WebhookUpdate, delivery_service_client::DeliveryServiceClient,
+    webhook_service_client::WebhookServiceClient,
 };
 use tokio::task::JoinSet;
 use tonic::{Request, Status, transport::Channel};
@@ -58,9 +59,18 @@ impl Caller {
 
     /// Changes the description of a webhook.
     pub(crate) async fn describe(&self, id: String, description: String) {
-        let webhook = Some(WebhookUpdate { description: Some(description), ..Default::default() });
-        let update_mask = Some(prost_types::FieldMask { paths: vec!["description".to_owned()] });
-        let message = UpdateWebhookRequest { id, webhook, update_mask };
+        self.update(id, "description", WebhookUpdate { description: Some(description), ..Default::default() }).await;
+    }
+
+    /// Has nothing sent to a webhook any more.
+    pub(crate) async fn disable(&self, id: String) {
+        let status = Some(WebhookStatus::Disabled.into());
+        self.update(id, "status", WebhookUpdate { status, ..Default::default() }).await;
+    }
+
+    async fn update(&self, id: String, field: &str, webhook: WebhookUpdate) {
+        let update_mask = Some(prost_types::FieldMask { paths: vec![field.to_owned()] });
+        let message = UpdateWebhookRequest { id, webhook: Some(webhook), update_mask };
         let mut client = WebhookServiceClient::new(self.channels[0].clone());
         client.update_webhook(self.signed(message)).await.expect("it is changed");
     }

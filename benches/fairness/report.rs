@@ -11,6 +11,24 @@ pub(crate) struct Latency {
     pub(crate) lost: usize,
 }
 
+impl Latency {
+    /// The medians of what several measurements found.
+    pub(crate) fn median(of: &[Self]) -> Self {
+        let median = |figure: fn(&Self) -> f64| {
+            let mut values: Vec<f64> = of.iter().map(figure).collect();
+            values.sort_by(f64::total_cmp);
+            let middle = values.len() / 2;
+            if values.len() % 2 == 0 { f64::midpoint(values[middle - 1], values[middle]) } else { values[middle] }
+        };
+        Self {
+            p50_ms: median(|latency| latency.p50_ms),
+            p99_ms: median(|latency| latency.p99_ms),
+            count: of.iter().map(|latency| latency.count).sum(),
+            lost: of.iter().map(|latency| latency.lost).sum(),
+        }
+    }
+}
+
 /// What was found.
 #[derive(Default)]
 pub(crate) struct Report {
