@@ -1,5 +1,7 @@
-//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS [ROUNDS ["RUN" …]]]`, all runs or those named, and
-//! for PostgreSQL as well `SHORTKIT_BENCH_POSTGRES=postgres://… cargo bench --bench throughput`, with an empty database.
+//! How much the engine delivers: `cargo bench --bench throughput [-- SECONDS [ROUNDS]] [sqlite] [postgres] ["RUN" …]`, on
+//! both databases or those named, all runs or those named. PostgreSQL is one of our own, with durable settings, which is
+//! gone at the end, or the one whose empty database `SHORTKIT_BENCH_POSTGRES=postgres://…` names. Where none is installed,
+//! that is said, and ends with 2 if it was asked for by name.
 //!
 //! The service runs in a process of its own with durable settings. This process publishes over gRPC, 500 bytes an event,
 //! and receives. Everything is held against a bare loop of signed POSTs to the same receiver in the same run: machines
@@ -10,6 +12,7 @@ mod support;
 
 use std::{
     collections::BTreeMap,
+    process::ExitCode,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -26,11 +29,16 @@ use tokio::{runtime::Handle, task::JoinSet};
 
 use self::support::{
     load::{EVENT, Load, Measured, PUBLISHERS, Target, WARM_UP, data, measure, percentile_ms, receiver},
+    postgres::Postgres,
+    server::{self, Server},
     service::Service,
+    told_to_end,
 };
 
 /// How long each run measures when the command line names no time.
 const DEFAULT_SECS: u64 = 5;
+/// Words that choose a database.
+const DATABASES: [&str; 2] = ["sqlite", server::WORD];
 /// The runs on each database: name, webhooks, and how is published.
 const RUNS: [(&str, usize, Load); 4] = [
     ("paced 50/s", 1, Load::Paced(50)),
@@ -85,33 +93,58 @@ async fn bare(url: String, time: Duration, start: Instant) -> f64 {
     rate
 }
 
-fn main() {
+fn main() -> ExitCode {
     // Who publishes takes no more of the machine than it needs: the other threads would look for work all the time.
     let publishers = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     // The bare loop has all of it, as the service does.
     let all = tokio::runtime::Runtime::new().expect("a runtime");
-    publishers.block_on(run(all.handle()));
+    publishers.block_on(async {
+        tokio::select! {
+            code = run(all.handle()) => code,
+            () = told_to_end() => ExitCode::from(130),
+        }
+    })
 }
 
-async fn run(all: &Handle) {
+/// PostgreSQL; where there is none, what that comes to.
+async fn postgres(asked: bool) -> (Option<Server>, ExitCode) {
+    match Server::start().await {
+        Ok(server) => (Some(server), ExitCode::SUCCESS),
+        Err(error) => {
+            eprintln!("{error}");
+            let wanted = asked || Postgres::is_installed();
+            (None, if wanted { ExitCode::from(2) } else { ExitCode::SUCCESS })
+        }
+    }
+}
+
+async fn run(all: &Handle) -> ExitCode {
     let mut numbers = std::env::args().filter_map(|argument| argument.parse::<u64>().ok());
     let time = Duration::from_secs(numbers.next().unwrap_or(DEFAULT_SECS));
     let rounds = numbers.next().unwrap_or(1);
-    let chosen: Vec<String> =
-        std::env::args().skip(1).filter(|name| !name.starts_with('-') && name.parse::<u64>().is_err()).collect();
+    let words = std::env::args().skip(1).filter(|word| !word.starts_with('-') && word.parse::<u64>().is_err());
+    let (asked, chosen): (Vec<String>, Vec<String>) = words.partition(|word| DATABASES.contains(&&**word));
     let wanted = |run: &str| chosen.is_empty() || chosen.iter().any(|name| name == run);
     if let Some(name) = chosen.iter().find(|name| RUNS.iter().all(|(run, ..)| run != name)) {
         let runs = RUNS.map(|(run, ..)| run);
         eprintln!("there is no run {name:?}; there are {runs:?}");
-        std::process::exit(2);
+        return ExitCode::from(2);
     }
+    let of = |database: &str| asked.is_empty() || asked.iter().any(|name| name == database);
+    let (server, code) = if of(DATABASES[1]) { postgres(!asked.is_empty()).await } else { (None, ExitCode::SUCCESS) };
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (url, seen) = receiver(start);
     // Each has its directory for all rounds, since there are its keys.
     let directory = || tempfile::tempdir().expect("a directory");
-    let mut databases = vec![("sqlite", None, directory())];
-    databases.extend(std::env::var("SHORTKIT_BENCH_POSTGRES").ok().map(|url| ("postgres", Some(url), directory())));
+    let mut databases = Vec::new();
+    if of(DATABASES[0]) {
+        databases.push((DATABASES[0], None, directory()));
+    }
+    databases.extend(server.as_ref().map(|server| (DATABASES[1], Some(server), directory())));
+    if databases.is_empty() {
+        return code;
+    }
     let mut found: BTreeMap<(&str, &str), Vec<Figures>> = BTreeMap::new();
     let (mut bares, mut first_answers) = (Vec::new(), BTreeMap::<&str, Vec<f64>>::new());
     for _ in 0..rounds {
@@ -119,8 +152,9 @@ async fn run(all: &Handle) {
         println!("bare loop of signed POSTs: {bare:.0}/s");
         bares.push(bare);
         heading();
-        for (database, url_of, directory) in &databases {
-            let service = Service::start(directory.path(), url_of.as_deref(), &["--log", "warn"]).await;
+        for (database, server, directory) in &databases {
+            let database_url = server.map(|server| &*server.url);
+            let service = Service::start(directory.path(), database_url, &["--log", "warn"]).await;
             let target = Arc::new(Target::connect(service).await);
             let first_answer = target.first_answer().await.as_secs_f64() * 1e3;
             first_answers.entry(*database).or_default().push(first_answer);
@@ -129,7 +163,7 @@ async fn run(all: &Handle) {
                 while webhooks.len() < fan_out {
                     webhooks.push(target.webhook(&url, EVENT).await);
                 }
-                let measured = measure(&target, &seen, url_of.as_deref(), time, load, start).await;
+                let measured = measure(&target, &seen, *server, time, load, start).await;
                 let figures = figures(&measured, bare);
                 line(database, run, &figures);
                 found.entry((database, run)).or_default().push(figures);
@@ -155,6 +189,7 @@ async fn run(all: &Handle) {
         "{}",
         json!({ "bench": "throughput", "bare_per_sec": bares, "first_answer_ms": first_answers, "results": results })
     );
+    code
 }
 
 fn named(figures: &Figures) -> Value {

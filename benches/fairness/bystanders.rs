@@ -6,6 +6,7 @@ use super::{
     GROUPS, PACE, Report, Size, Stage,
     disturber::{Disturber, Role},
     group, keep_publishing,
+    support::server::Server,
 };
 
 /// Live streams, and the organisations that they watch.
@@ -18,8 +19,8 @@ const CROWD: usize = 1_000;
 const CROWD_PACE: u32 = 25;
 
 /// Many watch what happens in other organisations.
-pub(super) async fn watched(size: &Size) -> Report {
-    let mut stage = Stage::new(&[]).await;
+pub(super) async fn watched(size: &Size, server: Option<&Server>) -> Report {
+    let mut stage = Stage::new(server, &[]).await;
     let cpu = stage.service.cpu_secs();
     let without = stage.median(size.measure, PACE).await;
     let cpu = stage.service.cpu_secs() - cpu;
@@ -30,12 +31,12 @@ pub(super) async fn watched(size: &Size) -> Report {
     let with = stage.median(size.measure, PACE).await;
     stage.report.note("watched", "CPU s", cpu, stage.service.cpu_secs() - before);
     stage.report.latencies("watched", without, with, 2.0);
-    stage.report
+    stage.end().await
 }
 
 /// One organisation changes its webhooks all the time, while a thousand of others are in use.
-pub(super) async fn changed(size: &Size) -> Report {
-    let mut stage = Stage::new(&[]).await;
+pub(super) async fn changed(size: &Size, server: Option<&Server>) -> Report {
+    let mut stage = Stage::new(server, &[]).await;
     let crowd = stage.caller("crowd").await;
     for number in 0..CROWD {
         crowd.webhook(format!("{}/loud", stage.base), &group(number % GROUPS)).await;
@@ -58,5 +59,5 @@ pub(super) async fn changed(size: &Size) -> Report {
     changing.abort();
     stage.report.note("changed", "CPU s", cpu, stage.service.cpu_secs() - before);
     stage.report.latencies("changed", without, with, 2.0);
-    stage.report
+    stage.end().await
 }

@@ -1,6 +1,7 @@
 //! Whether anybody's receivers or events slow the others down: `cargo bench --bench fairness [-- short] [SCENARIO…]`,
-//! with the scenarios `dead`, `slow`, `flood`, `calls`, `recovery`, `outage`, `watched` and `changed`; on PostgreSQL with
-//! `SHORTKIT_BENCH_POSTGRES=postgres://…`, which must name an empty database.
+//! with the scenarios `dead`, `slow`, `flood`, `calls`, `recovery`, `outage`, `watched` and `changed`; with
+//! `postgres` on PostgreSQL: on one of our own, with durable settings, which is gone at the end, or on the one that
+//! `SHORTKIT_BENCH_POSTGRES=postgres://…` names, beside whose database each scenario makes one and drops it.
 //!
 //! The service runs in a process of its own. Organisation `others` publishes at a steady pace to a receiver that answers
 //! at once; what its deliveries take, from before the publish to the arrival, is measured first alone and then while the
@@ -8,7 +9,8 @@
 //! of their own (see [`disturber`]). `short` takes about seven minutes instead of half an hour: it measures for a shorter time,
 //! scales the slow receivers to a fifth of their time and five times their traffic, and takes fewer that recover.
 //!
-//! Prints a line for each bar, PASS or FAIL, and one JSON line. Ends with 1 when a bar is missed.
+//! Prints a line for each bar, PASS or FAIL, and one JSON line. Ends with 1 when a bar is missed, and with 2
+//! when there is no PostgreSQL to measure on.
 
 mod bystanders;
 mod caller;
@@ -35,7 +37,7 @@ use self::{
     disturber::{Disturber, Role},
     receiver::{Manners, Recovery, Report as Recovered, nanoseconds, never_accepts, now, serve},
     report::{Latency, Report},
-    support::service::Service,
+    support::{server::Server, service::Service, told_to_end},
 };
 
 /// Events a second of those who are not to be disturbed, each for four webhooks …
@@ -102,8 +104,11 @@ const SHORT: Size = Size {
 };
 
 /// Everything a scenario needs.
-struct Stage {
+struct Stage<'a> {
     service: Arc<Service>,
+    server: Option<&'a Server>,
+    /// None on SQLite.
+    database_url: Option<String>,
     /// Goes last: the service works in it.
     _directory: tempfile::TempDir,
     manners: Arc<Manners>,
@@ -113,24 +118,35 @@ struct Stage {
     report: Report,
 }
 
-impl Stage {
-    async fn new(arguments: &[&str]) -> Self {
+impl<'a> Stage<'a> {
+    async fn new(server: Option<&'a Server>, arguments: &[&str]) -> Self {
         let manners = Manners::new(now(), Duration::ZERO, Recovery::default());
         let base = serve(&manners).await;
-        let database = std::env::var("SHORTKIT_BENCH_POSTGRES").ok();
+        // Of its own, as each has its own keys.
+        let database_url = Server::database(server).await;
         let groups: Vec<String> = (0..GROUPS).map(group).collect();
         let types = format!("content.ready,content.errored,export.ready,{}", groups.join(","));
         let arguments = [&["--log", "error", "--event-types", &types], arguments].concat();
         let directory = tempfile::tempdir().expect("a directory");
-        let service = Arc::new(Service::start(directory.path(), database.as_deref(), &arguments).await);
+        let service = Arc::new(Service::start(directory.path(), database_url.as_deref(), &arguments).await);
         let others = Caller::connect(&service.base, &service.service_key, "others").await;
         for _ in 0..4 {
             others.webhook(format!("{base}/counted"), "content.ready").await;
         }
+        let report = Report::default();
         let mut stage =
-            Self { service, _directory: directory, manners, base, others, runs: 0, report: Report::default() };
+            Self { service, server, database_url, _directory: directory, manners, base, others, runs: 0, report };
         stage.measure(WARM_UP, PACE).await;
         stage
+    }
+
+    /// What was found; nothing else is left.
+    async fn end(self) -> Report {
+        drop(self.service);
+        if let (Some(server), Some(url)) = (self.server, self.database_url) {
+            server.remove(&url).await;
+        }
+        self.report
     }
 
     async fn caller(&self, organization: &str) -> Caller {
@@ -214,8 +230,8 @@ fn keep_publishing(caller: Caller, pace: u32, event: impl Fn(usize) -> String + 
 /// A fifth of the traffic goes to receivers that take connections, or not even those, and never answer. The bar is nearer to
 /// what is found without them than two measurements of the same are to each other, some minutes apart; so there is a second one
 /// without them, when they are gone.
-async fn dead(size: &Size) -> Report {
-    let mut stage = Stage::new(&[]).await;
+async fn dead(size: &Size, server: Option<&Server>) -> Report {
+    let mut stage = Stage::new(server, &[]).await;
     let before = stage.rounds(size.measure, PACE).await;
     let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery: Recovery::default() }).await;
     let caller = stage.caller("dead").await;
@@ -240,12 +256,12 @@ async fn dead(size: &Size) -> Report {
     let [first, again] = [&before, &after].map(|rounds| Latency::median(rounds).p99_ms);
     stage.report.note("dead", "p99 without", first, again);
     stage.report.latencies("dead", Latency::median(&[before, after].concat()), with, 1.2);
-    stage.report
+    stage.end().await
 }
 
 /// A thousand receivers that answer, but late.
-async fn slow(size: &Size) -> Report {
-    let mut stage = Stage::new(&[]).await;
+async fn slow(size: &Size, server: Option<&Server>) -> Report {
+    let mut stage = Stage::new(server, &[]).await;
     let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery: Recovery::default() }).await;
     let caller = stage.caller("slow").await;
     for number in 0..SLOW {
@@ -260,12 +276,12 @@ async fn slow(size: &Size) -> Report {
     stop.store(true, Ordering::Relaxed);
     stage.report.latencies("slow", without, with, 1.5);
     stage.report.bar("slow", "memory MiB", memory, memory_with, 1.3);
-    stage.report
+    stage.end().await
 }
 
 /// One organisation publishes as fast as it can, so many events a call.
-async fn flood(size: &Size, scenario: &'static str, together: usize) -> Report {
-    let mut stage = Stage::new(&[]).await;
+async fn flood(size: &Size, server: Option<&Server>, scenario: &'static str, together: usize) -> Report {
+    let mut stage = Stage::new(server, &[]).await;
     let without = stage.median(size.measure, QUIET_PACE).await;
     let memory = stage.service.resident_mib();
     // Its receiver is here: one that had no time would hold up the flood.
@@ -279,13 +295,13 @@ async fn flood(size: &Size, scenario: &'static str, together: usize) -> Report {
     stage.report.latencies(scenario, without, with, 2.0);
     stage.report.note(scenario, "memory MiB", memory, memory_with);
     stage.report.found(scenario, "events/s", rate);
-    stage.report
+    stage.end().await
 }
 
 /// A receiver that was down comes back when everything for it falls due at the same moment: a few webhooks with many
 /// deliveries each, or many with one.
-async fn recovery(size: &Size, scenario: &str, webhooks: usize, deliveries: usize) -> Report {
-    let mut stage = Stage::new(&["--retry-schedule", "0s,1s,1s", "--max-webhooks", "1000000"]).await;
+async fn recovery(size: &Size, server: Option<&Server>, scenario: &str, webhooks: usize, deliveries: usize) -> Report {
+    let mut stage = Stage::new(server, &["--retry-schedule", "0s,1s,1s", "--max-webhooks", "1000000"]).await;
     let without = stage.median(size.measure, PACE).await;
     let recovery = Recovery { down: size.down, refusals: deliveries };
     let receiver = Disturber::start(&Role::Receive { slow: size.slow, recovery }).await;
@@ -318,7 +334,7 @@ async fn recovery(size: &Size, scenario: &str, webhooks: usize, deliveries: usiz
     stage.report.at_most(scenario, "missing", deliveries.saturating_sub(found.accepted), 0);
     stage.report.found(scenario, "seconds", found.took.as_secs_f64());
     stage.report.latencies(scenario, without, with, 2.0);
-    stage.report
+    stage.end().await
 }
 
 #[tokio::main]
@@ -332,6 +348,22 @@ async fn main() -> ExitCode {
         disturber::run(role).await;
         return ExitCode::SUCCESS;
     }
+    tokio::select! {
+        code = play(&arguments) => code,
+        () = told_to_end() => ExitCode::from(130),
+    }
+}
+
+/// Plays the scenarios that are named, or all.
+async fn play(arguments: &[String]) -> ExitCode {
+    let server = match Server::if_asked().await {
+        Ok(server) => server,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(2);
+        }
+    };
+    let server = server.as_ref();
     let given = |name: &str| arguments.iter().any(|argument| argument == name);
     let size = if given("short") { SHORT } else { LONG };
     let all = !["dead", "slow", "flood", "calls", "recovery", "outage", "watched", "changed"].into_iter().any(given);
@@ -339,35 +371,36 @@ async fn main() -> ExitCode {
     let began: Instant = now();
     let mut reports = Vec::new();
     if all || given("dead") {
-        reports.push(dead(&size).await);
+        reports.push(dead(&size, server).await);
     }
     if all || given("slow") {
-        reports.push(slow(&size).await);
+        reports.push(slow(&size, server).await);
     }
     if all || given("flood") {
-        reports.push(flood(&size, "flood", 1).await);
+        reports.push(flood(&size, server, "flood", 1).await);
     }
     if all || given("calls") {
-        reports.push(flood(&size, "calls", MOST_TOGETHER).await);
+        reports.push(flood(&size, server, "calls", MOST_TOGETHER).await);
     }
     if all || given("recovery") {
-        reports.push(recovery(&size, "recovery", RECOVERING, size.recovering_events).await);
+        reports.push(recovery(&size, server, "recovery", RECOVERING, size.recovering_events).await);
     }
     if all || given("outage") {
-        reports.push(recovery(&size, "outage", size.outage, size.outage).await);
+        reports.push(recovery(&size, server, "outage", size.outage, size.outage).await);
     }
     if all || given("watched") {
-        reports.push(bystanders::watched(&size).await);
+        reports.push(bystanders::watched(&size, server).await);
     }
     if all || given("changed") {
-        reports.push(bystanders::changed(&size).await);
+        reports.push(bystanders::changed(&size, server).await);
     }
     let missed: usize = reports.iter().map(|report| report.missed).sum();
     let lines: Vec<Value> = reports.into_iter().flat_map(|report| report.lines).collect();
     let seconds = began.elapsed().as_secs();
+    let database = if server.is_some() { "postgres" } else { "sqlite" };
     println!(
         "{}",
-        json!({ "bench": "fairness", "short": given("short"), "seconds": seconds, "missed": missed, "lines": lines })
+        json!({ "bench": "fairness", "database": database, "short": given("short"), "seconds": seconds, "missed": missed, "lines": lines })
     );
     if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

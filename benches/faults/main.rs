@@ -11,10 +11,11 @@
 
 mod ledger;
 mod node;
-mod postgres;
 mod receiver;
 mod report;
 mod scenarios;
+#[path = "../support/mod.rs"]
+mod support;
 mod world;
 
 use std::{process::ExitCode, sync::Arc};
@@ -26,6 +27,7 @@ use tokio::{sync::Semaphore, task::JoinSet};
 use self::{
     report::Report,
     scenarios::{Form, SCENARIOS, Scenario},
+    support::{postgres, told_to_end},
 };
 
 /// Scenarios of the short form that run at a time: most of each is waiting.
@@ -47,8 +49,7 @@ async fn main() -> ExitCode {
     let chosen = SCENARIOS.iter().filter(|scenario| names.is_empty() || names.contains(&scenario.name)).collect();
     tokio::select! {
         passed = play(chosen, form) => if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE },
-        // Everything that was started ends with what holds it.
-        _ = tokio::signal::ctrl_c() => ExitCode::from(130),
+        () = told_to_end() => ExitCode::from(130),
     }
 }
 

@@ -1,5 +1,6 @@
-//! Whether a delivery costs the same however many are stored: `cargo bench --bench flat [-- COUNT [SECONDS]]`, and on
-//! PostgreSQL `SHORTKIT_BENCH_POSTGRES=postgres://…`, beside whose database it makes two of its own and drops them.
+//! Whether a delivery costs the same however many are stored: `cargo bench --bench flat [-- COUNT [SECONDS]] [postgres]`,
+//! on PostgreSQL where that is asked for: on one of our own, with durable settings, which is gone at the end, or on the one
+//! that `SHORTKIT_BENCH_POSTGRES=postgres://…` names, beside whose database it makes two and drops them.
 //!
 //! Fills a store with COUNT finished deliveries (10,000,000 when not given, five weeks old, a twentieth of them failed, over
 //! a hundred webhooks), and holds the service on it against the service on an empty store, in turns, each for SECONDS (5)
@@ -11,6 +12,7 @@ mod store;
 mod support;
 
 use std::{
+    process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -22,7 +24,9 @@ use self::{
     store::{Store, WEBHOOKS},
     support::{
         load::{EVENT, Load, Seen, Target, measure, percentile_ms, receiver},
+        server::Server,
         service::Service,
+        told_to_end,
     },
 };
 
@@ -39,6 +43,7 @@ const FIGURES: [&str; 5] =
 
 /// What every turn needs.
 struct Bench {
+    server: Option<Server>,
     seen: Arc<Seen>,
     time: Duration,
     start: Instant,
@@ -48,11 +53,11 @@ impl Bench {
     /// The figures of one turn, of a service that was started for it.
     async fn turn(&self, store: &Store, arguments: &[&str]) -> [f64; FIGURES.len()] {
         let arguments = [&["--log", "warn"], arguments].concat();
-        let database = store.database_url.as_deref();
-        let service = Service::start(store.directory.path(), database, &arguments).await;
+        let server = self.server.as_ref();
+        let service = Service::start(store.directory.path(), store.database_url.as_deref(), &arguments).await;
         let target = Arc::new(Target::connect(service).await);
-        let full = measure(&target, &self.seen, database, self.time, Load::Full(1), self.start).await;
-        let paced = measure(&target, &self.seen, database, self.time, Load::Paced(PACE), self.start).await;
+        let full = measure(&target, &self.seen, server, self.time, Load::Full(1), self.start).await;
+        let paced = measure(&target, &self.seen, server, self.time, Load::Paced(PACE), self.start).await;
         let target = Arc::into_inner(target).expect("nobody else publishes");
         target.service.stop().await;
         let of = |times: &[u64], percent| percentile_ms(times, percent);
@@ -88,8 +93,8 @@ impl Bench {
 }
 
 /// A store whose webhooks are there; the first gets what is published.
-async fn prepare(postgres: Option<&str>, url: &str) -> Store {
-    let store = Store::new(postgres).await;
+async fn prepare(server: Option<&Server>, url: &str) -> Store {
+    let store = Store::new(server).await;
     let service = Service::start(store.directory.path(), store.database_url.as_deref(), &["--log", "warn"]).await;
     let target = Target::connect(service).await;
     for number in 0..WEBHOOKS {
@@ -100,23 +105,36 @@ async fn prepare(postgres: Option<&str>, url: &str) -> Store {
 }
 
 #[tokio::main]
-async fn main() {
+async fn main() -> ExitCode {
+    let server = match Server::if_asked().await {
+        Ok(server) => server,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(2);
+        }
+    };
+    tokio::select! {
+        () = run(server) => ExitCode::SUCCESS,
+        () = told_to_end() => ExitCode::from(130),
+    }
+}
+
+async fn run(server: Option<Server>) {
     let mut numbers = std::env::args().filter_map(|argument| argument.parse::<usize>().ok());
     let count = numbers.next().unwrap_or(DEFAULT_COUNT);
     let time = Duration::from_secs(numbers.next().map_or(DEFAULT_SECS, |secs| secs as u64));
-    let postgres = std::env::var("SHORTKIT_BENCH_POSTGRES").ok();
-    let postgres = postgres.as_deref();
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (url, seen) = receiver(start);
-    let (empty, filled) = (prepare(postgres, &url).await, prepare(postgres, &url).await);
+    let bench = Bench { server, seen, time, start };
+    let server = bench.server.as_ref();
+    let (empty, filled) = (prepare(server, &url).await, prepare(server, &url).await);
 
     let began = clock::stopwatch();
     filled.fill(count).await;
     let (fill_secs, bytes) = (began.elapsed().as_secs_f64(), filled.bytes().await);
     println!("{count} deliveries filled in within {fill_secs:.0} s, {:.2} GiB", bytes as f64 / f64::from(1 << 30));
     println!("{:9} {:19} {:>10} {:>10} {:>7}", "retention", "median", "empty", "filled", "ratio");
-    let bench = Bench { seen, time, start };
     let kept = bench.compare("off", &empty, &filled, &[]).await;
     let began = clock::stopwatch();
     let removing = bench.compare("behind", &empty, &filled, &["--retain", "7d"]).await;
@@ -125,7 +143,7 @@ async fn main() {
     if removed >= count as u64 {
         println!("retention caught up before the end: take more deliveries, or less time");
     }
-    let database = if postgres.is_some() { "postgres" } else { "sqlite" };
+    let database = if server.is_some() { "postgres" } else { "sqlite" };
     println!(
         "{}",
         json!({
@@ -133,6 +151,6 @@ async fn main() {
             "kept": kept, "removing": removing, "removed": removed,
         })
     );
-    empty.remove(postgres).await;
-    filled.remove(postgres).await;
+    empty.remove(server).await;
+    filled.remove(server).await;
 }

@@ -6,6 +6,8 @@ use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbB
 use shortkit_webhooks::{clock, webhook::Timestamp};
 use tempfile::TempDir;
 
+use super::support::server::Server;
+
 /// Webhooks of each store, which what is filled in is spread over. One of them gets what is published.
 pub(crate) const WEBHOOKS: usize = 100;
 /// One of so many deliveries has failed, with six attempts.
@@ -25,24 +27,16 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// A new one: a SQLite file, or a database beside the one that is named.
-    pub(crate) async fn new(postgres: Option<&str>) -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
-        let Some(server) = postgres else { return Self { directory, database_url: None } };
-        let name = clock::new_id("flat");
-        let admin = Database::connect(server).await.expect("the PostgreSQL database named");
-        admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a new database");
-        let mut url = url::Url::parse(server).expect("a URL");
-        url.set_path(&name);
-        Self { directory, database_url: Some(url.into()) }
+    /// A new one: a SQLite file, or a database of a server.
+    pub(crate) async fn new(server: Option<&Server>) -> Self {
+        Self { directory: tempfile::tempdir().expect("a directory"), database_url: Server::database(server).await }
     }
 
     /// Removes a PostgreSQL database; a file goes with its directory.
-    pub(crate) async fn remove(self, postgres: Option<&str>) {
-        let (Some(server), Some(url)) = (postgres, &self.database_url) else { return };
-        let name = url.rsplit('/').next().expect("a path");
-        let admin = Database::connect(server).await.expect("the PostgreSQL database named");
-        admin.execute_unprepared(&format!("DROP DATABASE {name} WITH (FORCE)")).await.expect("it can go");
+    pub(crate) async fn remove(self, server: Option<&Server>) {
+        if let (Some(server), Some(url)) = (server, &self.database_url) {
+            server.remove(url).await;
+        }
     }
 
     async fn open(&self) -> DatabaseConnection {

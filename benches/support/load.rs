@@ -23,7 +23,10 @@ use shortkit_webhooks::{
 use tokio::{net::TcpListener, task::JoinSet};
 use tonic::{Request, transport::Channel};
 
-use super::service::{Service, cpu_secs};
+use super::{
+    server::Server,
+    service::{Service, cpu_secs},
+};
 
 /// Not measured: connections are made, caches filled.
 pub(crate) const WARM_UP: Duration = Duration::from_secs(1);
@@ -166,23 +169,6 @@ impl Target {
     }
 }
 
-/// The processes of the PostgreSQL that listens on the port of `url`.
-fn postgres_pids(url: &str) -> Vec<u32> {
-    let port = url.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap_or_default();
-    let processes = || std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pid = |entry: &std::fs::DirEntry| entry.file_name().to_string_lossy().parse::<u32>().ok();
-    let leader = processes().filter_map(|entry| pid(&entry)).find(|pid| {
-        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.contains("postgres") && line.contains(&format!("port={port}"))
-    });
-    let Some(leader) = leader else { return Vec::new() };
-    let parent = |pid: &u32| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        status.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse::<u32>().ok())
-    };
-    processes().filter_map(|entry| pid(&entry)).filter(|pid| *pid == leader || parent(pid) == Some(leader)).collect()
-}
-
 /// Milliseconds below which so many percent of sorted times are.
 pub(crate) fn percentile_ms(sorted: &[u64], percent: usize) -> f64 {
     sorted.get(sorted.len().saturating_sub(1) * percent / 100).map_or(0.0, |ns| *ns as f64 / 1e6)
@@ -201,7 +187,7 @@ pub(crate) enum Load {
 pub(crate) async fn measure(
     target: &Arc<Target>,
     seen: &Arc<Seen>,
-    database: Option<&str>,
+    server: Option<&Server>,
     time: Duration,
     load: Load,
     start: Instant,
@@ -231,7 +217,7 @@ pub(crate) async fn measure(
     }
     tokio::time::sleep(WARM_UP).await;
     let service = &target.service;
-    let database_cpu = || database.map(postgres_pids).unwrap_or_default().into_iter().map(cpu_secs).sum::<f64>();
+    let database_cpu = || server.map_or(0.0, Server::cpu_secs);
     let others_cpu = || cpu_secs(std::process::id());
     let (before, cpu, db_cpu, others, began) =
         (seen.count.load(Ordering::Relaxed), service.cpu_secs(), database_cpu(), others_cpu(), clock::stopwatch());

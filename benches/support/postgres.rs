@@ -14,12 +14,14 @@ use tokio::process::{Child, Command};
 
 /// A server that does not answer within this time will not.
 const START: Duration = Duration::from_secs(60);
+/// One that has not ended within this time is killed.
+const STOP: Duration = Duration::from_secs(10);
 
-/// A running server; killed when dropped.
+/// A running server, with durable settings; it ends at once when dropped.
 pub(crate) struct Postgres {
     directory: TempDir,
     binaries: PathBuf,
-    pub(crate) port: u16,
+    port: u16,
     child: Child,
 }
 
@@ -48,11 +50,19 @@ impl Postgres {
 
     /// An empty database; its URL.
     pub(crate) async fn database(&self) -> Result<String, String> {
-        let name = clock::new_id("faults");
-        let admin = Database::connect(self.url("postgres")).await.map_err(|error| error.to_string())?;
-        admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.map_err(|error| error.to_string())?;
-        let _ = admin.close().await;
+        let name = clock::new_id("bench");
+        execute(&self.url("postgres"), &format!("CREATE DATABASE {name}")).await?;
         Ok(self.url(&name))
+    }
+
+    /// Whether there is one to start.
+    pub(crate) fn is_installed() -> bool {
+        newest().is_some()
+    }
+
+    /// The process that started all others of it.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
     }
 
     /// What `pg_ctl stop -m immediate` does: every process of it is gone at once, nothing is written any more.
@@ -75,9 +85,8 @@ impl Postgres {
 
     async fn signal_all(&self, signal: &str) {
         let Some(pid) = self.child.id() else { return };
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
         // The first first: it starts no others then.
-        let all = std::iter::once(pid.to_string()).chain(children.split_whitespace().map(str::to_owned));
+        let all = family(pid).into_iter().map(|pid| pid.to_string());
         let _ = Command::new("kill").arg(format!("-{signal}")).args(all).status().await;
     }
 
@@ -87,7 +96,7 @@ impl Postgres {
         self.ready().await
     }
 
-    fn url(&self, database: &str) -> String {
+    pub(crate) fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
@@ -106,6 +115,45 @@ impl Postgres {
         let log = std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         Err(format!("PostgreSQL does not answer: {log}"))
     }
+}
+
+impl Drop for Postgres {
+    /// Killed, it would leave its shared memory behind; and one that stands still would not even end.
+    fn drop(&mut self) {
+        let Some(pid) = self.child.id() else { return };
+        let all = family(pid).into_iter().map(|pid| pid.to_string());
+        // Some may have ended meanwhile, which is nobody's concern.
+        let _ = std::process::Command::new("kill").arg("-CONT").args(all).stderr(Stdio::null()).status();
+        let _ = std::process::Command::new("kill").args(["-QUIT", &pid.to_string()]).status();
+        let told = clock::stopwatch();
+        while told.elapsed() < STOP && matches!(self.child.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// A process, and those that it started.
+pub(crate) fn family(leader: u32) -> Vec<u32> {
+    let parent = |pid: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        status.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse::<u32>().ok())
+    };
+    let children = processes().filter(|pid| parent(*pid) == Some(leader));
+    std::iter::once(leader).chain(children).collect()
+}
+
+/// All processes of this machine.
+pub(crate) fn processes() -> impl Iterator<Item = u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok())
+}
+
+/// Has the server of the database at `url` do this.
+pub(crate) async fn execute(url: &str, sql: &str) -> Result<(), String> {
+    let admin = Database::connect(url).await.map_err(|error| error.to_string())?;
+    let done = admin.execute_unprepared(sql).await;
+    let _ = admin.close().await;
+    done.map(drop).map_err(|error| error.to_string())
 }
 
 /// One number that `sql` selects from the database at `url`.
