@@ -28,7 +28,7 @@ use shortkit_webhooks::{
 use tokio::{runtime::Handle, task::JoinSet};
 
 use self::support::{
-    load::{EVENT, Load, Measured, PUBLISHERS, Target, WARM_UP, data, measure, percentile_ms, receiver},
+    load::{EVENT, Load, Measured, PUBLISHERS, Target, Tenant, WARM_UP, data, measure, percentile_ms, receiver},
     postgres::Postgres,
     server::{self, Server},
     service::Service,
@@ -39,11 +39,12 @@ use self::support::{
 const DEFAULT_SECS: u64 = 5;
 /// Words that choose a database.
 const DATABASES: [&str; 2] = ["sqlite", server::WORD];
-/// The runs on each database: name, webhooks, and how is published.
-const RUNS: [(&str, usize, Load); 4] = [
+/// The runs on each database: name, webhooks of each organisation, and how is published.
+const RUNS: [(&str, usize, Load); 5] = [
     ("paced 50/s", 1, Load::Paced(50)),
     ("1 webhook", 1, Load::Full(1)),
     ("16 a call", 1, Load::Full(16)),
+    ("100 tenants", 1, Load::Tenants(100)),
     ("fan-out 5", 5, Load::Full(1)),
 ];
 /// What each run finds, as it stands in the table.
@@ -73,7 +74,7 @@ async fn bare(url: String, time: Duration, start: Instant) -> f64 {
             (client.clone(), key.clone(), Arc::clone(&stop), Arc::clone(&count), url.clone());
         loops.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
-                let body = data(start);
+                let body = data(clock::stopwatch(), start);
                 let now = clock::now();
                 let (shortform, standard) =
                     signature_headers(std::slice::from_ref(&key), "del_1", now, body.as_bytes());
@@ -159,10 +160,8 @@ async fn run(all: &Handle) -> ExitCode {
             let first_answer = target.first_answer().await.as_secs_f64() * 1e3;
             first_answers.entry(*database).or_default().push(first_answer);
             let mut webhooks = Vec::new();
-            for (run, fan_out, load) in RUNS.into_iter().filter(|(run, ..)| wanted(run)) {
-                while webhooks.len() < fan_out {
-                    webhooks.push(target.webhook(&url, EVENT).await);
-                }
+            for (run, each, load) in RUNS.into_iter().filter(|(run, ..)| wanted(run)) {
+                register(&target, &mut webhooks, &url, each, load).await;
                 let measured = measure(&target, &seen, *server, time, load, start).await;
                 let figures = figures(&measured, bare);
                 line(database, run, &figures);
@@ -170,8 +169,8 @@ async fn run(all: &Handle) -> ExitCode {
             }
             println!("{database:10} first answer {first_answer:.0} ms after its start");
             // Not deleted: what goes with a webhook would be removed beside the next round.
-            for webhook in webhooks {
-                target.disable(webhook).await;
+            for (tenant, webhook) in webhooks {
+                target.disable(tenant, webhook).await;
             }
             let target = Arc::into_inner(target).expect("nobody else publishes");
             target.service.stop().await;
@@ -190,6 +189,20 @@ async fn run(all: &Handle) -> ExitCode {
         json!({ "bench": "throughput", "bare_per_sec": bares, "first_answer_ms": first_answers, "results": results })
     );
     code
+}
+
+/// Registers what is missing until all that publish have so many webhooks each.
+async fn register(target: &Target, webhooks: &mut Vec<(Tenant, String)>, url: &str, each: usize, load: Load) {
+    let tenants = match load {
+        Load::Tenants(count) => (0..count).map(Some).collect(),
+        Load::Paced(_) | Load::Full(_) => vec![None],
+    };
+    for tenant in tenants {
+        let has = webhooks.iter().filter(|(of, _)| *of == tenant).count();
+        for _ in has..each {
+            webhooks.push((tenant, target.webhook(tenant, url, EVENT).await));
+        }
+    }
 }
 
 fn named(figures: &Figures) -> Value {

@@ -98,7 +98,7 @@ async fn prepare(server: Option<&Server>, url: &str) -> Store {
     let service = Service::start(store.directory.path(), store.database_url.as_deref(), &["--log", "warn"]).await;
     let target = Target::connect(service).await;
     for number in 0..WEBHOOKS {
-        target.webhook(url, if number == 0 { EVENT } else { "export.ready" }).await;
+        target.webhook(None, url, if number == 0 { EVENT } else { "export.ready" }).await;
     }
     target.service.stop().await;
     store

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -20,7 +20,7 @@ use shortkit_webhooks::{
         webhook_service_client::WebhookServiceClient,
     },
 };
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tonic::{Request, transport::Channel};
 
 use super::{
@@ -35,12 +35,15 @@ pub(crate) const PUBLISHERS: usize = 32;
 /// The event type of what is published.
 pub(crate) const EVENT: &str = "content.ready";
 
+/// In whose name a call is made: of the organisation of the secret key, or of one of many, by its number.
+pub(crate) type Tenant = Option<usize>;
+
 /// What the receiver has seen.
 #[derive(Default)]
 pub(crate) struct Seen {
     count: AtomicU64,
     measuring: AtomicBool,
-    /// Nanoseconds from before the publish to the arrival.
+    /// Nanoseconds from when the publish was due to the arrival.
     latencies: Mutex<Vec<u64>>,
 }
 
@@ -96,9 +99,8 @@ pub(crate) fn receiver(start: Instant) -> (String, Arc<Seen>) {
     (url, seen)
 }
 
-/// Nanoseconds since the start of this process.
-fn now_ns(start: Instant) -> u64 {
-    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Notes how long ago the event was published: its data begins with `{"at":`.
@@ -107,12 +109,12 @@ fn note(seen: &Seen, body: &[u8], start: Instant) {
     let Some(place) = body.windows(MARK.len()).position(|window| window == MARK) else { return };
     let digits = body[place + MARK.len()..].iter().take_while(|byte| byte.is_ascii_digit());
     let at = digits.fold(0_u64, |number, digit| number.wrapping_mul(10).wrapping_add(u64::from(digit - b'0')));
-    seen.latencies.lock().expect("no panic").push(now_ns(start).saturating_sub(at));
+    seen.latencies.lock().expect("no panic").push(nanoseconds(start.elapsed()).saturating_sub(at));
 }
 
-/// 500 bytes of data.
-pub(crate) fn data(start: Instant) -> String {
-    let head = format!("{{\"at\":{},\"filler\":\"", now_ns(start));
+/// 500 bytes of data, published at `at`.
+pub(crate) fn data(at: Instant, start: Instant) -> String {
+    let head = format!("{{\"at\":{},\"filler\":\"", nanoseconds(at.duration_since(start)));
     let filler = "x".repeat(500 - head.len() - 2);
     format!("{head}{filler}\"}}")
 }
@@ -123,50 +125,68 @@ impl Target {
         Self { channel: endpoint.connect().await.expect("a connection"), service }
     }
 
-    fn authorized<T>(&self, message: T) -> Request<T> {
+    fn authorized<T>(&self, tenant: Tenant, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        let value = format!("Bearer {}", self.service.secret_key).parse().expect("a header");
-        request.metadata_mut().insert("authorization", value);
+        let metadata = request.metadata_mut();
+        let key = if tenant.is_some() { &self.service.service_key } else { &self.service.secret_key };
+        metadata.insert("authorization", format!("Bearer {key}").parse().expect("a header"));
+        if let Some(number) = tenant {
+            metadata.insert("x-shortkit-organization", format!("tenant{number}").parse().expect("a header"));
+        }
         request
     }
 
     /// Asks for something; how long after the start of the service it answered.
     pub(crate) async fn first_answer(&self) -> Duration {
         let mut client = WebhookServiceClient::new(self.channel.clone());
-        client.list_webhooks(self.authorized(ListWebhooksRequest::default())).await.expect("a list");
+        client.list_webhooks(self.authorized(None, ListWebhooksRequest::default())).await.expect("a list");
         self.service.started.elapsed()
     }
 
     /// Registers a webhook for events of a type; its id.
-    pub(crate) async fn webhook(&self, url: &str, event: &str) -> String {
+    pub(crate) async fn webhook(&self, tenant: Tenant, url: &str, event: &str) -> String {
         let message = CreateWebhookRequest { url: url.to_owned(), events: vec![event.to_owned()], description: None };
         let mut client = WebhookServiceClient::new(self.channel.clone());
-        let answer = client.create_webhook(self.authorized(message)).await.expect("a webhook");
+        let answer = client.create_webhook(self.authorized(tenant, message)).await.expect("a webhook");
         answer.into_inner().webhook.expect("a webhook").id
     }
 
     /// Leaves a webhook without new deliveries.
-    pub(crate) async fn disable(&self, id: String) {
+    pub(crate) async fn disable(&self, tenant: Tenant, id: String) {
         let webhook = WebhookUpdate { status: Some(WebhookStatus::Disabled.into()), ..WebhookUpdate::default() };
         let update_mask = FieldMask { paths: vec!["status".to_owned()] };
         let message = UpdateWebhookRequest { id, webhook: Some(webhook), update_mask: Some(update_mask) };
         let mut client = WebhookServiceClient::new(self.channel.clone());
-        client.update_webhook(self.authorized(message)).await.expect("it is disabled");
+        client.update_webhook(self.authorized(tenant, message)).await.expect("it is disabled");
     }
 
-    /// Publishes so many events in one call.
-    async fn publish(&self, events: usize, start: Instant) -> Duration {
-        let event = || PublishEventRequest { event: EVENT.to_owned(), data: data(start) };
-        let began = clock::stopwatch();
+    /// Publishes so many events in one call; how long after `due` it is answered.
+    async fn publish(&self, tenant: Tenant, events: usize, due: Instant, start: Instant) -> Duration {
+        let event = || PublishEventRequest { event: EVENT.to_owned(), data: data(due, start) };
         let mut client = DeliveryServiceClient::new(self.channel.clone());
         if events == 1 {
-            client.publish_event(self.authorized(event())).await.expect("a publish");
+            client.publish_event(self.authorized(tenant, event())).await.expect("a publish");
         } else {
             let events = (0..events).map(|_| event()).collect();
-            client.publish_events(self.authorized(PublishEventsRequest { events })).await.expect("a publish");
+            let message = PublishEventsRequest { events };
+            client.publish_events(self.authorized(tenant, message)).await.expect("a publish");
         }
-        began.elapsed()
+        due.elapsed()
     }
+}
+
+/// When to publish, so many times a second, also when nobody was there to take the last ones. From a thread that sleeps:
+/// the timers of the runtime are late by up to two milliseconds, which would count as the service's.
+fn ticks(pace: u32) -> mpsc::Receiver<Instant> {
+    let (send, ticks) = mpsc::channel(1);
+    std::thread::spawn(move || {
+        let mut due = clock::stopwatch();
+        while send.blocking_send(due).is_ok() {
+            due += Duration::from_secs(1) / pace;
+            std::thread::sleep(due.saturating_duration_since(clock::stopwatch()));
+        }
+    });
+    ticks
 }
 
 /// Milliseconds below which so many percent of sorted times are.
@@ -177,10 +197,13 @@ pub(crate) fn percentile_ms(sorted: &[u64], percent: usize) -> f64 {
 /// How events are published.
 #[derive(Clone, Copy)]
 pub(crate) enum Load {
-    /// So many a second.
+    /// So many a second, by one publisher. Each is timed from when it was due: one that starts late, since the one before
+    /// took long, is late, and would otherwise hide how long that is (coordinated omission).
     Paced(u32),
     /// As many as go, by [`PUBLISHERS`], with so many in each call.
     Full(usize),
+    /// The same with one in each call, in the name of so many organisations in turn.
+    Tenants(usize),
 }
 
 /// Publishes for `time` after the warm-up and measures what arrives.
@@ -192,24 +215,28 @@ pub(crate) async fn measure(
     load: Load,
     start: Instant,
 ) -> Measured {
-    let (publishers, pace, events) = match load {
-        Load::Paced(pace) => (1, Some(pace), 1),
-        Load::Full(events) => (PUBLISHERS, None, events),
+    let (publishers, pace, events, tenants) = match load {
+        Load::Paced(pace) => (1, Some(pace), 1, None),
+        Load::Full(events) => (PUBLISHERS, None, events, None),
+        Load::Tenants(tenants) => (PUBLISHERS, None, 1, Some(tenants)),
     };
+    let turn = Arc::new(AtomicUsize::new(0));
     let stop = Arc::new(AtomicBool::new(false));
     let mut publishing = JoinSet::new();
     for _ in 0..publishers {
-        let (target, stop, seen) = (Arc::clone(target), Arc::clone(&stop), Arc::clone(seen));
+        let (target, stop, seen, turn) = (Arc::clone(target), Arc::clone(&stop), Arc::clone(seen), Arc::clone(&turn));
         publishing.spawn(async move {
             let mut took = Vec::new();
-            let mut ticks = pace.map(|pace| tokio::time::interval(Duration::from_secs(1) / pace));
+            let mut ticks = pace.map(ticks);
             while !stop.load(Ordering::Relaxed) {
-                if let Some(ticks) = &mut ticks {
-                    ticks.tick().await;
-                }
-                let one = target.publish(events, start).await;
+                let due = match &mut ticks {
+                    Some(ticks) => ticks.recv().await.expect("it ticks on"),
+                    None => clock::stopwatch(),
+                };
+                let tenant = tenants.map(|tenants| turn.fetch_add(1, Ordering::Relaxed) % tenants);
+                let one = target.publish(tenant, events, due, start).await;
                 if seen.measuring.load(Ordering::Relaxed) {
-                    took.push(u64::try_from(one.as_nanos()).unwrap_or(u64::MAX));
+                    took.push(nanoseconds(one));
                 }
             }
             took
