@@ -13,6 +13,13 @@ install_packages() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
+# A port on which nobody listens, below those that connections to others get.
+free_port() {
+  local port
+  while port=$((10000 + RANDOM % 20000)) && (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+  echo "$port"
+}
+
 # start_postgres FOLDER: on a free port; the address is in $postgres_url afterwards.
 start_postgres() {
   local folder=$1 bin port options
@@ -21,7 +28,7 @@ start_postgres() {
   mkdir "$folder/postgres"
   [ "$(id -u)" -ne 0 ] || chown postgres: "$folder/postgres"
   as_owner "$bin/initdb" --pgdata "$folder/postgres/data" --username postgres --auth trust --encoding UTF8 --locale C >/dev/null
-  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  port=$(free_port)
   # Durable as in production; only the number of connections is larger, for many nodes and tests side by side.
   options="-c listen_addresses=127.0.0.1 -c port=$port -c unix_socket_directories=$folder/postgres -c max_connections=500"
   as_owner "$bin/pg_ctl" --pgdata "$folder/postgres/data" --log "$folder/postgres/log" --options "$options" --wait start >/dev/null ||

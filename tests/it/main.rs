@@ -34,6 +34,7 @@ mod several_nodes;
 mod silent_database;
 mod tenants;
 mod test_events;
+mod three_nodes;
 mod tls;
 mod transport;
 mod watching;
