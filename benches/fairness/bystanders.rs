@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    GROUPS, PACE, Report, Size, Stage,
+    GROUPS, PACE, Report, Size,
     disturber::{Disturber, Role},
-    group, keep_publishing,
+    stage::{Stage, group, keep_publishing},
     support::server::Server,
 };
 

@@ -18,7 +18,11 @@ impl Latency {
             let mut values: Vec<f64> = of.iter().map(figure).collect();
             values.sort_by(f64::total_cmp);
             let middle = values.len() / 2;
-            if values.len() % 2 == 0 { f64::midpoint(values[middle - 1], values[middle]) } else { values[middle] }
+            if values.len().is_multiple_of(2) {
+                f64::midpoint(values[middle - 1], values[middle])
+            } else {
+                values[middle]
+            }
         };
         Self {
             p50_ms: median(|latency| latency.p50_ms),
