@@ -18,8 +18,16 @@ use crate::{
     webhook::{SigningKey, Tenant, Timestamp, WebhookStatus},
 };
 
-/// At most this many webhooks, and tenants with what they subscribe to, are known; beyond, all are forgotten and learned anew.
-const MAX_ENTRIES: usize = 50_000;
+/// At most this many webhooks are known; beyond, all are forgotten and learned anew.
+const MAX_TARGETS: usize = 50_000;
+/// Who subscribes to what is known up to this many ids of webhooks, which is 44 MiB; beyond, all of it is forgotten and learned
+/// anew.
+const MAX_IDS: usize = 512 * 1024;
+/// Of one tenant up to this many; beyond, only its own are forgotten. An event type that has more by itself is read for each
+/// commit, which has as many deliveries to write: nobody else is to be forgotten for it.
+const MAX_IDS_PER_TENANT: usize = MAX_IDS / 4;
+/// As so many more an event type counts: it takes memory also without any.
+const IDS_PER_TYPE: usize = 8;
 
 /// One query reads at most this many targets.
 const MAX_READ: usize = 256;
@@ -55,8 +63,22 @@ struct Known {
     generation: u64,
     /// With the moment before the database was asked.
     targets: HashMap<Arc<str>, (Instant, Option<Arc<Target>>)>,
-    /// By tenant, then by event type.
-    subscribers: HashMap<Tenant, HashMap<String, (Instant, Subscribers)>>,
+    subscriptions: Subscriptions,
+}
+
+/// Who subscribes to what.
+#[derive(Default)]
+struct Subscriptions {
+    tenants: HashMap<Tenant, TenantSubscriptions>,
+    /// Of all of them.
+    ids: usize,
+}
+
+#[derive(Default)]
+struct TenantSubscriptions {
+    /// By event type.
+    subscribers: HashMap<String, (Instant, Subscribers)>,
+    ids: usize,
 }
 
 impl Target {
@@ -94,9 +116,38 @@ impl TargetReader {
     }
 }
 
-impl Known {
-    fn subscribers_of(&self, (tenant, event_type): &Subscription) -> Option<&(Instant, Subscribers)> {
-        self.subscribers.get(tenant)?.get(event_type)
+impl Subscriptions {
+    fn of(&self, (tenant, event_type): &Subscription) -> Option<&(Instant, Subscribers)> {
+        self.tenants.get(tenant)?.subscribers.get(event_type)
+    }
+
+    fn remember(&mut self, (tenant, event_type): Subscription, asked_at: Instant, subscribers: Subscribers) {
+        let ids_of = |subscribers: &Subscribers| IDS_PER_TYPE + subscribers.len();
+        let ids = ids_of(&subscribers);
+        if let Some(its) = self.tenants.get_mut(&tenant) {
+            let before = its.subscribers.remove(&event_type).map_or(0, |(_, before)| ids_of(&before));
+            its.ids -= before;
+            self.ids -= before;
+            if its.ids + ids > MAX_IDS_PER_TENANT {
+                self.forget(&tenant);
+            }
+        }
+        if ids > MAX_IDS_PER_TENANT {
+            return;
+        }
+        if self.ids + ids > MAX_IDS {
+            *self = Self::default();
+        }
+        self.ids += ids;
+        let its = self.tenants.entry(tenant).or_default();
+        its.ids += ids;
+        its.subscribers.insert(event_type, (asked_at, subscribers));
+    }
+
+    fn forget(&mut self, tenant: &Tenant) {
+        if let Some(its) = self.tenants.remove(tenant) {
+            self.ids -= its.ids;
+        }
     }
 }
 
@@ -106,7 +157,7 @@ impl Targets {
         let mut known = self.lock();
         known.generation += 1;
         known.targets.clear();
-        known.subscribers.clear();
+        known.subscriptions = Subscriptions::default();
     }
 
     /// Forgets what is known of webhooks that have changed, and who subscribes to what of their tenants.
@@ -115,7 +166,7 @@ impl Targets {
         known.generation += 1;
         for (tenant, webhook_id) in changed {
             known.targets.remove(webhook_id);
-            known.subscribers.remove(tenant);
+            known.subscriptions.forget(tenant);
         }
     }
 
@@ -123,7 +174,7 @@ impl Targets {
     #[cfg(test)]
     pub(super) fn know(&self, (tenant, webhook_id): &(Tenant, Arc<str>)) -> [bool; 2] {
         let known = self.lock();
-        [known.targets.contains_key(webhook_id), known.subscribers.contains_key(tenant)]
+        [known.targets.contains_key(webhook_id), known.subscriptions.tenants.contains_key(tenant)]
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
@@ -167,7 +218,7 @@ impl Store {
             }
         };
         let mut known = self.0.targets.lock();
-        if known.targets.len() + asked.len() > MAX_ENTRIES {
+        if known.targets.len() + asked.len() > MAX_TARGETS {
             known.targets.clear();
         }
         for (webhook_id, answers) in asked {
@@ -185,7 +236,7 @@ impl Store {
     /// How many deliveries so many events for each make, as far as that is known.
     pub(super) fn known_deliveries<'a>(&self, wanted: impl Iterator<Item = &'a (Subscription, usize)>) -> usize {
         let known = self.0.targets.lock();
-        let deliveries = |(of, events): &(Subscription, usize)| Some(known.subscribers_of(of)?.1.len() * events);
+        let deliveries = |(of, events): &(Subscription, usize)| Some(known.subscriptions.of(of)?.1.len() * events);
         wanted.filter_map(deliveries).sum()
     }
 
@@ -198,7 +249,7 @@ impl Store {
         let generation = {
             let known = self.0.targets.lock();
             for subscription in wanted {
-                match known.subscribers_of(subscription) {
+                match known.subscriptions.of(subscription) {
                     Some((asked_at, ids)) if self.0.revisions.hold(*asked_at) => {
                         found.insert(subscription.clone(), Arc::clone(ids));
                     }
@@ -213,14 +264,10 @@ impl Store {
         let asked_at = clock::stopwatch();
         self.looked_up(self.read_subscribers(&mut unknown)).await?;
         let mut known = self.0.targets.lock();
-        if known.subscribers.len() >= MAX_ENTRIES {
-            known.subscribers.clear();
-        }
         for (subscription, ids) in unknown {
             let ids: Subscribers = ids.into();
             if known.generation == generation {
-                let (tenant, event_type) = subscription.clone();
-                known.subscribers.entry(tenant).or_default().insert(event_type, (asked_at, Arc::clone(&ids)));
+                known.subscriptions.remember(subscription.clone(), asked_at, Arc::clone(&ids));
             }
             found.insert(subscription, ids);
         }
@@ -269,4 +316,74 @@ fn target(vault: &Vault, row: webhook::Model) -> Result<Target, Error> {
         webhook_id: row.id,
         url: Url::parse(&row.url).ok(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::webhook::Environment;
+
+    fn of(tenant: &str, event_type: &str) -> Subscription {
+        (Tenant::new(tenant, Environment::Live).unwrap(), event_type.to_owned())
+    }
+
+    fn remember(known: &mut Subscriptions, tenant: &str, event_type: &str, count: usize) {
+        let subscribers: Subscribers = vec![Arc::from("whk_1"); count].into();
+        known.remember(of(tenant, event_type), clock::stopwatch(), subscribers);
+    }
+
+    fn check(known: &Subscriptions) {
+        for its in known.tenants.values() {
+            assert_eq!(its.ids, its.subscribers.values().map(|(_, ids)| IDS_PER_TYPE + ids.len()).sum::<usize>());
+            assert!(0 < its.ids && its.ids <= MAX_IDS_PER_TENANT, "{}", its.ids);
+        }
+        assert_eq!(known.ids, known.tenants.values().map(|its| its.ids).sum::<usize>());
+        assert!(known.ids <= MAX_IDS, "{}", known.ids);
+    }
+
+    #[test]
+    fn who_has_very_many_subscribers_is_forgotten_alone() {
+        let mut known = Subscriptions::default();
+        remember(&mut known, "quiet", "a", 1);
+        let is_known = |known: &Subscriptions| ["a", "b", "c"].map(|event| known.of(&of("loud", event)).is_some());
+        let half = MAX_IDS_PER_TENANT / 2 - IDS_PER_TYPE;
+        for (event, count, then) in [
+            ("a", half, [true, false, false]),
+            ("b", half, [true, true, false]),
+            // What takes the place of another is not counted beside it.
+            ("b", half, [true, true, false]),
+            ("c", 0, [false, false, true]),
+            ("a", 2 * half + IDS_PER_TYPE, [true, false, false]),
+            // It is read each time.
+            ("a", 2 * half + IDS_PER_TYPE + 1, [false; 3]),
+            ("a", 2 * half + IDS_PER_TYPE + 1, [false; 3]),
+            ("b", 1, [false, true, false]),
+        ] {
+            remember(&mut known, "loud", event, count);
+            check(&known);
+            assert_eq!(is_known(&known), then, "{event} {count}");
+        }
+        for round in 0..100 {
+            remember(&mut known, "loud", &format!("type.{round}"), half);
+            check(&known);
+        }
+        assert!(known.of(&of("quiet", "a")).is_some(), "whatever it is, nobody else pays for it");
+    }
+
+    #[test]
+    fn all_are_forgotten_together_when_they_are_too_many() {
+        let mut known = Subscriptions::default();
+        let tenants = MAX_IDS / (IDS_PER_TYPE + 1);
+        for number in 0..tenants {
+            remember(&mut known, &number.to_string(), "a", 1);
+        }
+        check(&known);
+        assert_eq!(known.tenants.len(), tenants, "also those with few subscribers count");
+        remember(&mut known, "one-more", "a", 1);
+        check(&known);
+        assert_eq!(known.tenants.len(), 1);
+        known.forget(&of("one-more", "a").0);
+        known.forget(&of("one-more", "a").0);
+        assert_eq!((known.tenants.len(), known.ids), (0, 0));
+    }
 }
