@@ -17,6 +17,7 @@ on_both_databases!(
     none_when_one_is_wrong,
     done_once_for_a_key,
     beside_others_as_well,
+    what_cannot_be_read_is_set_aside_until_it_is_mended,
     refused_as_a_whole,
     not_more_deliveries_than_one_commit_should_have,
 );
@@ -131,6 +132,36 @@ async fn beside_others_as_well(database: Database) {
     let mut numbers: Vec<u64> = got.iter().filter_map(|got| number(&got.body)).collect();
     numbers.sort_unstable();
     assert!(numbers.into_iter().eq(0..MANY as u64), "each once");
+    assert!(database.rows("SELECT id FROM publish_parts").await.is_empty());
+    server.stop().await;
+}
+
+/// As the README says.
+async fn what_cannot_be_read_is_set_aside_until_it_is_mended(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    let (webhook, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    let insert =
+        "INSERT INTO publish_parts (id, node, lease_expires_at_ms, content) VALUES ('prt_1', 'node_gone', 1, '{')";
+    database.execute(insert).await;
+    let aside = "SELECT id, content FROM publish_parts WHERE lease_expires_at_ms = 9223372036854775807";
+    soon("its being set aside", async { while database.rows(aside).await.is_empty() {} }).await;
+    let content = json!({
+        "organization": "acme",
+        "environment": "test",
+        "first_attempt_at_ms": 1,
+        "events": [{
+            "id": "evt_1",
+            "event_type": "content.ready",
+            "data": r#"{"of":"old"}"#,
+            "created_at_ms": 1,
+            "deliveries": [["del_1", webhook]],
+        }],
+    });
+    database.execute(&format!("UPDATE publish_parts SET content = '{content}', lease_expires_at_ms = 0")).await;
+    let got = receiver.wait_for(1).await.remove(0);
+    assert_eq!(got.header("x-shortform-delivery-id"), "del_1");
+    assert!(got.body.contains(r#""data":{"of":"old"}"#), "{}", got.body);
     assert!(database.rows("SELECT id FROM publish_parts").await.is_empty());
     server.stop().await;
 }

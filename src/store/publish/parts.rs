@@ -42,6 +42,9 @@ pub(super) const PART: usize = 16;
 const PART_BYTES: usize = PART * BYTES_PER_ITEM;
 /// So many parts of nodes that are gone are taken over at a time, and wait in memory for their turn; then the next ones.
 const MAX_TAKEN_OVER: usize = 64;
+/// The end of the lease of a part that cannot be read. It was accepted, so it stays; but nobody takes it over, or waits for it,
+/// before a node starts, which may be of a version that can read it, or somebody who has mended it gives it another one.
+pub(in crate::store) const SET_ASIDE: i64 = i64::MAX;
 
 const REMOVED: &[Column] = &[text("id"), text("node")];
 /// Each only if it is this node's.
@@ -287,11 +290,14 @@ pub(in crate::store) fn to_remove<'a>(backend: DbBackend, node: &str, drafts: im
 
 impl Store {
     /// Stores what a process that is gone had accepted, and discards what it had not. On SQLite no other node can be storing
-    /// it, so that is all; on PostgreSQL its leases run out in their own time.
+    /// it, so that is all; on PostgreSQL its leases run out in their own time. What was set aside is tried once more.
     pub(in crate::store) async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
         if self.sqlite() {
             self.discard_drafts(true).await?;
         }
+        let mut sql = Sql::new("UPDATE publish_parts SET lease_expires_at_ms = 0 WHERE lease_expires_at_ms = ");
+        sql.value(SET_ASIDE);
+        self.heard(self.run(sql)).await?;
         while self.sqlite() && self.store_some_parts(true, lease).await? > 0 {}
         Ok(())
     }
@@ -339,7 +345,7 @@ impl Store {
         let now = clock::now();
         // Materialized as in a claim, so that a plan that looks twice does not take more.
         let mut sql = Sql::new("WITH due AS MATERIALIZED (SELECT id FROM publish_parts WHERE lease_expires_at_ms <= ");
-        sql.value(if all { i64::MAX } else { now.millis() });
+        sql.value(if all { SET_ASIDE - 1 } else { now.millis() });
         // Not of those that are still being kept.
         sql.text(
             " AND NOT EXISTS (SELECT 1 FROM publish_drafts d WHERE d.id = substr(publish_parts.id, 1, length(d.id)))",
@@ -352,14 +358,16 @@ impl Store {
         let writer = &self.0.engine_write;
         let statement = sql.build(writer.get_database_backend());
         let rows = self.heard(async { Ok(writer.query_all_raw(statement).await?) }).await?;
-        let mut taken_over = Vec::new();
+        let (mut taken_over, mut unreadable) = (Vec::new(), Vec::new());
         for row in rows {
-            let (id, content): (String, String) = row.try_get_many_by_index()?;
-            let part = match Draft::taken_over(id.clone(), &content, lease) {
+            let id: String = row.try_get_by_index(0)?;
+            // SQLite may also hold what is no text.
+            let content = row.try_get_by_index::<String>(1).map_err(|_| Error::Corrupt("part"));
+            let part = match content.and_then(|content| Draft::taken_over(id.clone(), &content, lease)) {
                 Ok(part) => part,
-                // It stays, and its lease runs out again and again.
                 Err(error) => {
-                    tracing::error!(part = id, %error, "a part of what was published cannot be read");
+                    tracing::error!(part = id, %error, "a part of what was accepted cannot be read; it is set aside");
+                    unreadable.push(id);
                     continue;
                 }
             };
@@ -368,6 +376,12 @@ impl Store {
             let (done, stored) = oneshot::channel();
             self.writer()?.send(Write::Draft(Box::new(part), Done::TakenOver(done)))?;
             taken_over.push(stored);
+        }
+        if !unreadable.is_empty() {
+            let mut sql = Sql::new("UPDATE publish_parts SET lease_expires_at_ms = ");
+            sql.value(SET_ASIDE).text(" WHERE node = ").value(self.0.node.as_str());
+            sql.text(" AND id IN ").list("(", unreadable.into_iter().map(Into::into), ")");
+            self.heard(self.run(sql)).await?;
         }
         Ok(taken_over)
     }
@@ -546,9 +560,49 @@ pub(super) mod tests {
         store.remove_deleted().await.unwrap();
         assert_eq!(count(&store, "webhooks").await, 1);
         assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0, "it cannot be read, and stays");
-        store.0.write.execute_unprepared("DELETE FROM publish_parts").await.unwrap();
         store.remove_deleted().await.unwrap();
-        assert_eq!(count(&store, "webhooks").await, 0);
+        assert_eq!((count(&store, "webhooks").await, count(&store, "publish_parts").await), (0, 1));
+    }
+
+    /// Others that are taken over with it are stored, and nothing waits for it; but it is not lost.
+    #[tokio::test]
+    async fn what_cannot_be_read_is_set_aside() {
+        let (_directory, store) = Store::fresh().await;
+        let parts = keep(&store, "node_gone").await.parts().len();
+        let execute = async |sql: &str| store.0.write.execute_unprepared(sql).await.unwrap();
+        for sql in [
+            "CREATE TABLE sound AS SELECT id, content FROM publish_parts",
+            "UPDATE publish_parts SET lease_expires_at_ms = 1",
+            "UPDATE publish_parts SET content = '{' WHERE id = (SELECT min(id) FROM publish_parts)",
+            "UPDATE publish_parts SET content = CAST(X'FF' AS TEXT) WHERE id = (SELECT max(id) FROM publish_parts)",
+        ] {
+            execute(sql).await;
+        }
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), parts - 2);
+        let aside = format!("publish_parts WHERE lease_expires_at_ms = {SET_ASIDE}");
+        assert_eq!((count(&store, &aside).await, count(&store, "publish_parts").await), (2, 2));
+
+        execute("UPDATE publish_parts SET node = 'nobody'").await;
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0);
+        assert_eq!(
+            count(&store, "publish_parts WHERE node = 'nobody'").await,
+            2,
+            "it is not taken over again and again"
+        );
+        store.store_kept_parts_at_start(LEASE.length).await.unwrap();
+        assert_eq!(count(&store, "publish_parts WHERE node = 'nobody'").await, 0, "a start tries once more");
+        assert_eq!(count(&store, &aside).await, 2);
+
+        execute(
+            "UPDATE publish_parts SET lease_expires_at_ms = 0, content = (SELECT content FROM sound WHERE id = publish_parts.id)",
+        )
+        .await;
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 2, "it has been mended");
+        let all = ["events", "deliveries", "publish_parts"];
+        assert_eq!(
+            [count(&store, all[0]).await, count(&store, all[1]).await, count(&store, all[2]).await],
+            [100, 200, 0]
+        );
     }
 
     /// A node that was frozen meanwhile stores nothing of what another has taken over, and what is in the same commit is

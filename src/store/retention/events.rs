@@ -7,7 +7,7 @@ use sea_orm::QueryResult;
 use super::{MAX_READ, Round, Stop, ended_before, pages, steps};
 use crate::{
     clock,
-    store::{Error, sql::Sql},
+    store::{Error, publish::parts::SET_ASIDE, sql::Sql},
     webhook::Timestamp,
 };
 
@@ -43,10 +43,11 @@ impl Round<'_> {
     }
 
     /// Whether something that was published before `at` still is to be stored (see [`crate::store::publish::parts`]): what
-    /// that needs, or belongs to, is not removed before.
+    /// that needs, or belongs to, is not removed before. For what is set aside nothing can wait: it may be for ever.
     pub(super) async fn waits_for_parts(&self, at: Timestamp) -> Result<bool, Stop> {
         let mut sql = Sql::new("SELECT 1 FROM publish_parts WHERE id < ");
-        sql.value(clock::first_id("prt", at).as_str()).text(" LIMIT 1");
+        sql.value(clock::first_id("prt", at).as_str()).text(" AND lease_expires_at_ms < ").value(SET_ASIDE);
+        sql.text(" LIMIT 1");
         Ok(!self.read(sql).await?.is_empty())
     }
 
