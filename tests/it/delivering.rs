@@ -37,7 +37,7 @@ fn hmac_sha256(key: &[u8], message: &[u8]) -> Vec<u8> {
     hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), message).as_ref().to_vec()
 }
 
-fn shortform(secret: &str, body: &str) -> String {
+pub(crate) fn shortform(secret: &str, body: &str) -> String {
     let hex: String =
         hmac_sha256(secret.as_bytes(), body.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
     format!("sha256={hex}")

@@ -1,19 +1,24 @@
 //! What one node, or the command line, changes holds on the other nodes, within a second.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Method;
 use sea_orm::{ConnectionTrait, Database as SeaOrm, TransactionTrait};
 use shortkit_webhooks::{
     clock,
+    config::Config,
     grpc::proto::WatchDeliveriesResponse,
     store::{KeyKind, Lease, NewEvent, NewKey, Store},
-    webhook::{Environment, EventData, Tenant},
+    webhook::{Environment, EventData, RetrySchedule, Tenant},
 };
+use tokio::sync::watch;
 use tonic::{Code, Streaming};
 use tonic_types::StatusExt;
 
-use crate::support::{Database, Kind, Receiver, TestServer, on_both_databases, soon};
+use crate::{
+    delivering::shortform,
+    support::{Database, Kind, Receiver, Reply, TestServer, config, on_both_databases, soon},
+};
 
 on_both_databases!(a_revoked_key_shuts_everywhere, an_expired_key_shuts_by_itself);
 
@@ -173,4 +178,179 @@ async fn what_a_node_gives_back_is_heard_of() {
     let waiting = other.news().waiting;
     assert_eq!(waiting.keys().map(|id| &**id).collect::<Vec<_>>(), [id]);
     assert!(waiting.values().all(|waiting| waiting.due_at <= clock::now()));
+}
+
+/// What a change must hold within.
+const WITHIN: Duration = Duration::from_secs(1);
+
+/// Publishes through a node until a change, made through another, must hold there; how many deliveries that made meanwhile,
+/// and with the one event that came after.
+async fn publish_until_it_holds(node: &TestServer, changed: Instant) -> (i64, i64) {
+    let mut meanwhile = 0;
+    while changed.elapsed() <= WITHIN {
+        meanwhile += node.publish("content.ready", "{}").await;
+    }
+    (meanwhile, node.publish("content.ready", "{}").await)
+}
+
+/// Deliveries of a webhook that one node has in memory, behind one whose receiver has not answered yet.
+struct Queue {
+    database: Database,
+    one: TestServer,
+    other: TestServer,
+    receiver: Receiver,
+    /// Lets the receiver answer.
+    answer: watch::Sender<bool>,
+    webhook_id: String,
+    /// How many are behind the first.
+    count: usize,
+}
+
+impl Queue {
+    async fn new() -> Self {
+        let database = Database::fresh(Kind::Postgres).await;
+        let limited = || Config { max_in_flight_per_webhook: 1, ..config(&database) };
+        let one = TestServer::with(limited()).await;
+        let mut other = TestServer::with(limited()).await;
+        other.key.clone_from(&one.key);
+        let (answer, until) = watch::channel(false);
+        let receiver = Receiver::scripted(move |_, _| Reply { until: Some(until.clone()), ..Reply::status(200) }).await;
+        let (webhook_id, _) = one.webhook(&receiver.url(), &["content.ready"]).await;
+        for _ in 0..5 {
+            assert_eq!(one.publish("content.ready", "{}").await, 1);
+        }
+        receiver.wait_for(1).await;
+        let queue = Self { database, one, other, receiver, answer, webhook_id, count: 4 };
+        assert_eq!(queue.leased().await, (5, 1));
+        queue
+    }
+
+    fn path(&self) -> String {
+        format!("/v1/webhooks/{}", self.webhook_id)
+    }
+
+    /// How many of its deliveries nodes have, and how many nodes.
+    async fn leased(&self) -> (i64, i64) {
+        let leased = "SELECT count(*), count(DISTINCT lease_node) FROM deliveries WHERE lease_node IS NOT NULL";
+        let sql = format!("{leased} AND webhook_id = '{}'", self.webhook_id);
+        self.database.rows(&sql).await[0].try_get_many_by_index().unwrap()
+    }
+
+    /// Lets the first one end, and waits until nothing more is made of the others, nor when they would be due again.
+    async fn nothing_more_goes_out(&self) {
+        let later = Receiver::start().await;
+        self.one.webhook(&later.url(), &["export.ready"]).await;
+        self.answer.send_replace(true);
+        soon("the end of all its leases", async { while self.leased().await.0 > 0 {} }).await;
+        assert_eq!(self.receiver.received().len(), 1);
+        let due = format!("SELECT max(next_attempt_at_ms) FROM deliveries WHERE webhook_id = '{}'", self.webhook_id);
+        let due: i64 = self.database.rows(&due).await[0].try_get_by_index(0).unwrap();
+        let mut published = 0;
+        let until_due = async {
+            while clock::now().millis() <= due || published == 0 {
+                published += 1;
+                assert_eq!(self.one.publish("export.ready", "{}").await, 1);
+                later.wait_for(published).await;
+            }
+        };
+        soon("what was published later", until_due).await;
+        assert_eq!((self.receiver.received().len(), self.leased().await), (1, (0, 0)));
+    }
+
+    async fn stop(self) {
+        self.one.stop().await;
+        self.other.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_node_has_in_memory_is_held_when_its_webhook_is_disabled_on_another() {
+    let mut queue = Queue::new().await;
+    queue.other.patch(&queue.path(), r#"{"status":"disabled"}"#).await.data();
+    let (meanwhile, then) = publish_until_it_holds(&queue.one, clock::stopwatch()).await;
+    assert_eq!(then, 0);
+    queue.count += usize::try_from(meanwhile).unwrap();
+    queue.nothing_more_goes_out().await;
+    let held = queue.one.get(&format!("{}/deliveries?status=pending", queue.path())).await;
+    assert_eq!(held.json()["meta"]["total"], queue.count);
+
+    queue.other.patch(&queue.path(), r#"{"status":"active"}"#).await.data();
+    let all = queue.receiver.wait_for(1 + queue.count).await;
+    assert!(all.iter().all(|got| got.header("x-shortform-delivery-attempt") == "1"), "none was used up");
+    queue.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_node_has_in_memory_goes_with_its_webhook_that_is_deleted_on_another() {
+    let queue = Queue::new().await;
+    queue.other.delete(&queue.path()).await.data();
+    assert_eq!(publish_until_it_holds(&queue.one, clock::stopwatch()).await.1, 0);
+    queue.nothing_more_goes_out().await;
+    // As if it had been a minute ago.
+    assert_eq!(queue.database.execute("UPDATE webhooks SET deleted_at_ms = 1 WHERE deleted_at_ms > 1").await, 1);
+    let left = format!("SELECT id FROM deliveries WHERE webhook_id = '{}'", queue.webhook_id);
+    let removed = async {
+        while !queue.database.rows(&left).await.is_empty() {
+            queue.one.store.remove_deleted().await.unwrap();
+        }
+    };
+    soon("the end of its deliveries", removed).await;
+    assert_eq!(queue.receiver.received().len(), 1);
+    queue.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_node_has_in_memory_goes_where_its_webhook_was_moved_on_another() {
+    let mut queue = Queue::new().await;
+    let moved = Receiver::start().await;
+    queue.other.patch(&queue.path(), &format!(r#"{{"url":"{}"}}"#, moved.url())).await.data();
+    let (meanwhile, then) = publish_until_it_holds(&queue.one, clock::stopwatch()).await;
+    queue.count += usize::try_from(meanwhile + then).unwrap();
+    queue.answer.send_replace(true);
+    moved.wait_for(queue.count).await;
+    assert_eq!(queue.receiver.received().len(), 1);
+    queue.stop().await;
+}
+
+/// To where it was moved on another node, signed with the secret that was made there.
+#[tokio::test]
+async fn what_waits_for_its_retry_goes_where_its_webhook_was_moved_on_another_node() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let limited = || Config { retry_schedule: RetrySchedule::parse("0s,1h").unwrap(), ..config(&database) };
+    let one = TestServer::with(limited()).await;
+    let mut other = TestServer::with(limited()).await;
+    other.key.clone_from(&one.key);
+    let (old, new) = (Receiver::scripted(|_, _| Reply::status(500)).await, Receiver::start().await);
+    let (id, old_secret) = one.webhook(&old.url(), &["content.ready"]).await;
+    let path = format!("/v1/webhooks/{id}");
+    for _ in 0..3 {
+        one.publish("content.ready", "{}").await;
+    }
+    old.wait_for(3).await;
+
+    other.patch(&path, &format!(r#"{{"url":"{}"}}"#, new.url())).await.data();
+    let rotated = other.post(&format!("{path}/rotate-secret"), "").await.data();
+    let (meanwhile, then) = publish_until_it_holds(&one, clock::stopwatch()).await;
+    let count = async |which: &str| -> i64 {
+        let sql = format!("SELECT count(*) FROM deliveries WHERE {which}");
+        database.rows(&sql).await[0].try_get_by_index(0).unwrap()
+    };
+    soon("the end of all attempts", async { while count("lease_node IS NOT NULL").await > 0 {} }).await;
+    let waiting = usize::try_from(count("status = 'pending'").await).unwrap();
+    let attempted = [old.received().len(), new.received().len()];
+    assert_eq!(attempted.iter().sum::<usize>(), 3 + usize::try_from(meanwhile + then).unwrap());
+    assert!(attempted[0] == waiting && waiting >= 3 && attempted[1] >= 1, "{attempted:?} {waiting}");
+
+    // There is nobody else then to make them.
+    other.stop().await;
+    let fall_due = "UPDATE deliveries SET next_attempt_at_ms = 1 WHERE status = 'pending'";
+    assert_eq!(database.execute(fall_due).await, waiting as u64);
+    let retries = new.wait_for(attempted[1] + waiting).await.split_off(attempted[1]);
+    for got in retries {
+        assert_eq!(got.header("x-shortform-delivery-attempt"), "2");
+        let signatures = [rotated["secret"].as_str().unwrap(), &old_secret].map(|secret| shortform(secret, &got.body));
+        assert_eq!(got.header("x-shortform-signature"), signatures.join(","));
+    }
+    assert_eq!(old.received().len(), attempted[0]);
+    one.stop().await;
 }

@@ -26,6 +26,8 @@ pub(crate) struct Reply {
     pub(crate) headers: Vec<(&'static str, String)>,
     pub(crate) body: String,
     pub(crate) delay: Duration,
+    /// Nothing is said before this is true, or its sender is gone.
+    pub(crate) until: Option<watch::Receiver<bool>>,
 }
 
 type Script = Box<dyn Fn(usize, &Received) -> Reply + Send + Sync>;
@@ -51,7 +53,7 @@ impl Received {
 
 impl Reply {
     pub(crate) fn status(status: u16) -> Self {
-        Self { status, headers: Vec::new(), body: "OK".to_owned(), delay: Duration::ZERO }
+        Self { status, headers: Vec::new(), body: "OK".to_owned(), delay: Duration::ZERO, until: None }
     }
 }
 
@@ -107,6 +109,9 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request<body::Body>)
     let reply = (shared.script)(index, &received);
     shared.count.send_modify(|count| *count += 1);
     tokio::time::sleep(reply.delay).await;
+    if let Some(mut until) = reply.until {
+        let _ = until.wait_for(|open| *open).await;
+    }
     let headers: HeaderMap =
         reply.headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
     (StatusCode::from_u16(reply.status).unwrap(), headers, reply.body)
