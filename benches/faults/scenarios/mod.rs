@@ -21,7 +21,8 @@ use crate::{postgres::Postgres, report::Report};
 /// A process ends at a step only where it was built for that.
 #[cfg(not(feature = "failpoints"))]
 async fn needs_failpoints(_: Form) -> Result<Report, String> {
-    Ok(Report::impossible("it needs `cargo bench --features failpoints --bench faults`".to_owned()))
+    let why = "it needs the feature failpoints: `cargo bench --features failpoints --bench faults -- SCENARIO`";
+    Ok(Report::impossible(why.to_owned()))
 }
 
 #[cfg(not(feature = "failpoints"))]
