@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::Range,
     sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
@@ -45,6 +46,8 @@ pub(crate) struct Arrival {
 #[derive(Default)]
 pub(crate) struct Books {
     pub(crate) published: HashMap<u64, Publish>,
+    /// What was published together: all of it, or nothing.
+    together: Vec<Range<u64>>,
     pub(crate) arrivals: Vec<Arrival>,
     /// Numbers with an accepted arrival.
     arrived: HashSet<u64>,
@@ -78,7 +81,20 @@ pub(crate) struct Sums {
     pub(crate) deliveries: usize,
     /// The longest time from a fault until everything acknowledged before it had arrived.
     pub(crate) recovered: Duration,
+    pub(crate) together: Together,
     pub(crate) violations: Vec<String>,
+}
+
+/// What became of events that were published together.
+#[derive(Default)]
+pub(crate) struct Together {
+    pub(crate) batches: usize,
+    /// Not acknowledged: refused, or without an answer …
+    pub(crate) unacknowledged: usize,
+    /// … and stored all the same, as their arrivals tell.
+    pub(crate) stored: usize,
+    /// Of these some events came and some did not, however they were answered.
+    pub(crate) in_part: usize,
 }
 
 impl Ledger {
@@ -86,21 +102,28 @@ impl Ledger {
         self.books.lock().expect("no panic while it was held")
     }
 
-    /// Begins a publish; its number is in the data of the event.
-    pub(crate) fn begin(&self, organization: &'static str) -> u64 {
+    /// Begins a publish of so many events together; their numbers are in their data.
+    pub(crate) fn begin(&self, organization: &'static str, count: u64) -> Range<u64> {
         let mut books = self.books();
-        let number = books.published.len() as u64;
+        let first = books.published.len() as u64;
         let now = clock::stopwatch();
-        books.published.insert(number, Publish { organization, began: now, ended: now, outcome: Outcome::Open });
-        number
+        let publish = Publish { organization, began: now, ended: now, outcome: Outcome::Open };
+        books.published.extend((first..first + count).map(|number| (number, publish)));
+        if count > 1 {
+            books.together.push(first..first + count);
+        }
+        first..first + count
     }
 
-    pub(crate) fn end(&self, number: u64, outcome: Outcome) {
-        // What was acknowledged once stays so.
-        if let Some(publish) = self.books().published.get_mut(&number)
-            && publish.outcome != Outcome::Acknowledged
-        {
-            (publish.outcome, publish.ended) = (outcome, clock::stopwatch());
+    pub(crate) fn end(&self, numbers: Range<u64>, outcome: Outcome) {
+        let mut books = self.books();
+        for number in numbers {
+            // What was acknowledged once stays so.
+            if let Some(publish) = books.published.get_mut(&number)
+                && publish.outcome != Outcome::Acknowledged
+            {
+                (publish.outcome, publish.ended) = (outcome, clock::stopwatch());
+            }
         }
     }
 
@@ -141,10 +164,10 @@ impl Ledger {
         self.books().missing().count()
     }
 
-    /// Whether an event has.
+    /// How many of these events have.
     #[cfg(feature = "failpoints")]
-    pub(crate) fn has_arrived(&self, number: u64) -> bool {
-        self.books().arrived.contains(&number)
+    pub(crate) fn arrived_of(&self, numbers: Range<u64>) -> u64 {
+        self.books().arrived_of(&numbers)
     }
 
     /// How many requests came.
@@ -185,6 +208,7 @@ impl Ledger {
             repeated: deliveries.values().map(|(requests, refused)| requests.saturating_sub(1 + refused)).sum(),
             deliveries: deliveries.len(),
             recovered: books.faults.iter().map(late).max().unwrap_or_default(),
+            together: books.together(),
             violations: books.violations.clone(),
         }
     }
@@ -202,6 +226,10 @@ impl Sums {
         self.repeated += other.repeated;
         self.deliveries += other.deliveries;
         self.recovered = self.recovered.max(other.recovered);
+        self.together.batches += other.together.batches;
+        self.together.unacknowledged += other.together.unacknowledged;
+        self.together.stored += other.together.stored;
+        self.together.in_part += other.together.in_part;
     }
 }
 
@@ -212,5 +240,22 @@ impl Books {
 
     fn missing(&self) -> impl Iterator<Item = &u64> {
         self.acknowledged().map(|(number, _)| number).filter(|number| !self.arrived.contains(number))
+    }
+
+    fn arrived_of(&self, numbers: &Range<u64>) -> u64 {
+        numbers.clone().filter(|number| self.arrived.contains(number)).count() as u64
+    }
+
+    fn together(&self) -> Together {
+        let mut together = Together::default();
+        for batch in &self.together {
+            let arrived = self.arrived_of(batch);
+            let acknowledged = self.published[&batch.start].outcome == Outcome::Acknowledged;
+            together.batches += 1;
+            together.unacknowledged += usize::from(!acknowledged);
+            together.stored += usize::from(!acknowledged && arrived > 0);
+            together.in_part += usize::from((1..batch.end - batch.start).contains(&arrived));
+        }
+        together
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Real processes of the service on databases of their own, publishers, and a receiver that verifies and remembers
 //! everything, while something goes wrong on purpose. Whatever it is: what was acknowledged arrives, nothing that was
-//! not published or is another tenant's arrives, every signature verifies, a repeat carries the same delivery id.
+//! not published or is another tenant's arrives, of what is published together all arrives or nothing, every signature
+//! verifies, a repeat carries the same delivery id.
 //! `short` plays a few faults of each kind, several scenarios at a time, as the test command does. Prints a table for
 //! people and one JSON line for machines; the exit code is 0 only when nothing failed. What cannot be played here is
 //! named, which is a failure only for what was asked for by name.
@@ -11,6 +12,7 @@
 //! scenarios `crash-steps-…` and `poison` need the feature `failpoints`: `cargo bench --features failpoints --bench faults`.
 
 mod ledger;
+mod load;
 mod node;
 mod receiver;
 mod report;

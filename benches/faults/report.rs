@@ -5,7 +5,10 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait, Database, DbBackend, Statement};
 use serde_json::{Value, json};
 
-use crate::{ledger::Sums, world::World};
+use crate::{
+    ledger::{Sums, Together},
+    world::World,
+};
 
 /// The result of one scenario.
 #[derive(Default)]
@@ -26,8 +29,14 @@ impl Report {
     pub(crate) async fn of(world: &World) -> Self {
         let mut report = Self { sums: world.ledger.sums(), integrity: "ok".to_owned(), ..Self::default() };
         let Sums { acknowledged, received, lost, deliveries, .. } = report.sums;
+        let Together { batches, unacknowledged, stored, in_part } = report.sums.together;
         report.check(acknowledged > 0, || "nothing was acknowledged".to_owned());
         report.check(lost == 0, || format!("{lost} acknowledged events were lost"));
+        report.check(in_part == 0, || format!("{in_part} of {batches} batches arrived in part"));
+        if batches > 0 {
+            let rest = format!("{unacknowledged} of them not acknowledged, of which {stored} were stored nevertheless");
+            report.notes.push(format!("batches: {batches}, {rest}"));
+        }
         report.failures.extend(report.sums.violations.clone());
         match world.stats().await {
             Err(error) => report.failures.push(format!("no statistics: {error}")),

@@ -1,23 +1,22 @@
 //! What every scenario stands on: nodes on a database, two tenants with a webhook each, publishers, the books.
 
 use std::{
+    ops::Range,
     path::Path,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use http::Method;
+use sea_orm::{ConnectionTrait, Database, DbErr, Statement};
 use serde_json::{Value, json};
 use shortkit_webhooks::clock;
 use tempfile::TempDir;
-use tokio::task::JoinSet;
 
 use crate::{
     ledger::{Ledger, Outcome},
+    load::Load,
     node::{Launch, Node},
     receiver::Receiver,
 };
@@ -53,12 +52,6 @@ pub(crate) struct Caller {
     http: reqwest::Client,
     doors: Arc<Mutex<Vec<Option<String>>>>,
     key: String,
-}
-
-/// Publishers at work.
-pub(crate) struct Load {
-    stop: Arc<AtomicBool>,
-    publishers: JoinSet<()>,
 }
 
 impl World {
@@ -127,29 +120,18 @@ impl World {
 
     /// Starts `publishers`, each of which publishes, waits for `pause`, and publishes again.
     pub(crate) fn load(&self, publishers: usize, pause: Duration) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
-        let turn = Arc::new(AtomicU64::new(0));
-        let mut tasks = JoinSet::new();
-        for index in 0..publishers {
-            let (ledger, caller) = (Arc::clone(&self.ledger), self.caller.clone());
-            let (stop, turn) = (Arc::clone(&stop), Arc::clone(&turn));
-            let organization = ORGANIZATIONS[index % ORGANIZATIONS.len()];
-            tasks.spawn(async move {
-                while !stop.load(Ordering::Relaxed) {
-                    let door = usize::try_from(turn.fetch_add(1, Ordering::Relaxed)).unwrap_or(0);
-                    caller.publish(&ledger, door, organization).await;
-                    tokio::time::sleep(pause).await;
-                }
-            });
-        }
-        Load { stop, publishers: tasks }
+        Load::start(self, publishers, pause)
     }
 
-    /// Waits until everything acknowledged has arrived and every attempt is recorded, or `time` has passed.
+    /// Waits until everything acknowledged has arrived, every attempt is recorded, and of what was published together
+    /// nothing is left to be stored or discarded, or `time` has passed.
     pub(crate) async fn settle(&self, time: Duration) {
         let started = clock::stopwatch();
         while started.elapsed() < time {
-            if self.ledger.missing() == 0 && self.stats().await.is_ok_and(|stats| stats.is_settled()) {
+            if self.ledger.missing() == 0
+                && self.stats().await.is_ok_and(|stats| stats.is_settled())
+                && self.kept().await.is_ok_and(|kept| kept == 0)
+            {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -167,6 +149,19 @@ impl World {
             sum.failed += count("failedDeliveries")?;
         }
         Ok(sum)
+    }
+
+    /// How much is still kept of what was published together.
+    pub(crate) async fn kept(&self) -> Result<i64, String> {
+        let count = async {
+            let database = Database::connect(&self.launches[0].database_url).await?;
+            let sql = "SELECT (SELECT count(*) FROM publish_parts) + (SELECT count(*) FROM publish_drafts)";
+            let statement = Statement::from_string(database.get_database_backend(), sql);
+            let row = database.query_one_raw(statement).await;
+            let _ = database.close().await;
+            row?.ok_or(DbErr::RecordNotFound(sql.to_owned()))?.try_get_by_index(0)
+        };
+        count.await.map_err(|error: DbErr| error.to_string())
     }
 
     /// Path of the webhook of `organization`.
@@ -200,6 +195,11 @@ impl Caller {
         self.doors.lock().expect("no panic")[index] = Some(base.to_owned());
     }
 
+    /// Whether there is anybody to call.
+    pub(crate) fn is_open(&self) -> bool {
+        self.door(0).is_some()
+    }
+
     /// The address of an open node: number `door`, going round.
     fn door(&self, door: usize) -> Option<String> {
         let doors = self.doors.lock().expect("no panic");
@@ -218,22 +218,27 @@ impl Caller {
             tokio::time::sleep(Duration::from_millis(20)).await;
             return None;
         }
-        let number = ledger.begin(organization);
-        self.publish_again(ledger, door, organization, number, None).await
+        let numbers = ledger.begin(organization, 1);
+        self.publish_again(ledger, door, organization, numbers, None).await
     }
 
-    /// Publishes an event that is in the books, perhaps not for the first time.
+    /// Publishes events that are in the books, perhaps not for the first time: one as such, more of them together.
     pub(crate) async fn publish_again(
         &self,
         ledger: &Ledger,
         door: usize,
         organization: &str,
-        number: u64,
+        numbers: Range<u64>,
         idempotency_key: Option<&str>,
     ) -> Option<(u16, Value)> {
-        let body = json!({ "event": "content.ready", "data": { "number": number } }).to_string();
+        let event = |number| json!({ "event": "content.ready", "data": { "number": number } });
+        let (path, body) = if numbers.end - numbers.start == 1 {
+            ("/v1/events", event(numbers.start))
+        } else {
+            ("/v1/events/batch", json!({ "events": numbers.clone().map(event).collect::<Vec<_>>() }))
+        };
         let answer = match self.door(door) {
-            Some(base) => self.send(&base, Method::POST, organization, "/v1/events", &body, idempotency_key).await,
+            Some(base) => self.send(&base, Method::POST, organization, path, &body.to_string(), idempotency_key).await,
             None => None,
         };
         let outcome = match &answer {
@@ -241,28 +246,8 @@ impl Caller {
             Some((status, _)) => Outcome::Refused(*status),
             None => Outcome::Unknown,
         };
-        ledger.end(number, outcome);
+        ledger.end(numbers, outcome);
         answer
-    }
-
-    /// Publishes events of the books together, and notes how that ended.
-    #[cfg(feature = "failpoints")]
-    pub(crate) async fn publish_together(
-        &self,
-        ledger: &Ledger,
-        door: usize,
-        organization: &'static str,
-        count: usize,
-    ) -> Vec<u64> {
-        let numbers: Vec<u64> = std::iter::repeat_with(|| ledger.begin(organization)).take(count).collect();
-        let event = |number: &u64| json!({ "event": "content.ready", "data": { "number": number } });
-        let body = json!({ "events": numbers.iter().map(event).collect::<Vec<_>>() }).to_string();
-        let outcome = match self.call(door, Method::POST, organization, "/v1/events/batch", &body).await {
-            Ok(_) => Outcome::Acknowledged,
-            Err(_) => Outcome::Unknown,
-        };
-        numbers.iter().for_each(|number| ledger.end(*number, outcome));
-        numbers
     }
 
     /// A call of an open node that must succeed.
@@ -302,14 +287,6 @@ impl Caller {
         let status = response.status().as_u16();
         let text = response.text().await.ok()?;
         Some((status, serde_json::from_str(&text).unwrap_or(Value::String(text))))
-    }
-}
-
-impl Load {
-    /// Lets every publish under way end.
-    pub(crate) async fn stop(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.publishers.join_all().await;
     }
 }
 

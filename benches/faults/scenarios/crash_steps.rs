@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, Database, DbErr, Statement};
 use shortkit_webhooks::clock;
 use tokio::task::JoinSet;
 
@@ -74,7 +73,7 @@ pub(super) async fn on_postgres(form: Form) -> Result<Report, String> {
 
 impl Way {
     /// How many are published together, if any.
-    const fn together(self) -> usize {
+    const fn together(self) -> u64 {
         match self {
             Self::Published | Self::Claimed => 0,
             Self::Together => 200,
@@ -103,16 +102,17 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         if index == 0 { launch.crash_at(step, way.count()) } else { launch }
     })
     .await?;
-    let (mut crashed, mut together) = (false, Vec::new());
+    let (mut crashed, mut together) = (false, 0..0);
     for _ in 0..MAX_EVENTS {
         // Always at the node that is to crash, and one at a time.
         world.caller.publish(&world.ledger, 0, ORGANIZATIONS[0]).await;
         if way.together() > 0 {
             world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;
-            together = world.caller.publish_together(&world.ledger, 0, ORGANIZATIONS[0], way.together()).await;
+            together = world.ledger.begin(ORGANIZATIONS[0], way.together());
+            world.caller.publish_again(&world.ledger, 0, ORGANIZATIONS[0], together.clone(), None).await;
         }
         if way.accepts() {
-            together.iter().for_each(|number| world.ledger.end(*number, Outcome::Acknowledged));
+            world.ledger.end(together.clone(), Outcome::Acknowledged);
         }
         crashed = alone(&mut world).await;
         if crashed {
@@ -129,35 +129,15 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         world.caller.publish(&world.ledger, 0, ORGANIZATIONS[1]).await;
     }
     world.settle(2 * LEASE).await;
-    let kept = kept(&world).await?;
+    let kept = world.kept().await?;
     let mut report = Report::of(&world).await;
     report.check(kept == 0, || format!("{kept} parts of what was published together are left"));
     if way == Way::Unaccepted {
-        let arrived = together.iter().filter(|number| world.ledger.has_arrived(**number)).count();
-        report.check(arrived == 0, || format!("{arrived} of {} events arrived that were not accepted", together.len()));
+        let arrived = world.ledger.arrived_of(together);
+        report.check(arrived == 0, || format!("{arrived} of {} events arrived unaccepted", way.together()));
     }
-    report.repeats_at_most(if way.accepts() { way.together() } else { 1 });
+    report.repeats_at_most(if way.accepts() { way.together() as usize } else { 1 });
     Ok(report)
-}
-
-/// How much is still kept of what was published together, once leases have had the time to run out.
-async fn kept(world: &World) -> Result<i64, String> {
-    let count = async {
-        let database = Database::connect(&world.launches[0].database_url).await?;
-        let sql = "SELECT (SELECT count(*) FROM publish_parts) + (SELECT count(*) FROM publish_drafts)";
-        let statement = || Statement::from_string(database.get_database_backend(), sql);
-        let began = clock::stopwatch();
-        loop {
-            let row = database.query_one_raw(statement()).await?;
-            let left: i64 = row.ok_or(DbErr::RecordNotFound(sql.to_owned()))?.try_get_by_index(0)?;
-            if left == 0 || began.elapsed() > 2 * LEASE {
-                let _ = database.close().await;
-                return Ok(left);
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    count.await.map_err(|error: DbErr| error.to_string())
 }
 
 /// Waits until the event is through, or the first node has ended: true.

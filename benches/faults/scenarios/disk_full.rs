@@ -54,9 +54,7 @@ pub(super) async fn play(form: Form) -> Result<Report, String> {
     world.settle(Duration::from_secs(60)).await;
     let mut report = Report::of(&world).await;
     report.check(while_full > 0, || "nothing was refused while the disk was full".to_owned());
-    report
-        .notes
-        .push(format!("{} publishes were refused, {while_full} of them while it stayed full", asked + while_full));
+    report.notes.push(format!("{} events were refused, {while_full} of them while it stayed full", asked + while_full));
     let stored = refused_and_received(&world.ledger);
     report.check(stored == 0, || format!("{stored} events were refused and received nevertheless"));
     report.within("acknowledged again after", resumed, RESUMED);

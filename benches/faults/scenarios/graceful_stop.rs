@@ -9,6 +9,12 @@ use crate::{report::Report, world::World};
 
 /// A stop takes at most this long.
 const STOP: Duration = Duration::from_secs(30);
+/// Together they publish more than a node delivers, so that a stop finds publishes in the middle, every place on the wire
+/// taken, and more waiting for one …
+const PUBLISHERS: usize = 16;
+const PAUSE: Duration = Duration::from_millis(10);
+/// … which is all delivered within this time, before the next stop.
+const CAUGHT_UP: Duration = Duration::from_secs(60);
 
 pub(super) async fn on_sqlite(form: Form) -> Result<Report, String> {
     play(form, World::start(1, None, |_, launch| launch).await?).await
@@ -22,9 +28,9 @@ pub(super) async fn on_postgres(form: Form) -> Result<Report, String> {
 async fn play(form: Form, mut world: World) -> Result<Report, String> {
     // Slow enough that some attempts are always on the wire.
     world.receiver.manners.delay_ms.store(100, std::sync::atomic::Ordering::Relaxed);
-    let load = world.load(4, Duration::from_millis(20));
     let (mut longest, mut wrong) = (Duration::ZERO, Vec::new());
     for turn in 0..form.pick(3, 20) {
+        let load = world.load(PUBLISHERS, PAUSE);
         tokio::time::sleep(a_while()).await;
         let index = turn % world.nodes.len();
         world.ledger.fault();
@@ -41,9 +47,9 @@ async fn play(form: Form, mut world: World) -> Result<Report, String> {
             wrong.push(format!("a stop ended with {ended:?}"));
         }
         world.restart(index).await?;
+        load.stop().await;
+        world.settle(CAUGHT_UP).await;
     }
-    load.stop().await;
-    world.settle(Duration::from_secs(60)).await;
     let mut report = Report::of(&world).await;
     report.repeats_at_most(0);
     report.failures.extend(wrong);

@@ -14,9 +14,7 @@ mod postgres_silence;
 
 use std::{pin::Pin, time::Duration};
 
-use shortkit_webhooks::clock;
-
-use crate::{postgres::Postgres, report::Report};
+use crate::{load::below, postgres::Postgres, report::Report};
 
 /// A process ends at a step only where it was built for that.
 #[cfg(not(feature = "failpoints"))]
@@ -92,11 +90,6 @@ async fn postgres() -> Result<(Postgres, String), String> {
     let postgres = Postgres::start().await?;
     let url = postgres.database().await?;
     Ok((postgres, url))
-}
-
-/// A random number below `bound`.
-fn below(bound: u64) -> u64 {
-    u64::from_be_bytes(clock::random()) % bound
 }
 
 /// A random time from 0.2 to 3 seconds.
