@@ -10,6 +10,9 @@ use std::{
 use shortkit_webhooks::clock;
 use tokio::sync::Notify;
 
+/// The first few say enough; no more are kept.
+const MAX_VIOLATIONS: usize = 20;
+
 /// How a publish ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -24,12 +27,14 @@ pub(crate) enum Outcome {
 }
 
 /// One publish.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Publish {
     pub(crate) organization: &'static str,
     pub(crate) began: Instant,
     pub(crate) ended: Instant,
     pub(crate) outcome: Outcome,
+    /// The event, as the first answer names it.
+    event_id: Option<String>,
 }
 
 /// One request at the receiver.
@@ -51,6 +56,10 @@ pub(crate) struct Books {
     pub(crate) arrivals: Vec<Arrival>,
     /// Numbers with an accepted arrival.
     arrived: HashSet<u64>,
+    /// By number: the delivery that came first, and the only one that may.
+    delivered_as: HashMap<u64, String>,
+    /// How often something was published again with its key.
+    pub(crate) asked_again: usize,
     /// When something went wrong on purpose.
     pub(crate) faults: Vec<Instant>,
     /// What must never be, as sentences.
@@ -107,8 +116,8 @@ impl Ledger {
         let mut books = self.books();
         let first = books.published.len() as u64;
         let now = clock::stopwatch();
-        let publish = Publish { organization, began: now, ended: now, outcome: Outcome::Open };
-        books.published.extend((first..first + count).map(|number| (number, publish)));
+        let publish = Publish { organization, began: now, ended: now, outcome: Outcome::Open, event_id: None };
+        books.published.extend((first..first + count).map(|number| (number, publish.clone())));
         if count > 1 {
             books.together.push(first..first + count);
         }
@@ -127,6 +136,29 @@ impl Ledger {
         }
     }
 
+    /// Notes the events that an answer names, in their order; the same ones each time.
+    pub(crate) fn named(&self, numbers: Range<u64>, ids: &[&str]) {
+        let mut violations = Vec::new();
+        if ids.len() as u64 != numbers.end - numbers.start {
+            violations.push(format!("the answer to the events {numbers:?} names {}", ids.len()));
+        }
+        let mut books = self.books();
+        for (number, id) in numbers.zip(ids) {
+            let Some(publish) = books.published.get_mut(&number) else { continue };
+            let first = publish.event_id.get_or_insert_with(|| (*id).to_owned());
+            if first != id {
+                violations.push(format!("event {number} was answered as {first} and as {id}"));
+            }
+        }
+        drop(books);
+        violations.into_iter().for_each(|violation| self.violation(violation));
+    }
+
+    /// Notes that something is published again, with the key that it had.
+    pub(crate) fn asked_again(&self) {
+        self.books().asked_again += 1;
+    }
+
     /// Notes that something goes wrong now.
     pub(crate) fn fault(&self) {
         self.books().faults.push(clock::stopwatch());
@@ -134,8 +166,7 @@ impl Ledger {
 
     pub(crate) fn violation(&self, sentence: String) {
         let mut books = self.books();
-        // The first few say enough.
-        if books.violations.len() < 20 {
+        if books.violations.len() < MAX_VIOLATIONS {
             books.violations.push(sentence);
         }
     }
@@ -150,7 +181,11 @@ impl Ledger {
             }
             Some(_) => None,
         };
-        books.violations.extend(violation);
+        let Books { delivered_as, violations, .. } = &mut *books;
+        let first = delivered_as.entry(arrival.number).or_insert_with(|| arrival.delivery_id.clone());
+        let again = (*first != arrival.delivery_id)
+            .then(|| format!("event {} came as {first} and as {}", arrival.number, arrival.delivery_id));
+        violations.extend(violation.into_iter().chain(again).take(MAX_VIOLATIONS.saturating_sub(violations.len())));
         if arrival.accepted {
             books.arrived.insert(arrival.number);
         }

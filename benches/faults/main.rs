@@ -13,6 +13,7 @@
 
 mod ledger;
 mod load;
+mod lossy_proxy;
 mod node;
 mod receiver;
 mod report;

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::{
     ledger::{Ledger, Outcome},
-    load::Load,
+    load::{Keys, Load},
     node::{Launch, Node},
     receiver::Receiver,
 };
@@ -120,7 +120,13 @@ impl World {
 
     /// Starts `publishers`, each of which publishes, waits for `pause`, and publishes again.
     pub(crate) fn load(&self, publishers: usize, pause: Duration) -> Load {
-        Load::start(self, publishers, pause)
+        Load::start(self, publishers, pause, Keys::None)
+    }
+
+    /// The same with idempotency keys for every other publish. One that has a key is published again until its outcome is
+    /// known.
+    pub(crate) fn load_with_keys(&self, publishers: usize, pause: Duration) -> Load {
+        Load::start(self, publishers, pause, Keys::EveryOther)
     }
 
     /// Waits until everything acknowledged has arrived, every attempt is recorded, and of what was published together
@@ -231,7 +237,14 @@ impl Caller {
         numbers: Range<u64>,
         idempotency_key: Option<&str>,
     ) -> Option<(u16, Value)> {
-        let event = |number| json!({ "event": "content.ready", "data": { "number": number } });
+        let event = |number| {
+            let mut data = json!({ "number": number });
+            if idempotency_key.is_some() {
+                // Tells those who see only what is stored.
+                data["with_key"] = true.into();
+            }
+            json!({ "event": "content.ready", "data": data })
+        };
         let (path, body) = if numbers.end - numbers.start == 1 {
             ("/v1/events", event(numbers.start))
         } else {
@@ -246,6 +259,11 @@ impl Caller {
             Some((status, _)) => Outcome::Refused(*status),
             None => Outcome::Unknown,
         };
+        if let Some((200..300, answer)) = &answer {
+            let data = &answer["data"];
+            let events = data["events"].as_array().map_or(std::slice::from_ref(data), Vec::as_slice);
+            ledger.named(numbers.clone(), &events.iter().filter_map(|event| event["id"].as_str()).collect::<Vec<_>>());
+        }
         ledger.end(numbers, outcome);
         answer
     }

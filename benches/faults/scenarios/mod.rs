@@ -7,6 +7,7 @@ mod crash_steps;
 mod disk_full;
 mod frozen_node;
 mod graceful_stop;
+mod lost_reply;
 #[cfg(feature = "failpoints")]
 mod poison;
 mod postgres_crash;
@@ -69,6 +70,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     scenario!("disk-full", "SQLite on a disk of 2 MB that is later made larger", disk_full::play),
     scenario!("postgres-crash", "PostgreSQL ends at once and comes back, again and again", postgres_crash::play),
     scenario!("postgres-silence", "PostgreSQL stands still, with all its connections", postgres_silence::play),
+    scenario!("lost-reply", "PostgreSQL commits, and its reply is lost, again and again", lost_reply::play),
     scenario!("frozen-node", "a node stands still for two leases and goes on", frozen_node::play),
     scenario!("clock-jump", "the clock of one node is wrong by two hours, one way and the other", clock_jump::play),
     scenario!("graceful-stop-sqlite", "SIGTERM under load, again and again", graceful_stop::on_sqlite),
