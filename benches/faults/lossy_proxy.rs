@@ -140,8 +140,8 @@ impl Shared {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     while let Ok((client, _)) = listener.accept().await {
         let (mut down, shared) = (shared.down.subscribe(), Arc::clone(&shared));
-        // Its end is a reset, as that of a server that is gone.
-        if client.set_zero_linger().is_err() || client.set_nodelay(true).is_err() || *down.borrow() {
+        // Accepted and ended, as by a load balancer that has no server.
+        if client.set_nodelay(true).is_err() || *down.borrow() {
             continue;
         }
         tokio::spawn(async move {

@@ -63,6 +63,7 @@ impl Commits {
             return Ok(Outcome::Done);
         }
         let failed = |error: sqlx::Error| DbErr::Exec(RuntimeErr::SqlxError(error.into()));
+        let no_connection = |error: sqlx::Error| DbErr::Conn(RuntimeErr::SqlxError(error.into()));
         let ended = |done: Result<(), sqlx::Error>| outcome(done.map_err(failed));
         match self {
             Self::Sqlite(pool) => ended(on_sqlite(pool, script).await),
@@ -70,7 +71,7 @@ impl Commits {
                 let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let (connection, since) = match kept.and_then(|kept| kept.usable(silence)) {
                     Some(kept) => (kept.connection, kept.since),
-                    None => (pool.acquire().await.map_err(failed)?, clock::stopwatch()),
+                    None => (pool.acquire().await.map_err(no_connection)?, clock::stopwatch()),
                 };
                 let commit = async { ended(on_postgres(connection, since, idle, script).await) };
                 silence.heard(MAX_COMMIT, commit).await

@@ -89,11 +89,14 @@ impl From<sea_orm::DbErr> for Error {
 /// Whether the same statement may well succeed later: the database is away, restarting, full, or busy with another.
 fn passes(error: &sea_orm::DbErr) -> bool {
     use sea_orm::{DbErr, RuntimeErr, SqlxError};
-    let (DbErr::Conn(RuntimeErr::SqlxError(cause))
-    | DbErr::Exec(RuntimeErr::SqlxError(cause))
-    | DbErr::Query(RuntimeErr::SqlxError(cause))) = error
-    else {
-        return matches!(error, DbErr::ConnectionAcquire(_) | DbErr::Conn(_));
+    let cause = match error {
+        // No connection, for whatever reason that is not the database's own: what is between may accept one and end it, before
+        // the first answer, as long as there is no server behind it.
+        DbErr::Conn(RuntimeErr::SqlxError(cause)) if !matches!(**cause, SqlxError::Database(_)) => return true,
+        DbErr::Conn(RuntimeErr::SqlxError(cause))
+        | DbErr::Exec(RuntimeErr::SqlxError(cause))
+        | DbErr::Query(RuntimeErr::SqlxError(cause)) => cause,
+        _ => return matches!(error, DbErr::ConnectionAcquire(_) | DbErr::Conn(_)),
     };
     let code = match &**cause {
         SqlxError::Database(error) => error.code().unwrap_or_default().into_owned(),
@@ -106,4 +109,28 @@ fn passes(error: &sea_orm::DbErr) -> bool {
     // Not what took too long by itself, whose batch is tried again piece by piece.
     (code.len() == 5 && code != "57014" && classes.iter().any(|class| code.starts_with(class)))
         || matches!(plain, Ok(5 | 6 | 13))
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::Database;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_hangs_up_before_the_first_answer_may_be_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("postgres://nobody@{}/nothing", listener.local_addr().unwrap());
+        let hang_up = async {
+            loop {
+                drop(listener.accept().await.unwrap());
+            }
+        };
+        let error = tokio::select! {
+            connection = Database::connect(url) => Error::from(connection.unwrap_err()),
+            () = hang_up => unreachable!(),
+        };
+        assert!(matches!(error, Error::Unavailable(_)), "{error}");
+    }
 }
