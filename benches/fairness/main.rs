@@ -45,8 +45,8 @@ const QUIET_PACE: u32 = 20;
 const DEAD: usize = 64;
 const DEAD_GROUPS: usize = 16;
 const DEAD_EVENTS: usize = 48;
-/// When attempts on them are over: the request timeout, and a moment.
-const GIVEN_UP: Duration = Duration::from_secs(16);
+/// When attempts on them are over: the request timeout of the service, and a moment.
+const GIVEN_UP: Duration = Duration::from_secs(31);
 /// Events a second for their groups, each for four of them as those of the others are: a fifth of all.
 const DEAD_PACE: u32 = PACE / 4;
 /// Webhooks of the slow scenario, in as many groups as there are event types for them.

@@ -90,9 +90,13 @@ impl From<sea_orm::DbErr> for Error {
 fn passes(error: &sea_orm::DbErr) -> bool {
     use sea_orm::{DbErr, RuntimeErr, SqlxError};
     let cause = match error {
-        // No connection, for whatever reason that is not the database's own: what is between may accept one and end it, before
-        // the first answer, as long as there is no server behind it.
-        DbErr::Conn(RuntimeErr::SqlxError(cause)) if !matches!(**cause, SqlxError::Database(_)) => return true,
+        // No connection, for whatever reason that is not the database's own, or ours: what is between may accept one and end it,
+        // before the first answer, as long as there is no server behind it.
+        DbErr::Conn(RuntimeErr::SqlxError(cause))
+            if !matches!(**cause, SqlxError::Database(_) | SqlxError::Configuration(_)) =>
+        {
+            return true;
+        }
         DbErr::Conn(RuntimeErr::SqlxError(cause))
         | DbErr::Exec(RuntimeErr::SqlxError(cause))
         | DbErr::Query(RuntimeErr::SqlxError(cause)) => cause,
@@ -114,7 +118,7 @@ fn passes(error: &sea_orm::DbErr) -> bool {
 #[cfg(test)]
 mod tests {
     use sea_orm::Database;
-    use tokio::net::TcpListener;
+    use tokio::{io::AsyncReadExt, net::TcpListener};
 
     use super::*;
 
@@ -124,7 +128,9 @@ mod tests {
         let url = format!("postgres://nobody@{}/nothing", listener.local_addr().unwrap());
         let hang_up = async {
             loop {
-                drop(listener.accept().await.unwrap());
+                let (mut client, _) = listener.accept().await.unwrap();
+                // All that was asked is read, or the end would be a reset.
+                client.read_exact(&mut [0; 8]).await.unwrap();
             }
         };
         let error = tokio::select! {

@@ -2,6 +2,7 @@
 
 pub(super) mod keeping;
 pub(super) mod parts;
+pub(super) mod takeover;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 

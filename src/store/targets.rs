@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    mem,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Instant,
 };
@@ -23,8 +24,8 @@ const MAX_TARGETS: usize = 50_000;
 /// Who subscribes to what is known up to this many ids of webhooks, which is 44 MiB; beyond, all of it is forgotten and learned
 /// anew.
 const MAX_IDS: usize = 512 * 1024;
-/// Of one tenant up to this many; beyond, only its own are forgotten. An event type that has more by itself is read for each
-/// commit, which has as many deliveries to write: nobody else is to be forgotten for it.
+/// Of one tenant up to this many; beyond, only its own are forgotten. An event type that has more by itself, which needs a
+/// `--max-webhooks` above that, is read for each of its publishes: nobody else is to be forgotten for it.
 const MAX_IDS_PER_TENANT: usize = MAX_IDS / 4;
 /// As so many more an event type counts: it takes memory also without any.
 const IDS_PER_TYPE: usize = 8;
@@ -121,7 +122,14 @@ impl Subscriptions {
         self.tenants.get(tenant)?.subscribers.get(event_type)
     }
 
-    fn remember(&mut self, (tenant, event_type): Subscription, asked_at: Instant, subscribers: Subscribers) {
+    /// What is forgotten for it, to be dropped when nobody waits.
+    fn remember(
+        &mut self,
+        (tenant, event_type): Subscription,
+        asked_at: Instant,
+        subscribers: Subscribers,
+    ) -> Vec<TenantSubscriptions> {
+        let mut forgotten = Vec::new();
         let ids_of = |subscribers: &Subscribers| IDS_PER_TYPE + subscribers.len();
         let ids = ids_of(&subscribers);
         if let Some(its) = self.tenants.get_mut(&tenant) {
@@ -129,25 +137,26 @@ impl Subscriptions {
             its.ids -= before;
             self.ids -= before;
             if its.ids + ids > MAX_IDS_PER_TENANT {
-                self.forget(&tenant);
+                forgotten.extend(self.forget(&tenant));
             }
         }
         if ids > MAX_IDS_PER_TENANT {
-            return;
+            return forgotten;
         }
         if self.ids + ids > MAX_IDS {
-            *self = Self::default();
+            forgotten.extend(mem::take(self).tenants.into_values());
         }
         self.ids += ids;
         let its = self.tenants.entry(tenant).or_default();
         its.ids += ids;
         its.subscribers.insert(event_type, (asked_at, subscribers));
+        forgotten
     }
 
-    fn forget(&mut self, tenant: &Tenant) {
-        if let Some(its) = self.tenants.remove(tenant) {
-            self.ids -= its.ids;
-        }
+    fn forget(&mut self, tenant: &Tenant) -> Option<TenantSubscriptions> {
+        let its = self.tenants.remove(tenant)?;
+        self.ids -= its.ids;
+        Some(its)
     }
 }
 
@@ -156,17 +165,20 @@ impl Targets {
     pub(super) fn forget(&self) {
         let mut known = self.lock();
         known.generation += 1;
-        known.targets.clear();
-        known.subscriptions = Subscriptions::default();
+        let forgotten = (mem::take(&mut known.targets), mem::take(&mut known.subscriptions));
+        // Freeing them takes longer than anybody is to wait for the lock.
+        drop(known);
+        drop(forgotten);
     }
 
     /// Forgets what is known of webhooks that have changed, and who subscribes to what of their tenants.
     pub(super) fn forget_webhooks(&self, changed: &[(Tenant, Arc<str>)]) {
+        let mut forgotten = Vec::new();
         let mut known = self.lock();
         known.generation += 1;
         for (tenant, webhook_id) in changed {
             known.targets.remove(webhook_id);
-            known.subscriptions.forget(tenant);
+            forgotten.extend(known.subscriptions.forget(tenant));
         }
     }
 
@@ -263,11 +275,12 @@ impl Store {
         }
         let asked_at = clock::stopwatch();
         self.looked_up(self.read_subscribers(&mut unknown)).await?;
+        let mut forgotten = Vec::new();
         let mut known = self.0.targets.lock();
         for (subscription, ids) in unknown {
             let ids: Subscribers = ids.into();
             if known.generation == generation {
-                known.subscriptions.remember(subscription.clone(), asked_at, Arc::clone(&ids));
+                forgotten.extend(known.subscriptions.remember(subscription.clone(), asked_at, Arc::clone(&ids)));
             }
             found.insert(subscription, ids);
         }

@@ -14,7 +14,7 @@ use crate::{
 
 const NODES: usize = 2;
 /// Whose reply is lost, and what follows, going round: each with each.
-const WHICH: [Which; 4] = [Which::Keyed, Which::Together, Which::Any, Which::Together];
+const WHICH: [Which; 4] = [Which::Keyed, Which::Together, Which::Result, Which::Together];
 const THEN: [Then; 3] = [Then::Cut, Then::Silence, Then::Down];
 /// The time without a way to the database.
 const DOWN: Duration = Duration::from_secs(1);
@@ -53,6 +53,7 @@ pub(super) async fn play(form: Form) -> Result<Report, String> {
     report.repeats_at_most(0);
     report.within("everything had arrived after", Some(settled), LEASE + A_BIT);
     let Carried { events, keyed, results } = lost;
+    report.check(keyed > 0 && results > 0, || "no reply was lost that told of a key, or of a result".to_owned());
     let carried = format!("{events} events ({keyed} published with a key) and {results} results");
     report.notes.push(format!("{losses} replies were lost, of commits with {carried}"));
     let again = world.ledger.books().asked_again;

@@ -3,7 +3,7 @@
 //! [`super::keeping`]), and once they are accepted, each of those parts is a commit's worth of events and deliveries like any
 //! other: it takes turns, and the commit that stores it removes its row, so it is stored once, by whoever has its lease. The
 //! caller is answered when all parts are stored. Should one fail, the answer is the same, and comes at once, since it will be
-//! stored: by whoever finds that its lease has run out, which may be a minute later.
+//! stored: by whoever finds that its lease has run out (see [`super::takeover`]), which may be a minute later.
 
 use std::{
     borrow::Cow,
@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::{ConnectionTrait, DbBackend};
+use sea_orm::DbBackend;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
@@ -23,13 +23,12 @@ use super::{Draft, DraftEvent, NewDelivery, Published, keeping::Whole, weight};
 use crate::{
     clock,
     store::{
-        Error, Store,
+        Error,
         handoff::Handoff,
         holdings::Holding,
         keys::tenant,
         rows::{Column, Rows, text},
-        sql::Sql,
-        writer::{Answer, BYTES_PER_ITEM, Write},
+        writer::{Answer, BYTES_PER_ITEM},
     },
     webhook::{Event, EventData, Plan, Tenant, Timestamp},
 };
@@ -40,11 +39,6 @@ pub(super) const LARGE: usize = 64;
 pub(super) const PART: usize = 16;
 /// A part also ends with the event that makes its data so long.
 const PART_BYTES: usize = PART * BYTES_PER_ITEM;
-/// So many parts of nodes that are gone are taken over at a time, and wait in memory for their turn; then the next ones.
-const MAX_TAKEN_OVER: usize = 64;
-/// The end of the lease of a part that cannot be read. It was accepted, so it stays; but nobody takes it over, or waits for it,
-/// before a node starts, which may be of a version that can read it, or somebody who has mended it gives it another one.
-pub(in crate::store) const SET_ASIDE: i64 = i64::MAX;
 
 const REMOVED: &[Column] = &[text("id"), text("node")];
 /// Each only if it is this node's.
@@ -252,7 +246,7 @@ impl Draft {
 
     /// A part that was kept by another node, or before a start. Its deliveries are claimed like all that is due: not all data
     /// that they need is in it.
-    fn taken_over(id: String, content: &str, lease: Duration) -> Result<Self, Error> {
+    pub(super) fn taken_over(id: String, content: &str, lease: Duration) -> Result<Self, Error> {
         let content: Content<'_> = serde_json::from_str(content).map_err(|_| Error::Corrupt("part"))?;
         let events = content.events.into_iter().map(|kept| {
             let has_row = kept.data.is_none();
@@ -288,122 +282,27 @@ pub(in crate::store) fn to_remove<'a>(backend: DbBackend, node: &str, drafts: im
     rows
 }
 
-impl Store {
-    /// Stores what a process that is gone had accepted, and discards what it had not. On SQLite no other node can be storing
-    /// it, so that is all; on PostgreSQL its leases run out in their own time. What was set aside is tried once more.
-    pub(in crate::store) async fn store_kept_parts_at_start(&self, lease: Duration) -> Result<(), Error> {
-        if self.sqlite() {
-            self.discard_drafts(true).await?;
-        }
-        let mut sql = Sql::new("UPDATE publish_parts SET lease_expires_at_ms = 0 WHERE lease_expires_at_ms = ");
-        sql.value(SET_ASIDE);
-        self.heard(self.run(sql)).await?;
-        while self.sqlite() && self.store_some_parts(true, lease).await? > 0 {}
-        Ok(())
-    }
-
-    /// Takes parts over whose lease has run out, and stores them in turns with all else, as long as `leases_end`. Answers how
-    /// many. What was not accepted before its lease ran out is discarded.
-    pub async fn store_kept_parts(
-        &self,
-        lease: Duration,
-        mut leases_end: impl FnMut() -> bool,
-    ) -> Result<usize, Error> {
-        let mut all = 0;
-        while leases_end()
-            && let more @ 1.. = self.store_some_parts(false, lease).await?
-        {
-            all += more;
-        }
-        if leases_end() {
-            self.discard_drafts(false).await?;
-        }
-        Ok(all)
-    }
-
-    /// How many are stored of those that one step takes over. One that failed is found again when its lease has run out.
-    async fn store_some_parts(&self, all: bool, lease: Duration) -> Result<usize, Error> {
-        let (mut stored, mut failed) = (0, None);
-        for part in self.take_parts_over(all, lease).await? {
-            match part.await.unwrap_or(Err(Error::Closed)) {
-                Ok(()) => stored += 1,
-                Err(error) => failed = Some(error),
-            }
-        }
-        if let Some(error) = failed {
-            tracing::warn!(%error, again_in = ?lease, "parts of what was published could not be stored; trying again");
-        }
-        Ok(stored)
-    }
-
-    /// Takes some parts over whose lease has run out, or any when `all`; each says when it is stored.
-    async fn take_parts_over(
-        &self,
-        all: bool,
-        lease: Duration,
-    ) -> Result<Vec<oneshot::Receiver<Result<(), Error>>>, Error> {
-        let now = clock::now();
-        // Materialized as in a claim, so that a plan that looks twice does not take more.
-        let mut sql = Sql::new("WITH due AS MATERIALIZED (SELECT id FROM publish_parts WHERE lease_expires_at_ms <= ");
-        sql.value(if all { SET_ASIDE - 1 } else { now.millis() });
-        // Not of those that are still being kept.
-        sql.text(
-            " AND NOT EXISTS (SELECT 1 FROM publish_drafts d WHERE d.id = substr(publish_parts.id, 1, length(d.id)))",
-        );
-        sql.text(&format!(" ORDER BY lease_expires_at_ms LIMIT {MAX_TAKEN_OVER}"));
-        sql.text(if self.sqlite() { "" } else { " FOR UPDATE SKIP LOCKED" });
-        sql.text(") UPDATE publish_parts SET node = ").value(self.0.node.as_str());
-        sql.text(", lease_expires_at_ms = ").value(now.after(lease).millis());
-        sql.text(" WHERE id IN (SELECT id FROM due) RETURNING id, content");
-        let writer = &self.0.engine_write;
-        let statement = sql.build(writer.get_database_backend());
-        let rows = self.heard(async { Ok(writer.query_all_raw(statement).await?) }).await?;
-        let (mut taken_over, mut unreadable) = (Vec::new(), Vec::new());
-        for row in rows {
-            let id: String = row.try_get_by_index(0)?;
-            // SQLite may also hold what is no text.
-            let content = row.try_get_by_index::<String>(1).map_err(|_| Error::Corrupt("part"));
-            let part = match content.and_then(|content| Draft::taken_over(id.clone(), &content, lease)) {
-                Ok(part) => part,
-                Err(error) => {
-                    tracing::error!(part = id, %error, "a part of what was accepted cannot be read; it is set aside");
-                    unreadable.push(id);
-                    continue;
-                }
-            };
-            let (organization, deliveries) = part.backlog();
-            self.0.backlog.let_in(organization, deliveries);
-            let (done, stored) = oneshot::channel();
-            self.writer()?.send(Write::Draft(Box::new(part), Done::TakenOver(done)))?;
-            taken_over.push(stored);
-        }
-        if !unreadable.is_empty() {
-            let mut sql = Sql::new("UPDATE publish_parts SET lease_expires_at_ms = ");
-            sql.value(SET_ASIDE).text(" WHERE node = ").value(self.0.node.as_str());
-            sql.text(" AND id IN ").list("(", unreadable.into_iter().map(Into::into), ")");
-            self.heard(self.run(sql)).await?;
-        }
-        Ok(taken_over)
-    }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use std::collections::HashMap;
 
     use proptest::prelude::*;
+    use sea_orm::ConnectionTrait;
 
     use super::*;
     use crate::{
         store::{
-            Lease, NewEvent,
+            Lease, NewEvent, Store,
             publish::{
                 Publish,
                 keeping::{INSERT_PARTS, Pieces},
+                takeover::{MAX_TAKEN_OVER, SET_ASIDE},
             },
             script::Script,
+            sql::Sql,
             targets::Subscribers,
             waiting::Waitlist,
+            writer::Write,
         },
         webhook::Environment,
     };
@@ -487,8 +386,19 @@ pub(super) mod tests {
         store.0.read.query_one_raw(sql.build(DbBackend::Sqlite)).await.unwrap().unwrap().try_get_by_index(0).unwrap()
     }
 
+    /// Those that [`draft`] has events for.
+    async fn webhooks(store: &Store, count: usize) {
+        let insert = format!(
+            "INSERT OR IGNORE INTO webhooks (id, organization, environment, url, events, status, secret, created_at_ms) \
+             WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) \
+             SELECT 'whk_' || (i - 1), 'acme', 'live', 'https://example.com/', '[]', 'active', '', 1 FROM n"
+        );
+        store.0.write.execute_unprepared(&insert).await.unwrap();
+    }
+
     /// Keeps a large publish as a node would that ends right after that.
     async fn keep(store: &Store, node: &str) -> Draft {
+        webhooks(store, 2).await;
         let draft = draft(store, &[(2, 10); 100], true);
         let pieces = Pieces::of(DbBackend::Sqlite, node, std::iter::once(&draft)).unwrap();
         store.0.commits.run(Script::default().with(INSERT_PARTS, pieces.parts)).await.unwrap();
@@ -526,10 +436,7 @@ pub(super) mod tests {
     #[tokio::test]
     async fn what_is_taken_over_is_sent_with_its_data() {
         let (_directory, store) = Store::fresh().await;
-        let webhooks = "INSERT INTO webhooks (id, organization, environment, url, events, status, secret, created_at_ms) \
-            WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 99) \
-            SELECT 'whk_' || i, 'acme', 'live', 'https://example.com/', '[]', 'active', '', 1 FROM n";
-        store.0.write.execute_unprepared(webhooks).await.unwrap();
+        webhooks(&store, 100).await;
         let draft = draft(&store, &[(100, 10)], true);
         let pieces = Pieces::of(DbBackend::Sqlite, "node_gone", std::iter::once(&draft)).unwrap();
         let events = super::super::events(DbBackend::Sqlite, std::iter::once(&draft));
@@ -562,6 +469,18 @@ pub(super) mod tests {
         assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 0, "it cannot be read, and stays");
         store.remove_deleted().await.unwrap();
         assert_eq!((count(&store, "webhooks").await, count(&store, "publish_parts").await), (0, 1));
+
+        // It has been mended, too late for one of its webhooks.
+        webhooks(&store, 1).await;
+        let content = draft(&store, &[(2, 10)], false).content().unwrap();
+        let mended = format!("UPDATE publish_parts SET lease_expires_at_ms = 0, content = '{content}'");
+        store.0.write.execute_unprepared(&mended).await.unwrap();
+        assert_eq!(store.store_kept_parts(LEASE.length, || true).await.unwrap(), 1);
+        assert_eq!(count(&store, "publish_parts").await, 0);
+        for table in ["deliveries", "delivery_counts"] {
+            assert_eq!(count(&store, &format!("{table} WHERE webhook_id = 'whk_0'")).await, 1);
+            assert_eq!(count(&store, table).await, 1, "{table}: what belongs to nothing would stay for ever");
+        }
     }
 
     /// Others that are taken over with it are stored, and nothing waits for it; but it is not lost.

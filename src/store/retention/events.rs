@@ -7,7 +7,7 @@ use sea_orm::QueryResult;
 use super::{MAX_READ, Round, Stop, ended_before, pages, steps};
 use crate::{
     clock,
-    store::{Error, publish::parts::SET_ASIDE, sql::Sql},
+    store::{Error, publish::takeover::SET_ASIDE, sql::Sql},
     webhook::Timestamp,
 };
 
