@@ -47,6 +47,7 @@ mod turns;
 mod waiting;
 mod webhooks;
 mod writer;
+mod writes;
 
 use std::{future::Future, sync::Arc, time::Duration};
 

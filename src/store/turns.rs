@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -60,6 +61,20 @@ impl<T> Turns<T> {
             self.order.push_back(organization);
         }
         item
+    }
+
+    /// Takes out all that are such.
+    pub(super) fn take(&mut self, such: impl Fn(&T) -> bool) -> Vec<T> {
+        let mut taken = Vec::new();
+        for line in self.lines.values_mut() {
+            let (out, left): (Vec<T>, Vec<T>) = mem::take(line).into_iter().partition(&such);
+            taken.extend(out);
+            line.extend(left);
+        }
+        self.lines.retain(|_, line| !line.is_empty());
+        self.order.retain(|organization| self.lines.contains_key(organization));
+        self.len -= taken.len();
+        taken
     }
 
     /// Lets all begin somewhere else, without a change of who follows whom.
@@ -129,5 +144,10 @@ mod tests {
         assert_eq!((turns.len(), turns.organizations()), (5, 2));
         let rest: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
         assert_eq!(rest, [("loud", 5), ("quiet", 2), ("loud", 6), ("quiet", 3), ("quiet", 4)]);
+        (0..3).for_each(|number| turns.push(loud(), ("loud", number)));
+        turns.push(quiet(), ("quiet", 7));
+        assert_eq!(turns.take(|(_, number)| number % 2 == 1).len(), 2);
+        assert_eq!((turns.len(), turns.organizations()), (2, 1), "who has nothing left has no turn");
+        assert_eq!([turns.pop(), turns.pop(), turns.pop()], [Some(("loud", 0)), Some(("loud", 2)), None]);
     }
 }

@@ -11,16 +11,17 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
+pub(super) use super::writes::{Answer, Write};
 use super::{
     Error, Inner, Store,
     batch::Batch,
     checkpoints::Checkpoints,
     commit_size::CommitSize,
     counts::Deltas,
-    leases::{self, Release},
+    leases,
     log::Log,
     publish::{
-        self, Draft, Publish, Published,
+        self, Draft,
         keeping::{self, Pieces},
         parts::{self, Done},
     },
@@ -43,24 +44,14 @@ const MAX_SHARED_BATCH: usize = 128;
 /// When one item of a batch that was refused takes the database this long by itself, the others are given up with it: each
 /// would take as long, and everybody waits behind them.
 const STALLED: Duration = Duration::from_secs(5);
+/// When a commit has waited this long for a database that is away, so has whoever waits behind it, and is refused with it: one
+/// commit after the other would have the last of them wait for minutes.
+const AWAY: Duration = Duration::from_secs(1);
 /// Organisations are taken to have something to write for so long after they had.
 const SHARED: Duration = Duration::from_secs(1);
 /// And when several had within this time, what is large is stored in parts: the first of those who come back after a pause is
 /// not to wait for it either.
 const SELDOM_SHARED: Duration = Duration::from_secs(10);
-
-/// Where the outcome of a write goes. Whoever left in the meantime misses only that: the write itself is done.
-pub(super) type Answer<T> = oneshot::Sender<Result<T, Error>>;
-
-/// Something to write.
-pub(super) enum Write {
-    Publish(Box<Publish>, Answer<Vec<Published>>),
-    /// What goes on with a publish that is stored in parts.
-    Draft(Box<Draft>, Done),
-    /// Answered with whether the lease still held.
-    Finish(Arc<Finished>, Answer<bool>),
-    Release(Release, Answer<()>),
-}
 
 /// The way to the task. What waits is bounded by those who send: publishes by [`super::room::MAX_WAITING_BYTES`], the others
 /// by what the node holds.
@@ -69,25 +60,14 @@ pub(super) struct Writer {
     shared: Arc<AtomicBool>,
 }
 
-impl Write {
-    fn organization(&self) -> Arc<str> {
-        Arc::clone(match self {
-            Self::Publish(publish, _) => publish.organization(),
-            Self::Draft(draft, _) => draft.organization(),
-            Self::Finish(finished, _) => finished.tenant.shared_organization(),
-            Self::Release(release, _) => release.organization(),
-        })
-    }
-
-    /// How much it is to write, in results or deliveries, as far as that is known.
-    fn weight(&self, store: &Store) -> usize {
-        match self {
-            Self::Publish(publish, _) => publish.weight(store.known_deliveries(publish.subscriptions())),
-            Self::Draft(draft, _) => draft.weight(),
-            Self::Finish(finished, _) => finished.weight(),
-            Self::Release(..) => 1,
-        }
-    }
+/// What became of a commit.
+enum Settled {
+    /// All of it was done at the first try, which took so long.
+    Done(Duration),
+    /// None of it was.
+    Failed(Error),
+    /// It took more than one.
+    Apart,
 }
 
 impl Writer {
@@ -134,19 +114,33 @@ impl Writer {
                     }
                     writes.push(next);
                 }
-                match store.draft(writes, &mut waiting, in_parts).await {
+                let asked = clock::stopwatch();
+                let settled = match store.draft(writes, &mut waiting, in_parts).await {
                     (batch, None) => {
                         weight = batch.weight;
-                        let took = store.settle(batch).await;
-                        if let (Some(size), Some(took)) = (&mut size, took) {
+                        store.settle(batch).await
+                    }
+                    (batch, Some(error)) => {
+                        store.fail(batch, &error);
+                        Settled::Failed(error)
+                    }
+                };
+                match settled {
+                    Settled::Done(took) => {
+                        if let Some(size) = &mut size {
                             size.learn(weight, took);
                             if weight >= most {
                                 rests.earn(shares, took);
                             }
                         }
                     }
-                    // Those who wait behind this batch are not to wait for the database a second time.
-                    (batch, Some(error)) => store.fail(batch, &error),
+                    Settled::Failed(error @ Error::Unavailable(_)) if asked.elapsed() >= AWAY => {
+                        while let Ok(next) = coming.try_recv() {
+                            waiting.push(next.organization(), next);
+                        }
+                        store.refuse(waiting.take(Write::may_be_refused), &error);
+                    }
+                    Settled::Failed(_) | Settled::Apart => {}
                 }
                 if checkpoints.after_commit(weight, waited, !waiting.is_empty() || !coming.is_empty()) {
                     store.0.commits.checkpoint().await;
@@ -233,14 +227,14 @@ impl Store {
     }
 
     /// Commits a batch and answers it. When the database refuses it for good, every item stands for itself, so that one
-    /// cannot spoil the others. How long the commit took, if all of it was done at the first try.
-    async fn settle(&self, batch: Batch) -> Option<Duration> {
+    /// cannot spoil the others.
+    async fn settle(&self, batch: Batch) -> Settled {
         let began = clock::stopwatch();
         match self.commit(&batch).await {
             Ok(lost) => {
-                let took = lost.is_empty().then(|| began.elapsed());
+                let settled = if lost.is_empty() { Settled::Done(began.elapsed()) } else { Settled::Apart };
                 self.answer(batch, &lost);
-                return took;
+                return settled;
             }
             Err(Error::Failed(_) | Error::TakenOver) if batch.len() > 1 => self.settle_apart(batch).await,
             Err(Error::Repeated) => {
@@ -254,9 +248,12 @@ impl Store {
                     Err(error) => self.fail(batch, &error),
                 }
             }
-            Err(error) => self.fail(batch, &error),
+            Err(error) => {
+                self.fail(batch, &error);
+                return Settled::Failed(error);
+            }
         }
-        None
+        Settled::Apart
     }
 
     /// Each item for itself, unless the database is too slow for one: then it is for all, who are not to wait one by one.
@@ -369,6 +366,20 @@ impl Store {
         }
     }
 
+    /// What is not written, nor will be.
+    fn refuse(&self, writes: Vec<Write>, error: &Error) {
+        let mut batch = Batch::default();
+        for write in writes {
+            match write {
+                Write::Publish(_, answer) => drop(answer.send(Err(error.clone()))),
+                Write::Draft(draft, done) => batch.drafts.push((*draft, done)),
+                Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
+                Write::Release(release, answer) => batch.releases.push((release, answer)),
+            }
+        }
+        self.fail(batch, error);
+    }
+
     fn fail(&self, batch: Batch, error: &Error) {
         for (draft, done) in batch.drafts {
             let (organization, deliveries) = draft.backlog();
@@ -387,7 +398,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        store::{Lease, NewEvent},
+        store::{Lease, NewEvent, publish::Publish},
         webhook::{self, Attempt, DeliveryStatus, Environment, Event, EventData, Tenant, Transition},
     };
 

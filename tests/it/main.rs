@@ -27,6 +27,7 @@ mod many_nodes;
 mod many_webhooks;
 mod publishing_many;
 mod rate_limiting;
+mod refusals;
 mod rest_layer;
 mod retention;
 mod sealed_secrets;
