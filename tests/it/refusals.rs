@@ -13,7 +13,7 @@ use tokio::{
 
 use crate::support::{Database, Kind, Receiver, TestServer, config};
 
-/// As the README says.
+/// A publish without a database is refused within this time.
 const REFUSED: Duration = Duration::from_secs(5);
 /// Publishes that wait at the same time: more than a commit has while several organisations write.
 const PUBLISHERS: usize = 64;
