@@ -15,7 +15,7 @@ use super::{
     caller::Caller,
     receiver::{Manners, Recovery, nanoseconds, now, serve},
     report::{Latency, Report},
-    support::{server::Server, service::Service},
+    support::{load::percentile_ms, server::Server, service::Service},
 };
 
 /// Not measured: connections are made, caches filled.
@@ -123,11 +123,9 @@ impl<'a> Stage<'a> {
             latencies = self.manners.arrived.latencies();
         }
         latencies.sort_unstable();
-        let percentile = |percent: usize| {
-            latencies.get(latencies.len().saturating_sub(1) * percent / 100).map_or(0.0, |ns| *ns as f64 / 1e6)
-        };
         let lost = published.saturating_sub(latencies.len());
-        Latency { p50_ms: percentile(50), p99_ms: percentile(99), count: latencies.len(), lost }
+        let [p50_ms, p99_ms] = [50, 99].map(|percent| percentile_ms(&latencies, percent));
+        Latency { p50_ms, p99_ms, count: latencies.len(), lost }
     }
 }
 

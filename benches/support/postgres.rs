@@ -50,9 +50,7 @@ impl Postgres {
 
     /// An empty database; its URL.
     pub(crate) async fn database(&self) -> Result<String, String> {
-        let name = clock::new_id("bench");
-        execute(&self.url("postgres"), &format!("CREATE DATABASE {name}")).await?;
-        Ok(self.url(&name))
+        new_database(&self.url("postgres")).await
     }
 
     /// Whether there is one to start.
@@ -146,6 +144,15 @@ pub(crate) fn family(leader: u32) -> Vec<u32> {
 pub(crate) fn processes() -> impl Iterator<Item = u32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok())
+}
+
+/// Makes an empty database beside the one at `url`; its URL.
+pub(crate) async fn new_database(url: &str) -> Result<String, String> {
+    let name = clock::new_id("bench");
+    execute(url, &format!("CREATE DATABASE {name}")).await?;
+    let mut url = url::Url::parse(url).map_err(|error| error.to_string())?;
+    url.set_path(&name);
+    Ok(url.into())
 }
 
 /// Has the server of the database at `url` do this.

@@ -1,9 +1,7 @@
 //! The PostgreSQL that is measured.
 
-use shortkit_webhooks::clock;
-
 use super::{
-    postgres::{Postgres, execute, family, processes},
+    postgres::{Postgres, execute, family, new_database, processes},
     service::cpu_secs,
 };
 
@@ -39,12 +37,7 @@ impl Server {
 
     /// A new database beside the one that is named, where there is a server; its URL.
     pub(crate) async fn database(server: Option<&Self>) -> Option<String> {
-        let server = server?;
-        let name = clock::new_id("bench");
-        execute(&server.url, &format!("CREATE DATABASE {name}")).await.expect("a new database");
-        let mut url = url::Url::parse(&server.url).expect("a URL");
-        url.set_path(&name);
-        Some(url.into())
+        Some(new_database(&server?.url).await.expect("a new database"))
     }
 
     /// Removes such a database again.

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::{
     leases::Release,
-    publish::{Draft, parts::Done},
+    publish::{Draft, Publish, Published, parts::Done},
     record::Finished,
-    writer::Answer,
+    writes::{Answer, Write},
 };
 use crate::failpoint;
 
@@ -20,7 +20,24 @@ pub(super) struct Batch {
     pub(super) weight: usize,
 }
 
+/// New events, of which nobody knows yet where they go.
+pub(super) type Publishes = Vec<(Box<Publish>, Answer<Vec<Published>>)>;
+
 impl Batch {
+    /// Everything in `writes` that is what it will be, and beside it what is to be drafted first.
+    pub(super) fn of(writes: Vec<Write>) -> (Self, Publishes) {
+        let (mut batch, mut publishes) = (Self::default(), Vec::new());
+        for write in writes {
+            match write {
+                Write::Publish(publish, answer) => publishes.push((publish, answer)),
+                Write::Draft(draft, done) => batch.drafts.push((*draft, done)),
+                Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
+                Write::Release(release, answer) => batch.releases.push((release, answer)),
+            }
+        }
+        (batch, publishes)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.drafts.len() + self.finished.len() + self.releases.len()
     }

@@ -177,21 +177,13 @@ impl Store {
     /// Sorts `writes`, and finds out where new events go; with the error when the database does not say. What is more than it
     /// seemed, as an event for a thousand webhooks after one of them has changed, is put back among those that wait.
     async fn draft(&self, writes: Vec<Write>, waiting: &mut Turns<Write>, in_parts: bool) -> (Batch, Option<Error>) {
-        let (mut batch, mut publishes) = (Batch::default(), Vec::new());
-        for write in writes {
-            match write {
-                // Whoever left was promised nothing.
-                Write::Publish(_, answer) if answer.is_closed() => {}
-                Write::Publish(publish, answer) => publishes.push((publish, answer)),
-                Write::Draft(mut draft, done) => {
-                    // What is taken over is claimed: not all data that it needs is in it.
-                    if !matches!(done, Done::TakenOver(_)) {
-                        draft.begin_leases(&self.0.handoff);
-                    }
-                    batch.drafts.push((*draft, done));
-                }
-                Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
-                Write::Release(release, answer) => batch.releases.push((release, answer)),
+        let (mut batch, mut publishes) = Batch::of(writes);
+        // Whoever left was promised nothing.
+        publishes.retain(|(_, answer)| !answer.is_closed());
+        for (draft, done) in &mut batch.drafts {
+            // What is taken over is claimed: not all data that it needs is in it.
+            if !matches!(done, Done::TakenOver(_)) {
+                draft.begin_leases(&self.0.handoff);
             }
         }
         batch.weight =
@@ -368,15 +360,8 @@ impl Store {
 
     /// What is not written, nor will be.
     fn refuse(&self, writes: Vec<Write>, error: &Error) {
-        let mut batch = Batch::default();
-        for write in writes {
-            match write {
-                Write::Publish(_, answer) => drop(answer.send(Err(error.clone()))),
-                Write::Draft(draft, done) => batch.drafts.push((*draft, done)),
-                Write::Finish(finished, answer) => batch.finished.push((finished, answer)),
-                Write::Release(release, answer) => batch.releases.push((release, answer)),
-            }
-        }
+        let (batch, publishes) = Batch::of(writes);
+        publishes.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
         self.fail(batch, error);
     }
 

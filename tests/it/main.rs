@@ -1,5 +1,6 @@
 //! The whole service through its doors: real sockets, real SQLite, real PostgreSQL.
 
+mod absent_database;
 mod support;
 
 mod architecture;
@@ -27,7 +28,6 @@ mod many_nodes;
 mod many_webhooks;
 mod publishing_many;
 mod rate_limiting;
-mod refusals;
 mod rest_layer;
 mod retention;
 mod sealed_secrets;

@@ -1,24 +1,16 @@
 //! A PostgreSQL whose connections go silent: nobody says that they have ended.
 
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
+use crate::support::{Answer, Database, Kind, Receiver, TestServer, Way, config};
 use futures_util::future::{join, join_all};
 use http::Method;
 use shortkit_webhooks::{
     clock,
+    config::Config,
     store::{KeyKind, Store},
     webhook::Environment,
 };
-use tokio::{
-    io::copy_bidirectional,
-    net::{TcpListener, TcpStream},
-    sync::watch,
-};
-
-use crate::support::{Answer, Database, Kind, Receiver, TestServer, config};
 
 /// A call that meets the silence is refused within this time, and one is accepted after twice as long.
 const REFUSED: Duration = Duration::from_secs(12);
@@ -27,42 +19,6 @@ const CALLS: usize = 16;
 
 const EVENT: &str = r#"{"event":"content.ready","data":{}}"#;
 
-/// A way to the database that can go silent.
-struct Way {
-    address: SocketAddr,
-    /// How often it has.
-    silences: watch::Sender<usize>,
-}
-
-impl Way {
-    async fn to(database: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (silences, silence) = watch::channel(0);
-        let database = database.to_owned();
-        tokio::spawn(async move {
-            while let Ok((mut from, _)) = listener.accept().await {
-                let (mut silence, database) = (silence.clone(), database.clone());
-                silence.mark_unchanged();
-                tokio::spawn(async move {
-                    let mut to = TcpStream::connect(database).await.unwrap();
-                    tokio::select! {
-                        _ = copy_bidirectional(&mut from, &mut to) => {}
-                        // Both ends stay as they are: nothing is said of it.
-                        _ = silence.changed() => std::future::pending().await,
-                    }
-                });
-            }
-        });
-        Self { address, silences }
-    }
-
-    /// What is connected hears nothing more; who connects from now on does.
-    fn go_silent(&self) {
-        self.silences.send_modify(|count| *count += 1);
-    }
-}
-
 async fn list(server: &TestServer, key: &str) -> Answer {
     server.send(server.anonymous(Method::GET, "/v1/webhooks").bearer_auth(key)).await
 }
@@ -70,10 +26,8 @@ async fn list(server: &TestServer, key: &str) -> Answer {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_go_silent_are_given_up() {
     let database = Database::fresh(Kind::Postgres).await;
-    let (server, name) = database.url["postgres://postgres@".len()..].split_once('/').unwrap();
-    let way = Way::to(server).await;
-    let mut config = config(&database);
-    config.database_url = format!("postgres://postgres@{}/{name}", way.address);
+    let way = Way::to(&database).await;
+    let config = Config { database_url: way.url.clone(), ..config(&database) };
     let receiver = Receiver::start().await;
     let server = TestServer::with(config).await;
     server.webhook(&receiver.url(), &["content.ready"]).await;

@@ -5,6 +5,7 @@ mod name_server;
 mod process;
 mod receiver;
 mod server;
+mod way;
 
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ pub(crate) use self::{
     process::{Process, lie_about_time},
     receiver::{Received, Receiver, Reply},
     server::{Answer, Bearer, MASTER_KEY, TestServer, Watch, config},
+    way::Way,
 };
 
 /// Something that does not happen within this time does not happen.
