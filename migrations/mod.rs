@@ -18,6 +18,7 @@ mod m0011_webhook_changes;
 mod m0012_given_back;
 mod m0013_publish_parts;
 mod m0014_publish_drafts;
+mod m0015_deliveries_by_time;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -70,6 +71,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0012_given_back", schema: m0012_given_back::schema },
             Step { name: "m0013_publish_parts", schema: m0013_publish_parts::schema },
             Step { name: "m0014_publish_drafts", schema: m0014_publish_drafts::schema },
+            Step { name: "m0015_deliveries_by_time", schema: m0015_deliveries_by_time::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QueryResult, Value,
+    ColumnTrait, ConnectionTrait, DbBackend, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QueryResult, Value,
 };
 
 use super::{
@@ -41,7 +41,7 @@ const LISTED: &str = listed!();
 
 /// How long the data of an event is, which both databases know without reading it: SQLite from the head of the row,
 /// PostgreSQL from the pointer to where long values are.
-const DATA_BYTES: &str = "(SELECT CAST(octet_length(data) AS BIGINT) FROM events WHERE events.id = page.event_id) \
+const DATA_BYTES: &str = "(SELECT CAST(octet_length(data) AS BIGINT) FROM events WHERE events.id = deliveries.event_id) \
     AS data_bytes";
 
 /// Which deliveries of a webhook to list.
@@ -127,27 +127,17 @@ impl Store {
         limit: u64,
     ) -> Result<Page<ListedDelivery>, Error> {
         let _turn = self.0.lanes.turn_to_read(tenant.shared_organization()).await?;
-        let mut counts = self.counts(webhook_id).await?;
-        // Where nothing is, PostgreSQL would go through all that was pending since it was vacuumed, to find none.
-        counts.retain(|count| {
-            count.total > 0
-                && filter.status.is_none_or(|status| status.as_str() == count.status)
+        let selected = |count: &delivery_count::Model| {
+            filter.status.is_none_or(|status| status.as_str() == count.status)
                 && filter.event_type.as_ref().is_none_or(|wanted| *wanted == count.event_type)
-        });
-        let total = counts.iter().map(|count| count.total).sum();
-        let filtered = *filter != DeliveryFilter::default();
-        if filtered && counts.is_empty() {
+        };
+        let counts = self.counts(webhook_id).await?;
+        let total = counts.iter().filter(|count| selected(count)).map(|count| count.total).sum();
+        if total == 0 {
             return Ok(Page { items: Vec::new(), total, more: false });
         }
-        // Each type and state is a range of an index that is already in order: merging the heads of the few that exist
-        // costs the same however long they are, also for a state that is rare.
-        let ranges = if filtered {
-            let range = |count: &delivery_count::Model| Ok(Some((count.event_type.clone(), status(&count.status)?)));
-            counts.iter().map(range).collect::<Result<_, Error>>()?
-        } else {
-            vec![None]
-        };
-        let statement = newest(webhook_id, &ranges, after, limit + 1).build(self.0.read.get_database_backend());
+        let backend = self.0.read.get_database_backend();
+        let statement = newest(backend, webhook_id, filter, after, limit + 1).build(backend);
         let found = self.0.read.query_all_raw(statement).await?;
         let found = found.iter().map(Found::read).collect::<Result<_, Error>>()?;
         let Page { items: mut found, total, mut more } = Page::cut(found, limit, total);
@@ -164,7 +154,7 @@ impl Store {
         id: &str,
     ) -> Result<Option<DeliveryDetail>, Error> {
         let _turn = self.0.lanes.turn_to_read(tenant.shared_organization()).await?;
-        let key = (webhook_id.to_owned(), id.to_owned());
+        let key = (id.to_owned(), webhook_id.to_owned());
         let Some(row) = delivery::Entity::find_by_id(key).one(&self.0.read).await? else { return Ok(None) };
         if self.has_forgotten_attempts(&row) {
             let listed = self.with_data(vec![row]).await?.pop();
@@ -201,7 +191,7 @@ impl Store {
         let statement = sql.build(transaction.get_database_backend());
         let updated = delivery::Entity::find().from_raw_sql(statement).one(&transaction).await.map_err(Error::from)?;
         let Some(row) = updated else {
-            let key = (webhook_id.to_owned(), id.to_owned());
+            let key = (id.to_owned(), webhook_id.to_owned());
             let found = delivery::Entity::find_by_id(key).one(&transaction).await.map_err(Error::from)?;
             return match found {
                 Some(row) => Err(RetryError::NotFailed(status(&row.status)?)),
@@ -251,31 +241,82 @@ impl Found {
     }
 }
 
-/// The newest deliveries of a webhook in some ranges, each of a type and a state, or in all, that are older than `after`,
-/// with the lengths of their data.
-fn newest(webhook_id: &str, ranges: &[Option<(String, DeliveryStatus)>], after: Option<&str>, most: u64) -> Sql {
+/// The newest deliveries of a webhook that a filter selects and that are older than `after`, with the lengths of their data.
+///
+/// Each type and state is a range of an index that is already in order, and the counts name those where something is: in an
+/// empty one PostgreSQL would go through all that was pending since it was vacuumed. As many of them as the page may have
+/// rows, those with the newest heads, have all that is on it. So a page costs a look-up for each type and state, and no more
+/// than its square, however long the ranges are and however rare what is asked for.
+fn newest(backend: DbBackend, webhook_id: &str, filter: &DeliveryFilter, after: Option<&str>, most: u64) -> Sql {
     let most = i64::try_from(most).unwrap_or(i64::MAX);
+    let parts: &[Part] = match filter.status {
+        None => &[Part::Pending, Part::Ended],
+        Some(DeliveryStatus::Pending) => &[Part::Pending],
+        Some(DeliveryStatus::Success | DeliveryStatus::Failed) => &[Part::Ended],
+    };
+    let mut sql = Sql::new("WITH heads AS MATERIALIZED (");
+    for (index, part) in parts.iter().enumerate() {
+        sql.text(if index > 0 { " UNION ALL " } else { "" }).text("SELECT event_type, status, (");
+        part.ids(&mut sql, webhook_id, after, 1).text(") AS head FROM delivery_counts AS ranges WHERE webhook_id = ");
+        sql.value(webhook_id).text(" AND total > 0 AND ").text(part.literal());
+        if let Some(status) = filter.status {
+            sql.text(" AND status = ").value(status.as_str());
+        }
+        if let Some(event_type) = &filter.event_type {
+            sql.text(" AND event_type = ").value(event_type.as_str());
+        }
+    }
+    sql.text("), ranges AS MATERIALIZED (SELECT event_type, status FROM heads WHERE head IS NOT NULL ORDER BY head DESC LIMIT ");
     // Cut first, so that no length is looked up for what is not on the page.
-    let mut sql = Sql::new("SELECT page.*, ");
-    sql.text(DATA_BYTES).text(" FROM (SELECT * FROM (");
-    for (index, range) in ranges.iter().enumerate() {
+    sql.value(most).text("), page AS MATERIALIZED (SELECT page_id FROM (");
+    for (index, part) in parts.iter().enumerate() {
         sql.text(if index > 0 { " UNION ALL " } else { "" });
-        sql.text(&format!("SELECT * FROM (SELECT {LISTED} FROM deliveries WHERE webhook_id = ")).value(webhook_id);
-        if let Some((event_type, status)) = range {
-            // Only by literals do planners see that a partial index has all of it, SQLite only by those of the index.
-            sql.text(" AND event_type = ").value(event_type.as_str()).text(match status {
-                DeliveryStatus::Pending => " AND status = 'pending'",
-                DeliveryStatus::Success => " AND status <> 'pending' AND status = 'success'",
-                DeliveryStatus::Failed => " AND status <> 'pending' AND status = 'failed'",
-            });
+        if backend == DbBackend::Postgres {
+            sql.text("SELECT found.id AS page_id FROM ranges CROSS JOIN LATERAL (");
+            part.ids(&mut sql, webhook_id, after, most).text(") AS found");
+        } else {
+            // Differs from PostgreSQL because SQLite knows no LATERAL but for what a function makes of its arguments.
+            sql.text("SELECT found.value AS page_id FROM ranges, json_each((SELECT json_group_array(id) FROM (");
+            part.ids(&mut sql, webhook_id, after, most).text("))) AS found");
+        }
+        sql.text(" WHERE ranges.").text(part.literal());
+    }
+    sql.text(") AS merged ORDER BY page_id DESC LIMIT ").value(most);
+    sql.text(&format!(
+        ") SELECT {LISTED}, {DATA_BYTES} FROM page CROSS JOIN deliveries WHERE id = page_id AND webhook_id = "
+    ));
+    sql.value(webhook_id).text(" ORDER BY id DESC");
+    sql
+}
+
+/// What has an index of its own.
+#[derive(Clone, Copy)]
+pub(super) enum Part {
+    Pending,
+    Ended,
+}
+
+impl Part {
+    /// Its condition. Only by a literal do planners see that a partial index has all of it, SQLite only by that of the index.
+    pub(super) fn literal(self) -> &'static str {
+        match self {
+            Self::Pending => "status = 'pending'",
+            Self::Ended => "status <> 'pending'",
+        }
+    }
+
+    /// Adds the query of the newest ids in the range that `ranges` is at.
+    fn ids<'a>(self, sql: &'a mut Sql, webhook_id: &str, after: Option<&str>, most: i64) -> &'a mut Sql {
+        sql.text("SELECT d.id FROM deliveries AS d WHERE d.webhook_id = ").value(webhook_id);
+        sql.text(" AND d.event_type = ranges.event_type AND d.").text(self.literal());
+        if matches!(self, Self::Ended) {
+            sql.text(" AND d.status = ranges.status");
         }
         if let Some(id) = after {
-            sql.text(" AND id < ").value(id);
+            sql.text(" AND d.id < ").value(id);
         }
-        sql.text(" ORDER BY id DESC LIMIT ").value(most).text(&format!(") AS r{index}"));
+        sql.text(" ORDER BY d.id DESC LIMIT ").value(most)
     }
-    sql.text(") AS merged ORDER BY id DESC LIMIT ").value(most).text(") AS page ORDER BY id DESC");
-    sql
 }
 
 /// Keeps as many deliveries as fit with their data into [`MAX_PAGE_BYTES`], at least one; true when some did not.
@@ -343,8 +384,6 @@ pub(super) fn status_code(column: Option<i32>) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
-    use sea_orm::DbBackend;
-
     use super::*;
 
     /// Which of the deliveries with data of these lengths are on the page, and whether some are not.
@@ -388,21 +427,35 @@ mod tests {
         assert_eq!(cut(&[1, usize::MAX, 1]), (1, true));
     }
 
-    /// However rare a state is, it has a range of an index.
+    /// However rare a state is, it has a range of an index; what is listed is read by its key.
     #[tokio::test]
     async fn sqlite_finds_by_an_index_what_a_filter_asks_for() {
+        const PENDING: &str = "deliveries_pending (webhook_id=? AND event_type=? AND id<?)";
+        const ENDED: &str = "deliveries_ended (webhook_id=? AND event_type=? AND status=? AND id<?)";
         let (_directory, store) = Store::fresh().await;
-        for (status, index) in [
-            (DeliveryStatus::Pending, "deliveries_pending (webhook_id=? AND event_type=? AND id<?)"),
-            (DeliveryStatus::Success, "deliveries_ended (webhook_id=? AND event_type=? AND status=? AND id<?)"),
-            (DeliveryStatus::Failed, "deliveries_ended (webhook_id=? AND event_type=? AND status=? AND id<?)"),
+        for (status, indexes) in [
+            (None, vec![PENDING, ENDED]),
+            (Some(DeliveryStatus::Pending), vec![PENDING]),
+            (Some(DeliveryStatus::Success), vec![ENDED]),
+            (Some(DeliveryStatus::Failed), vec![ENDED]),
         ] {
-            let mut statement = newest("whk_1", &[Some(("content.ready".to_owned(), status))], Some("del_1"), 20)
-                .build(DbBackend::Sqlite);
+            let filter = DeliveryFilter { status, event_type: None };
+            let mut statement = newest(DbBackend::Sqlite, "whk_1", &filter, Some("del_1"), 20).build(DbBackend::Sqlite);
             statement.sql.insert_str(0, "EXPLAIN QUERY PLAN ");
             let rows = store.0.read.query_all_raw(statement).await.unwrap();
             let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
-            assert!(plan.iter().any(|step| step.ends_with(&format!("INDEX {index}"))), "{status:?}: {plan:?}");
+            let searched = |step: &'_ str| {
+                step.starts_with("SEARCH ").then(|| step.split_once(" INDEX ").map(|(_, index)| index.to_owned()))
+            };
+            let mut searches: Vec<String> = plan.iter().filter_map(|step| searched(step)?).collect();
+            // Each once for its head and once for the page.
+            let mut expected: Vec<&str> = indexes.iter().flat_map(|index| [*index; 2]).collect();
+            expected.extend(indexes.iter().map(|_| "sqlite_autoindex_delivery_counts_1 (webhook_id=?)"));
+            expected
+                .extend(["sqlite_autoindex_deliveries_1 (id=? AND webhook_id=?)", "sqlite_autoindex_events_1 (id=?)"]);
+            searches.sort_unstable();
+            expected.sort_unstable();
+            assert!(searches == expected, "{status:?}: {plan:#?}");
         }
     }
 }

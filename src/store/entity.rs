@@ -146,9 +146,9 @@ pub(super) mod delivery {
     #[sea_orm(table_name = "deliveries")]
     pub struct Model {
         #[sea_orm(primary_key, auto_increment = false)]
-        pub webhook_id: String,
-        #[sea_orm(primary_key, auto_increment = false)]
         pub id: String,
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub webhook_id: String,
         pub organization: String,
         pub environment: String,
         pub event_id: String,

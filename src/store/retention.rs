@@ -84,13 +84,6 @@ enum What {
     Deleted,
 }
 
-/// Deliveries of a webhook from one id to another.
-struct Run<'a> {
-    webhook_id: &'a str,
-    first: &'a str,
-    last: &'a str,
-}
-
 /// Why a round ends early.
 enum Stop {
     /// Another node is at it.
@@ -159,28 +152,14 @@ impl<'a> Round<'a> {
         ended
     }
 
-    /// Goes through the deliveries made between two times, and removes what is to go.
+    /// Goes through the deliveries made between two times, the oldest first, and removes what is to go.
     async fn walk(&mut self, what: What, made: [Timestamp; 2]) -> Result<(), Stop> {
-        let [from, to] = made.map(|at| clock::first_id("del", at));
-        let mut after = String::new();
-        loop {
-            let webhooks = self.webhooks_between(&after, &from, &to).await?;
-            let Some(last) = webhooks.last() else { return Ok(()) };
-            for webhook_id in &webhooks {
-                self.walk_webhook(what, webhook_id, [&from, &to]).await?;
-            }
-            after.clone_from(last);
-        }
-    }
-
-    async fn walk_webhook(&mut self, what: What, webhook_id: &str, [from, to]: [&str; 2]) -> Result<(), Stop> {
-        let mut after = from.to_owned();
+        let [mut after, to] = made.map(|at| clock::first_id("del", at));
         loop {
             let began = clock::stopwatch();
             let mut sql = Sql::new("SELECT id, attempts, CASE WHEN ");
-            what.applies(&mut sql).text(" THEN 1 ELSE 0 END FROM deliveries WHERE webhook_id = ").value(webhook_id);
-            sql.text(" AND id >= ").value(after.as_str()).text(" AND id < ").value(to);
-            sql.text(" ORDER BY id LIMIT ").value(MAX_READ);
+            what.applies(&mut sql).text(" THEN 1 ELSE 0 END FROM deliveries WHERE id >= ").value(after.as_str());
+            sql.text(" AND id < ").value(to.as_str()).text(" ORDER BY id LIMIT ").value(MAX_READ);
             let found = self.read(sql).await?;
             let rows = found.iter().map(QueryResult::try_get_many_by_index);
             let rows = rows.collect::<Result<Vec<(String, i32, i32)>, _>>()?;
@@ -189,10 +168,7 @@ impl<'a> Round<'a> {
             if due.is_empty() {
                 self.in_vain += began.elapsed();
             }
-            for step in steps(&due, self.step.most) {
-                let run = Run { webhook_id, first: step[0].0, last: step[step.len() - 1].0 };
-                self.remove(what, &[run]).await?;
-            }
+            self.remove(what, &due).await?;
             match rows.last() {
                 // No id is between one and the same with a letter more.
                 Some((last, ..)) if rows.len() as i64 == MAX_READ => after = format!("{last}0"),
@@ -222,14 +198,9 @@ impl<'a> Round<'a> {
             let found = self.read(sql).await?;
             let rows = found.iter().map(QueryResult::try_get_many_by_index);
             let rows = rows.collect::<Result<Vec<(i64, String, String, i32)>, _>>()?;
-            let due: Vec<(Run<'_>, usize)> = rows
-                .iter()
-                .map(|(_, webhook_id, id, attempts)| (Run { webhook_id, first: id, last: id }, weight(*attempts)))
-                .collect();
-            for step in steps(&due, self.step.most) {
-                let runs: Vec<Run<'_>> = step.iter().map(|(run, _)| Run { ..*run }).collect();
-                self.remove(What::Attempts(old), &runs).await?;
-            }
+            let due: Vec<(&str, usize)> =
+                rows.iter().map(|(_, _, id, attempts)| (id.as_str(), weight(*attempts))).collect();
+            self.remove(What::Attempts(old), &due).await?;
             match rows.into_iter().next_back() {
                 Some((at, webhook_id, id, _)) => after = (at, webhook_id, id),
                 None => return self.set_mark(FORGOTTEN_LATE, old).await,
@@ -237,37 +208,38 @@ impl<'a> Round<'a> {
         }
     }
 
-    /// Removes what is to go of the deliveries in `runs`, as one step.
-    async fn remove(&self, what: What, runs: &[Run<'_>]) -> Result<(), Stop> {
-        self.step(self.try_remove(what, runs)).await
+    /// Removes what is to go of some deliveries, given with their weights, in as many steps as it takes.
+    async fn remove(&self, what: What, due: &[(&str, usize)]) -> Result<(), Stop> {
+        for step in steps(due, self.step.most) {
+            self.step(self.try_remove(what, step)).await?;
+        }
+        Ok(())
     }
 
-    async fn try_remove(&self, what: What, runs: &[Run<'_>]) -> Result<(), Stop> {
+    async fn try_remove(&self, what: What, step: &[(&str, usize)]) -> Result<(), Stop> {
         let transaction = self.begin().await?;
         let backend = transaction.get_database_backend();
+        let mut sql = Sql::new(match what {
+            What::Ended(_) | What::Deleted => "DELETE FROM deliveries WHERE id IN ",
+            What::Attempts(_) => "UPDATE deliveries SET response = NULL WHERE id IN ",
+        });
+        sql.list("(", step.iter().map(|(id, _)| (*id).into()), ") AND ");
+        what.applies(&mut sql).text(" RETURNING id, webhook_id, event_type, status, attempts");
         let mut attempts = Rows::new(backend, DELIVERY_IDS);
-        let mut removed: BTreeMap<(&str, String, String), i64> = BTreeMap::new();
-        for Run { webhook_id, first, last } in runs {
-            let mut sql = Sql::new(match what {
-                What::Ended(_) | What::Deleted => "DELETE FROM deliveries",
-                What::Attempts(_) => "UPDATE deliveries SET response = NULL",
-            });
-            sql.text(" WHERE webhook_id = ").value(*webhook_id);
-            sql.text(" AND id >= ").value(*first).text(" AND id <= ").value(*last).text(" AND ");
-            what.applies(&mut sql).text(" RETURNING id, event_type, status, attempts");
-            for row in transaction.query_all_raw(sql.build(backend)).await? {
-                let (id, event_type, status, count): (String, String, String, i32) = row.try_get_many_by_index()?;
-                // What succeeded at once has no others.
-                if count > 1 || status != DeliveryStatus::Success.as_str() {
-                    attempts.push([(&id).into()]);
-                }
-                *removed.entry((webhook_id, event_type, status)).or_default() += 1;
+        let mut removed: BTreeMap<(String, String, String), i64> = BTreeMap::new();
+        for row in transaction.query_all_raw(sql.build(backend)).await? {
+            let (id, webhook_id, event_type, status, count): (String, String, String, String, i32) =
+                row.try_get_many_by_index()?;
+            // What succeeded at once has no others.
+            if count > 1 || status != DeliveryStatus::Success.as_str() {
+                attempts.push([(&id).into()]);
             }
+            *removed.entry((webhook_id, event_type, status)).or_default() += 1;
         }
         let mut counts = Rows::new(backend, COUNTS);
         if matches!(what, What::Ended(_)) {
             for ((webhook_id, event_type, status), count) in &removed {
-                counts.push([(*webhook_id).into(), event_type.into(), status.into(), (*count).into()]);
+                counts.push([webhook_id.into(), event_type.into(), status.into(), (*count).into()]);
             }
         }
         Script::default().with(REMOVE_ATTEMPTS, attempts).with(COUNT_REMOVED, counts).run(&transaction).await?;
@@ -290,15 +262,6 @@ impl<'a> Round<'a> {
         self.heard(step).await?;
         tokio::time::sleep(began.elapsed() * self.step.rest).await;
         Ok(())
-    }
-
-    /// The next webhooks, after one, that have deliveries whose ids are from `from` to before `to`.
-    async fn webhooks_between(&self, after: &str, from: &str, to: &str) -> Result<Vec<String>, Stop> {
-        let mut sql = Sql::new("SELECT w.id FROM webhooks w WHERE w.id > ");
-        // A look-up for each webhook, and nothing that a planner could turn into a scan of the deliveries.
-        sql.value(after).text(" AND (SELECT min(d.id) FROM deliveries d WHERE d.webhook_id = w.id AND d.id >= ");
-        sql.value(from).text(") < ").value(to).text(" ORDER BY w.id LIMIT ").value(MAX_READ);
-        Ok(self.read(sql).await?.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
     }
 
     /// Begins a step. On PostgreSQL the others do not have one at the same time: whoever finds a node at it leaves the

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, QueryResult};
 
-use super::{MAX_READ, Round, Run, Step, Stop, What, steps, weight};
+use super::{MAX_READ, Round, Step, Stop, What, weight};
 use crate::{
     clock,
-    store::{Error, Store, sql::Sql},
+    store::{Error, Store, deliveries::Part, sql::Sql},
     webhook::Timestamp,
 };
 
@@ -17,6 +17,14 @@ const SETTLED: Duration = Duration::from_secs(60);
 const REST: u32 = 8;
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes this.
 const LOCK: i64 = 0x736b_7764;
+
+/// A delivery that is left.
+struct Left {
+    event_type: String,
+    status: String,
+    id: String,
+    attempts: i32,
+}
 
 impl Store {
     /// Removes webhooks that were deleted, with all that they left.
@@ -36,15 +44,15 @@ impl Round<'_> {
             return Ok(());
         }
         for webhook_id in self.deleted(settled).await? {
-            let mut after = String::new();
-            loop {
-                let left = self.left_of(&webhook_id, &after).await?;
-                let Some((last, _)) = left.last() else { break };
-                for step in steps(&left, self.step.most) {
-                    let run = Run { webhook_id: &webhook_id, first: &step[0].0, last: &step[step.len() - 1].0 };
-                    self.remove(What::Deleted, &[run]).await?;
+            for part in [Part::Ended, Part::Pending] {
+                let mut after = None;
+                loop {
+                    let left = self.left_of(&webhook_id, part, after.as_ref()).await?;
+                    let due: Vec<(&str, usize)> = left.iter().map(|left| (&*left.id, weight(left.attempts))).collect();
+                    self.remove(What::Deleted, &due).await?;
+                    let Some(last) = left.into_iter().next_back() else { break };
+                    after = Some(last);
                 }
-                after.clone_from(last);
             }
             self.forget(&webhook_id).await?;
         }
@@ -58,23 +66,34 @@ impl Round<'_> {
         Ok(self.read(sql).await?.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
     }
 
-    /// The next deliveries of a webhook, after one, that nobody has leased, each with how many rows it is.
-    async fn left_of(&self, webhook_id: &str, after: &str) -> Result<Vec<(String, usize)>, Stop> {
-        let mut sql = Sql::new("SELECT id, attempts FROM deliveries WHERE webhook_id = ");
-        sql.value(webhook_id).text(" AND id > ").value(after);
-        sql.text(" AND lease_node IS NULL ORDER BY id LIMIT ").value(MAX_READ);
+    /// The next deliveries of a webhook, after one, that nobody has leased.
+    async fn left_of(&self, webhook_id: &str, part: Part, after: Option<&Left>) -> Result<Vec<Left>, Stop> {
+        // In the order of the index, since what was removed stays in PostgreSQL's until it is vacuumed.
+        let columns = if matches!(part, Part::Pending) { "event_type, id" } else { "event_type, status, id" };
+        let mut sql = Sql::new("SELECT event_type, status, id, attempts FROM deliveries WHERE webhook_id = ");
+        sql.value(webhook_id).text(" AND ").text(part.literal()).text(" AND lease_node IS NULL");
+        if let Some(Left { event_type, status, id, .. }) = after {
+            let status = matches!(part, Part::Ended).then_some(status);
+            let place = [Some(event_type), status, Some(id)].into_iter().flatten();
+            sql.text(&format!(" AND ({columns}) > ")).row(place.map(|value| value.as_str().into()));
+        }
+        sql.text(&format!(" ORDER BY {columns} LIMIT ")).value(MAX_READ);
         let found = self.read(sql).await?;
-        let rows = found.iter().map(QueryResult::try_get_many_by_index);
-        let rows = rows.collect::<Result<Vec<(String, i32)>, _>>()?;
-        Ok(rows.into_iter().map(|(id, attempts)| (id, weight(attempts))).collect())
+        let left = |row: &QueryResult| {
+            let (event_type, status, id, attempts) = row.try_get_many_by_index()?;
+            Ok(Left { event_type, status, id, attempts })
+        };
+        found.iter().map(left).collect()
     }
 
     /// Removes a webhook itself, unless an attempt is on the wire, or its node is gone and the lease will be rescued.
     async fn forget(&self, webhook_id: &str) -> Result<(), Stop> {
-        let mut left = Sql::new("SELECT 1 FROM deliveries WHERE webhook_id = ");
-        left.value(webhook_id).text(" LIMIT 1");
-        if !self.read(left).await?.is_empty() {
-            return Ok(());
+        for part in [Part::Ended, Part::Pending] {
+            let mut left = Sql::new("SELECT 1 FROM deliveries WHERE webhook_id = ");
+            left.value(webhook_id).text(" AND ").text(part.literal()).text(" LIMIT 1");
+            if !self.read(left).await?.is_empty() {
+                return Ok(());
+            }
         }
         self.step(async {
             let transaction = self.begin().await?;

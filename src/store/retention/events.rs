@@ -70,21 +70,10 @@ impl Round<'_> {
     async fn needed(&self, first: &str, last: &str, old: Timestamp) -> Result<HashSet<String>, Stop> {
         let [first, last] = [first, last].map(|id| clock::made_at(id).ok_or(Error::Corrupt("id of an event")));
         let (from, to) = (clock::first_id("del", first?.before(SPREAD)), clock::first_id("del", last?.after(SPREAD)));
-        let (mut needed, mut after) = (HashSet::new(), String::new());
-        loop {
-            let webhooks = self.webhooks_between(&after, &from, &to).await?;
-            let Some(last) = webhooks.last() else { return Ok(needed) };
-            for webhook_id in &webhooks {
-                let mut sql = Sql::new("SELECT event_id FROM deliveries WHERE webhook_id = ");
-                sql.value(webhook_id.as_str()).text(" AND id >= ").value(from.as_str());
-                sql.text(" AND id < ").value(to.as_str()).text(" AND NOT (");
-                ended_before(&mut sql, old).text(")");
-                for row in self.read(sql).await? {
-                    needed.insert(row.try_get_by_index(0)?);
-                }
-            }
-            after.clone_from(last);
-        }
+        let mut sql = Sql::new("SELECT event_id FROM deliveries WHERE id >= ");
+        sql.value(from.as_str()).text(" AND id < ").value(to.as_str()).text(" AND NOT (");
+        ended_before(&mut sql, old).text(")");
+        Ok(self.read(sql).await?.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
     }
 
     async fn remove_events_in(&self, step: &[(&str, usize)], old: Timestamp) -> Result<(), Stop> {
