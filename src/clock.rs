@@ -201,9 +201,9 @@ mod tests {
     /// One test, since the clock is the process's: it leaves things as they were for the others.
     #[test]
     fn goes_by_the_clock_that_is_followed() {
-        let (real, at) = (of_this_machine(), stopwatch());
+        // Both pairs in this order, so that it is no less when something else runs in between.
+        let (at, real) = (stopwatch(), of_this_machine());
         follow(Timestamp::from_millis(real.millis() + 2), at);
-        // In this order, so that it is no less when something else runs in between.
         let (own, followed) = (of_this_machine(), now());
         assert!((1..1_000).contains(&(followed.millis() - own.millis())), "{followed} {own}");
         follow(real, at);
