@@ -98,7 +98,7 @@ async fn who_reads_much_leaves_connections_to_the_others() {
     let quiet = server.new_key(Some("quiet"), KeyKind::Secret, Environment::Test).await;
     let connection = database.open().await;
     let busy = connection.begin().await.unwrap();
-    busy.execute_unprepared("LOCK TABLE deliveries").await.unwrap();
+    busy.execute_unprepared("LOCK TABLE delivery_counts").await.unwrap();
     let mut loud = JoinSet::new();
     for _ in 0..20 {
         loud.spawn(server.request(Method::GET, &format!("/v1/webhooks/{webhook}/deliveries")).send());
