@@ -3,8 +3,8 @@
 //! time: what is new is on the same few pages, whoever it is for. Lists, which went by that key, go by the indexes of
 //! what is pending and what ended, which they have for their filters.
 //!
-//! It takes as long as it takes to copy all deliveries on SQLite, and to make the key on PostgreSQL. There, lists on nodes
-//! of before are slow from then on: they should be replaced soon.
+//! Meanwhile nothing can be read or written: nodes of before should be stopped first, whose lists and retention would be slow
+//! after it. On SQLite all deliveries are copied, which takes room for them once more, and for the log of that.
 
 use sea_orm::DbBackend;
 
@@ -15,6 +15,12 @@ ALTER TABLE deliveries DROP CONSTRAINT deliveries_pkey, ADD PRIMARY KEY (id, web
 
 /// SQLite cannot give a table another key.
 const SQLITE: &str = "
+-- First, so that the copy uses their pages.
+DROP INDEX deliveries_due;
+DROP INDEX deliveries_leased;
+DROP INDEX deliveries_late;
+DROP INDEX deliveries_pending;
+DROP INDEX deliveries_ended;
 CREATE TABLE deliveries_by_time (
     id TEXT NOT NULL,
     webhook_id TEXT NOT NULL,

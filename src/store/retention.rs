@@ -56,7 +56,7 @@ const LATE: Duration = Duration::from_secs(60 * 60);
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes what is old.
 const LOCK: i64 = 0x736b_7772;
 
-/// PostgreSQL follows the primary keys, whatever it believes of how much is old: sorting all of that for a few rows would
+/// PostgreSQL follows the keys and indexes that these statements are made for, whatever it believes of how much is old: sorting all of that for a few rows would
 /// cost more the more there is.
 const BY_KEY: &str = "SET LOCAL enable_sort TO off; SET LOCAL enable_bitmapscan TO off";
 
@@ -75,13 +75,13 @@ const FORGOTTEN_LATE: &str = "late_attempts_forgotten_ms";
 
 /// What is removed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum What {
+enum What<'a> {
     /// Deliveries that ended before a time.
     Ended(Timestamp),
     /// The attempts of those.
     Attempts(Timestamp),
-    /// Deliveries of a deleted webhook, pending or not, but for those of which an attempt may be on the wire.
-    Deleted,
+    /// Deliveries of this deleted webhook, pending or not, but for those of which an attempt may be on the wire.
+    Deleted(&'a str),
 }
 
 /// Why a round ends early.
@@ -153,7 +153,7 @@ impl<'a> Round<'a> {
     }
 
     /// Goes through the deliveries made between two times, the oldest first, and removes what is to go.
-    async fn walk(&mut self, what: What, made: [Timestamp; 2]) -> Result<(), Stop> {
+    async fn walk(&mut self, what: What<'_>, made: [Timestamp; 2]) -> Result<(), Stop> {
         let [mut after, to] = made.map(|at| clock::first_id("del", at));
         loop {
             let began = clock::stopwatch();
@@ -165,9 +165,7 @@ impl<'a> Round<'a> {
             let rows = rows.collect::<Result<Vec<(String, i32, i32)>, _>>()?;
             let due = rows.iter().filter(|(_, _, due)| *due == 1);
             let due: Vec<(&str, usize)> = due.map(|(id, attempts, _)| (id.as_str(), weight(*attempts))).collect();
-            if due.is_empty() {
-                self.in_vain += began.elapsed();
-            }
+            self.looked(began.elapsed(), rows.len() - due.len(), rows.len());
             self.remove(what, &due).await?;
             match rows.last() {
                 // No id is between one and the same with a letter more.
@@ -175,6 +173,12 @@ impl<'a> Round<'a> {
                 _ => return Ok(()),
             }
         }
+    }
+
+    /// Notes that a look found so many rows of which some stay, and will be looked at again each round.
+    fn looked(&mut self, took: Duration, stay: usize, rows: usize) {
+        let [stay, rows] = [stay, rows.max(1)].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+        self.in_vain += took * stay / rows;
     }
 
     /// Removes the attempts of deliveries that ended before `old`: of those that ended soon after they were made, by when
@@ -209,18 +213,18 @@ impl<'a> Round<'a> {
     }
 
     /// Removes what is to go of some deliveries, given with their weights, in as many steps as it takes.
-    async fn remove(&self, what: What, due: &[(&str, usize)]) -> Result<(), Stop> {
+    async fn remove(&self, what: What<'_>, due: &[(&str, usize)]) -> Result<(), Stop> {
         for step in steps(due, self.step.most) {
             self.step(self.try_remove(what, step)).await?;
         }
         Ok(())
     }
 
-    async fn try_remove(&self, what: What, step: &[(&str, usize)]) -> Result<(), Stop> {
+    async fn try_remove(&self, what: What<'_>, step: &[(&str, usize)]) -> Result<(), Stop> {
         let transaction = self.begin().await?;
         let backend = transaction.get_database_backend();
         let mut sql = Sql::new(match what {
-            What::Ended(_) | What::Deleted => "DELETE FROM deliveries WHERE id IN ",
+            What::Ended(_) | What::Deleted(_) => "DELETE FROM deliveries WHERE id IN ",
             What::Attempts(_) => "UPDATE deliveries SET response = NULL WHERE id IN ",
         });
         sql.list("(", step.iter().map(|(id, _)| (*id).into()), ") AND ");
@@ -315,12 +319,12 @@ impl<'a> Round<'a> {
     }
 }
 
-impl What {
+impl What<'_> {
     /// Adds the condition that a delivery is one of those.
     fn applies(self, sql: &mut Sql) -> &mut Sql {
         match self {
             Self::Ended(old) | Self::Attempts(old) => ended_before(sql, old),
-            Self::Deleted => sql.text("lease_node IS NULL"),
+            Self::Deleted(webhook_id) => sql.text("lease_node IS NULL AND webhook_id = ").value(webhook_id),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use sea_orm::{ConnectOptions, ConnectionTrait, DbBackend, Statement};
+use sea_orm::{ConnectOptions, ConnectionTrait, DatabaseConnection, DbBackend, Statement};
 use serde_json::{Value, json};
 use shortkit_webhooks::{
     config::Config,
@@ -198,6 +198,12 @@ async fn a_database_of_before_the_key_by_time_is_brought_up_to_date(database: Da
     let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
     server.stop().await;
     fill(&database, &id).await;
+    // One has a value of its own in each column.
+    let full = "INSERT INTO deliveries (webhook_id, id, organization, environment, event_id, event_type, status, attempts, \
+                granted, once, lost_leases, status_code, response_time_ms, last_error, last_attempt_at_ms, created_at_ms, \
+                response) VALUES ('whk_other', 'del_1', 'other', 'live', 'evt_other', 'a.b', 'failed', 11, TRUE, FALSE, 12, \
+                13, 14, 'no', 15, 16, 'what it said')";
+    database.execute(full).await;
     let expected = described(&database).await;
     if database.url.starts_with("sqlite:") {
         let table = expected.iter().find(|sql| sql.starts_with("CREATE TABLE")).unwrap();
@@ -214,9 +220,17 @@ async fn a_database_of_before_the_key_by_time_is_brought_up_to_date(database: Da
     }
     assert_ne!(described(&database).await, expected);
     database.execute("DELETE FROM seaql_migrations WHERE version = 'm0015_deliveries_by_time'").await;
-    let rows = "SELECT webhook_id, id, status, next_attempt_at_ms, created_at_ms FROM deliveries ORDER BY id";
-    let rows = async || -> Vec<(String, String, String, Option<i64>, i64)> {
-        database.rows(rows).await.iter().map(|row| row.try_get_many_by_index().unwrap()).collect()
+    // All columns of each row, by name.
+    let columns = [
+        ["webhook_id", "id", "organization", "environment", "event_id"],
+        ["event_type", "status", "attempts", "granted", "once"],
+        ["lost_leases", "next_attempt_at_ms", "lease_node", "lease_expires_at_ms", "status_code"],
+        ["response_time_ms", "last_error", "last_attempt_at_ms", "created_at_ms", "response"],
+    ];
+    let columns = columns.as_flattened().iter().map(|column| format!("COALESCE(CAST({column} AS TEXT), '-')"));
+    let rows = format!("SELECT {} FROM deliveries ORDER BY id", columns.collect::<Vec<_>>().join(" || ' ' || "));
+    let rows = async || -> Vec<String> {
+        database.rows(&rows).await.iter().map(|row| row.try_get_by_index(0).unwrap()).collect()
     };
     let before = rows().await;
     let server = TestServer::start(&database).await;
@@ -339,6 +353,46 @@ async fn a_page_ends_at_its_bytes_and_reads_no_data_that_it_does_not_show(databa
     if !sqlite {
         assert_eq!(long_values_read(&database).await - read_before, 10, "each once, for the page that shows it");
     }
+}
+
+/// Counted by PostgreSQL: how often an index was gone through, and how many entries that returned.
+async fn entries_read(connection: &DatabaseConnection, index: &str) -> (i64, i64) {
+    let statistics = format!("SELECT idx_scan, idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = '{index}'");
+    let rows = connection.query_all_raw(Statement::from_string(DbBackend::Postgres, statistics)).await.unwrap();
+    rows[0].try_get_many_by_index().unwrap()
+}
+
+/// What was pending stays in the index until it is vacuumed, and a list does not go through it.
+#[tokio::test]
+async fn postgres_lists_without_what_was_pending() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let server = TestServer::start(&database).await;
+    let (id, _) = server.webhook("https://example.com/", &["content.ready"]).await;
+    server.stop().await;
+    database.execute("ALTER TABLE deliveries SET (autovacuum_enabled = off)").await;
+    fill(&database, &id).await;
+    for change in [
+        "UPDATE deliveries SET status = 'pending', next_attempt_at_ms = 1 WHERE status = 'success'",
+        "UPDATE deliveries SET status = 'success', next_attempt_at_ms = NULL WHERE next_attempt_at_ms = 1",
+    ] {
+        assert_eq!(database.execute(change).await, 19_800);
+    }
+    let connection = database.open().await;
+    let (scans, entries) = entries_read(&connection, "deliveries_pending").await;
+    let server = TestServer::start(&database).await;
+    let list = server.get(&format!("/v1/webhooks/{id}/deliveries?limit=20")).await;
+    assert_eq!(list.data().as_array().unwrap().len(), 20);
+    server.stop().await;
+    let read = soon("that the list is counted", async {
+        loop {
+            match entries_read(&connection, "deliveries_pending").await {
+                (now, _) if now < scans + 2 => {}
+                (_, now) => return now - entries,
+            }
+        }
+    });
+    let read = read.await;
+    assert!(read <= 2 * 21, "{read} entries for 21 rows, twice");
 }
 
 /// However much there is, what is rare is not looked for among all the rest.

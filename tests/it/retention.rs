@@ -20,6 +20,7 @@ on_both_databases!(
     a_payload_goes_when_nothing_needs_it,
     a_retry_keeps_its_payload,
     attempts_go_by_when_the_delivery_ended,
+    a_payload_stays_when_one_of_many_needs_it,
     publishing_goes_on_meanwhile,
     nodes_count_what_they_remove_once,
     the_service_removes_what_is_old,
@@ -297,6 +298,22 @@ async fn fill(database: &Database, webhook_id: &str, count: usize, days: u32) {
     database.execute(&format!("INSERT INTO delivery_counts ({columns}) VALUES {row}")).await;
 }
 
+/// However many deliveries were made between its first and its last one.
+async fn a_payload_stays_when_one_of_many_needs_it(database: Database) {
+    let (server, receiver) = server(&database, Retention::default()).await;
+    let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
+    server.stop().await;
+    // All in the same millisecond, and more than one look finds.
+    fill(&database, &id, 5_200, 40).await;
+    let pending = "UPDATE deliveries SET status = 'pending', next_attempt_at_ms = 4102444800000 \
+                   WHERE id = (SELECT max(id) FROM deliveries)";
+    assert_eq!(database.execute(pending).await, 1);
+    remove_old(&database, retain(None, Some(30), None)).await;
+    let needed = "SELECT count(*) FROM events JOIN deliveries ON event_id = events.id WHERE status = 'pending'";
+    let left = (number(&database, "SELECT count(*) FROM events").await, number(&database, needed).await);
+    assert_eq!(left, (1, 1));
+}
+
 async fn publishing_goes_on_meanwhile(database: Database) {
     let (server, receiver) = server(&database, Retention::default()).await;
     let (id, _) = server.webhook(&receiver.url(), &["content.ready"]).await;
@@ -371,7 +388,11 @@ async fn what_deleted_webhooks_left_goes(database: Database) {
     for _ in 0..3 {
         ids.push(server.webhook(&receiver.url(), &["content.ready"]).await.0);
     }
-    fill(&database, &ids[0], 300, 1).await;
+    // More than one look finds, in several ranges of the index.
+    fill(&database, &ids[0], 5_200, 1).await;
+    for (set, which) in [("event_type = 'export.ready'", "id LIKE '%3'"), ("status = 'failed'", "id LIKE '%7'")] {
+        database.execute(&format!("UPDATE deliveries SET {set} WHERE {which}")).await;
+    }
     for data in [r#"{"is":"ok"}"#, r#"{"is":"held"}"#] {
         publish(&server, data).await;
     }

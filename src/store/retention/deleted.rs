@@ -7,7 +7,7 @@ use sea_orm::{ConnectionTrait, QueryResult};
 use super::{MAX_READ, Round, Step, Stop, What, weight};
 use crate::{
     clock,
-    store::{Error, Store, deliveries::Part, sql::Sql},
+    store::{Error, Store, sql::Sql},
     webhook::Timestamp,
 };
 
@@ -17,6 +17,15 @@ const SETTLED: Duration = Duration::from_secs(60);
 const REST: u32 = 8;
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes this.
 const LOCK: i64 = 0x736b_7764;
+
+/// What has an index of its own: its condition, and the order of the index behind the webhook.
+struct Part {
+    literal: &'static str,
+    columns: &'static str,
+}
+
+const PENDING: Part = Part { literal: "status = 'pending'", columns: "event_type, id" };
+const ENDED: Part = Part { literal: "status <> 'pending'", columns: "event_type, status, id" };
 
 /// A delivery that is left.
 struct Left {
@@ -44,12 +53,12 @@ impl Round<'_> {
             return Ok(());
         }
         for webhook_id in self.deleted(settled).await? {
-            for part in [Part::Ended, Part::Pending] {
+            for part in [PENDING, ENDED] {
                 let mut after = None;
                 loop {
-                    let left = self.left_of(&webhook_id, part, after.as_ref()).await?;
+                    let left = self.left_of(&webhook_id, &part, after.as_ref()).await?;
                     let due: Vec<(&str, usize)> = left.iter().map(|left| (&*left.id, weight(left.attempts))).collect();
-                    self.remove(What::Deleted, &due).await?;
+                    self.remove(What::Deleted(&webhook_id), &due).await?;
                     let Some(last) = left.into_iter().next_back() else { break };
                     after = Some(last);
                 }
@@ -67,14 +76,17 @@ impl Round<'_> {
     }
 
     /// The next deliveries of a webhook, after one, that nobody has leased.
-    async fn left_of(&self, webhook_id: &str, part: Part, after: Option<&Left>) -> Result<Vec<Left>, Stop> {
-        // In the order of the index, since what was removed stays in PostgreSQL's until it is vacuumed.
-        let columns = if matches!(part, Part::Pending) { "event_type, id" } else { "event_type, status, id" };
+    async fn left_of(&self, webhook_id: &str, part: &Part, after: Option<&Left>) -> Result<Vec<Left>, Stop> {
+        let Part { literal, columns } = part;
         let mut sql = Sql::new("SELECT event_type, status, id, attempts FROM deliveries WHERE webhook_id = ");
-        sql.value(webhook_id).text(" AND ").text(part.literal()).text(" AND lease_node IS NULL");
+        sql.value(webhook_id).text(&format!(" AND {literal} AND lease_node IS NULL"));
+        // What was removed stays in PostgreSQL's index until it is vacuumed, and is not gone through once more.
         if let Some(Left { event_type, status, id, .. }) = after {
-            let status = matches!(part, Part::Ended).then_some(status);
-            let place = [Some(event_type), status, Some(id)].into_iter().flatten();
+            let place = columns.split(", ").map(|column| match column {
+                "event_type" => event_type,
+                "status" => status,
+                _ => id,
+            });
             sql.text(&format!(" AND ({columns}) > ")).row(place.map(|value| value.as_str().into()));
         }
         sql.text(&format!(" ORDER BY {columns} LIMIT ")).value(MAX_READ);
@@ -88,12 +100,14 @@ impl Round<'_> {
 
     /// Removes a webhook itself, unless an attempt is on the wire, or its node is gone and the lease will be rescued.
     async fn forget(&self, webhook_id: &str) -> Result<(), Stop> {
-        for part in [Part::Ended, Part::Pending] {
-            let mut left = Sql::new("SELECT 1 FROM deliveries WHERE webhook_id = ");
-            left.value(webhook_id).text(" AND ").text(part.literal()).text(" LIMIT 1");
-            if !self.read(left).await?.is_empty() {
-                return Ok(());
-            }
+        // In one statement: what was pending may just have ended.
+        let mut left = Sql::new("SELECT 1 WHERE");
+        for (index, Part { literal, .. }) in [PENDING, ENDED].iter().enumerate() {
+            left.text(if index > 0 { " OR" } else { "" }).text(" EXISTS (SELECT 1 FROM deliveries WHERE webhook_id = ");
+            left.value(webhook_id).text(&format!(" AND {literal})"));
+        }
+        if !self.read(left).await?.is_empty() {
+            return Ok(());
         }
         self.step(async {
             let transaction = self.begin().await?;

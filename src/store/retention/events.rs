@@ -57,9 +57,7 @@ impl Round<'_> {
         let needed = self.needed(&run[0].0, &run[run.len() - 1].0, old).await?;
         let due = run.iter().filter(|(id, _)| !needed.contains(id));
         let due: Vec<(&str, usize)> = due.map(|(id, bytes)| (id.as_str(), pages(*bytes))).collect();
-        // What stays is looked at again each round.
-        let stay = u32::try_from(run.len() - due.len()).unwrap_or(u32::MAX);
-        self.in_vain += began.elapsed() * stay / u32::try_from(run.len()).unwrap_or(u32::MAX);
+        self.looked(began.elapsed(), run.len() - due.len(), run.len());
         for step in steps(&due, self.step.most) {
             self.remove_events_in(step, old).await?;
         }
@@ -70,10 +68,21 @@ impl Round<'_> {
     async fn needed(&self, first: &str, last: &str, old: Timestamp) -> Result<HashSet<String>, Stop> {
         let [first, last] = [first, last].map(|id| clock::made_at(id).ok_or(Error::Corrupt("id of an event")));
         let (from, to) = (clock::first_id("del", first?.before(SPREAD)), clock::first_id("del", last?.after(SPREAD)));
-        let mut sql = Sql::new("SELECT event_id FROM deliveries WHERE id >= ");
-        sql.value(from.as_str()).text(" AND id < ").value(to.as_str()).text(" AND NOT (");
-        ended_before(&mut sql, old).text(")");
-        Ok(self.read(sql).await?.iter().map(|row| row.try_get_by_index(0)).collect::<Result<_, _>>()?)
+        let (mut needed, mut after) = (HashSet::new(), from);
+        loop {
+            let mut sql = Sql::new("SELECT id, CASE WHEN ");
+            ended_before(&mut sql, old).text(" THEN NULL ELSE event_id END FROM deliveries WHERE id >= ");
+            sql.value(after.as_str()).text(" AND id < ").value(to.as_str()).text(" ORDER BY id LIMIT ").value(MAX_READ);
+            let found = self.read(sql).await?;
+            let rows = found.iter().map(QueryResult::try_get_many_by_index);
+            let rows = rows.collect::<Result<Vec<(String, Option<String>)>, _>>()?;
+            let last = rows.last().filter(|_| rows.len() as i64 == MAX_READ).map(|(id, _)| format!("{id}0"));
+            needed.extend(rows.into_iter().filter_map(|(_, event_id)| event_id));
+            match last {
+                Some(last) => after = last,
+                None => return Ok(needed),
+            }
+        }
     }
 
     async fn remove_events_in(&self, step: &[(&str, usize)], old: Timestamp) -> Result<(), Stop> {
