@@ -19,6 +19,7 @@ mod m0012_given_back;
 mod m0013_publish_parts;
 mod m0014_publish_drafts;
 mod m0015_deliveries_by_time;
+mod m0016_filed_changes;
 
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
@@ -72,6 +73,7 @@ impl MigratorTrait for Migrator {
             Step { name: "m0013_publish_parts", schema: m0013_publish_parts::schema },
             Step { name: "m0014_publish_drafts", schema: m0014_publish_drafts::schema },
             Step { name: "m0015_deliveries_by_time", schema: m0015_deliveries_by_time::schema },
+            Step { name: "m0016_filed_changes", schema: m0016_filed_changes::schema },
         ];
         steps.into_iter().map(|step| Box::new(step) as Box<dyn MigrationTrait>).collect()
     }

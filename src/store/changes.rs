@@ -6,12 +6,12 @@ use std::{
 };
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseConnection, EntityTrait, FromQueryResult, QueryFilter, QueryOrder,
+    ColumnTrait, ConnectionTrait, DatabaseConnection, DbBackend, EntityTrait, FromQueryResult, QueryFilter, QueryOrder,
     QuerySelect,
 };
 use tokio::{sync::broadcast, task::JoinSet};
 
-use super::{Error, Store, entity::change, keys::tenant, log, sql::Sql};
+use super::{Error, Store, entity::change, filing, keys::tenant, log, sql::Sql};
 use crate::{
     clock,
     feed::{Tail, Watching},
@@ -183,25 +183,15 @@ impl Store {
     }
 
     /// The same of one tenant, and the place of the last change of its that was removed, as it was at that moment.
-    async fn read_log(&self, tenant: &Tenant, after: i64) -> Result<(Option<i64>, Vec<change::Model>), Error> {
-        let (organization, environment) = (tenant.organization(), tenant.environment().as_str());
-        let mut sql = Sql::new(
-            "SELECT forgotten.place, log.seq, log.organization, log.environment, log.entries, log.occurred_at_ms \
-             FROM (SELECT max(place) AS place FROM forgotten_changes WHERE organization IN ('', ",
-        );
-        sql.value(organization).text(") AND environment IN ('', ").value(environment);
-        // Only lengths are read of the rows that there is no room for.
-        sql.text(
-            ")) AS forgotten LEFT JOIN (SELECT seq, sum(bytes) OVER (ORDER BY seq) - bytes AS before \
-             FROM (SELECT seq, octet_length(entries) AS bytes FROM changes WHERE organization = ",
-        );
-        sql.value(organization).text(" AND environment = ").value(environment);
-        sql.text(" AND seq >= ").value(log::row(after + 1)).text(" ORDER BY seq LIMIT ").value(MAX_READ as i64);
-        sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES as i64);
-        sql.text(" LEFT JOIN changes AS log ON log.seq = sized.seq ORDER BY log.seq");
+    pub(super) async fn read_log(
+        &self,
+        tenant: &Tenant,
+        after: i64,
+    ) -> Result<(Option<i64>, Vec<change::Model>), Error> {
+        let backend = self.0.read.get_database_backend();
+        let statement = log_after(tenant, after, backend).build(backend);
         let _turn = self.0.lanes.turn_of_stream(tenant.shared_organization()).await;
         let (mut forgotten, mut rows) = (None, Vec::new());
-        let statement = sql.build(self.0.read.get_database_backend());
         for row in self.heard(async { Ok(self.0.read.query_all_raw(statement).await?) }).await? {
             forgotten = row.try_get_by_index(0)?;
             rows.extend(change::Model::from_query_result_optional(&row, "")?);
@@ -227,6 +217,29 @@ impl Store {
         }
         Ok(read)
     }
+}
+
+/// The query for [`Store::read_log`].
+fn log_after(tenant: &Tenant, after: i64, backend: DbBackend) -> Sql {
+    let (organization, environment) = (tenant.organization(), tenant.environment().as_str());
+    let mut sql = Sql::new(
+        "SELECT forgotten.place, log.seq, log.organization, log.environment, log.entries, log.occurred_at_ms \
+         FROM (SELECT max(place) AS place FROM forgotten_changes WHERE organization IN ('', ",
+    );
+    sql.value(organization).text(") AND environment IN ('', ").value(environment);
+    // Only lengths are read of the rows that there is no room for.
+    sql.text(")) AS forgotten LEFT JOIN (SELECT seq, sum(bytes) OVER (ORDER BY seq) - bytes AS before FROM (");
+    let from = log::row(after + 1);
+    if backend == DbBackend::Sqlite {
+        filing::lengths(&mut sql, tenant, from);
+    } else {
+        sql.text("SELECT seq, octet_length(entries) AS bytes FROM changes WHERE organization = ").value(organization);
+        sql.text(" AND environment = ").value(environment).text(" AND seq >= ").value(from);
+    }
+    sql.text(" ORDER BY seq LIMIT ").value(MAX_READ as i64);
+    sql.text(") AS first) AS sized ON sized.before < ").value(MAX_READ_BYTES as i64);
+    sql.text(" LEFT JOIN changes AS log ON log.seq = sized.seq ORDER BY log.seq");
+    sql
 }
 
 impl ChangeFilter {
@@ -379,6 +392,24 @@ mod tests {
         }
         assert_eq!((reads.iter().sum::<usize>(), reads[0], log::row(after)), (120, 64, 120));
         assert!(reads[2..reads.len() - 1].iter().all(|rows| (3..=6).contains(rows)), "{reads:?}");
+    }
+
+    /// However long the log is, a tenant's rows are found by key, and of the rest only what is not filed yet is gone through.
+    #[tokio::test]
+    async fn sqlite_finds_by_key_what_is_filed() {
+        let (_directory, store) = Store::fresh().await;
+        let mut statement = log_after(&tenant(), 0, DbBackend::Sqlite).build(DbBackend::Sqlite);
+        statement.sql.insert_str(0, "EXPLAIN QUERY PLAN ");
+        let rows = store.0.read.query_all_raw(statement).await.unwrap();
+        let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
+        for step in [
+            "SEARCH filed USING PRIMARY KEY (organization=? AND environment=? AND seq>?)",
+            "SEARCH changes USING INTEGER PRIMARY KEY (rowid>?)",
+        ] {
+            assert!(plan.iter().any(|found| found == step), "{step}: {plan:?}");
+        }
+        let scans = |table: &str| plan.iter().any(|step| step.split(' ').take(2).eq(["SCAN", table]));
+        assert!(!["filed", "changes", "log"].into_iter().any(scans), "{plan:?}");
     }
 
     /// A watcher that reads the log is not too slow because much comes meanwhile, however far it is.

@@ -118,6 +118,11 @@ impl Log {
         row.occurred_at_ms = entry.occurred_at_ms;
     }
 
+    /// How many rows it has.
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
     /// The rows for [`INSERT`].
     pub(super) fn rows(self, backend: DbBackend) -> Result<Rows, Error> {
         let mut rows = Rows::new(backend, COLUMNS);

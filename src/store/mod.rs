@@ -16,6 +16,7 @@ mod counts;
 mod deliveries;
 mod entity;
 mod error;
+mod filing;
 mod given_back;
 mod handoff;
 mod holdings;
@@ -82,6 +83,7 @@ use self::{
     backlog::Backlog,
     commits::Commits,
     connections::Connections,
+    filing::Filing,
     handoff::Handoff,
     silence::{MAX_LOOK_UP, MAX_WAIT, Silence},
     targets::Targets,
@@ -112,6 +114,7 @@ struct Inner {
     /// For what publishing and sending write, one commit after another: on SQLite the same; on PostgreSQL a connection whose
     /// plans are kept.
     commits: Commits,
+    filing: Filing,
     /// Names this run of this process in leases.
     node: String,
     feed: Feed,
@@ -155,6 +158,7 @@ impl Store {
             engine_write,
             revisions_read: revisions,
             commits: Commits::new(&commits, silence.clone()),
+            filing: Filing::default(),
             silence,
             node: clock::new_id("node"),
             feed: Feed::default(),

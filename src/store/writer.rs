@@ -142,6 +142,7 @@ impl Writer {
                     }
                     Settled::Failed(_) | Settled::Apart => {}
                 }
+                store.file_changes().await;
                 if checkpoints.after_commit(weight, waited, !waiting.is_empty() || !coming.is_empty()) {
                     store.0.commits.checkpoint().await;
                 }
@@ -295,7 +296,7 @@ impl Store {
         let (mut deltas, mut log) = (Deltas::default(), Log::default());
         drafts().for_each(|draft| draft.tell(&mut deltas, &mut log));
         finished.iter().for_each(|finished| finished.tell(&mut deltas, &mut log));
-        let (backend, node) = (self.0.commits.backend(), &self.0.node);
+        let (backend, node, logged) = (self.0.commits.backend(), &self.0.node, log.len());
         let pieces = Pieces::of(backend, node, drafts())?;
         let script = self
             .keep(Script::default(), backend, drafts().filter_map(Draft::kept).collect())?
@@ -314,7 +315,10 @@ impl Store {
         let outcome = self.0.commits.run(script).await?;
         batch.reached("after commit");
         match outcome {
-            Outcome::Done => Ok(true),
+            Outcome::Done => {
+                self.0.filing.logged(logged);
+                Ok(true)
+            }
             Outcome::Missed(Expected::Lease) => Ok(false),
             Outcome::Missed(Expected::Name) => Err(Error::Repeated),
             Outcome::Missed(Expected::Part) => Err(Error::TakenOver),

@@ -24,6 +24,7 @@ on_both_databases!(
     filters,
     server_sent_events,
     ends_on_shutdown,
+    a_database_of_before_the_filed_log_is_brought_up_to_date,
 );
 
 async fn every_change_in_order(database: Database) {
@@ -230,4 +231,45 @@ async fn ends_on_shutdown(database: Database) {
     assert_eq!(ended.code(), tonic::Code::Unavailable);
     let text = soon("the end of the stream", response.text()).await.unwrap();
     assert!(text.contains("event: error") && text.contains("SERVICE_UNAVAILABLE"), "{text}");
+}
+
+async fn a_database_of_before_the_filed_log_is_brought_up_to_date(database: Database) {
+    let server = TestServer::start(&database).await;
+    let key = server.key.clone();
+    let receiver = Receiver::start().await;
+    server.webhook(&receiver.url(), &["content.ready"]).await;
+    let mut watch = server.watch().await;
+    server.publish("content.ready", "{}").await;
+    let last = watch.until(1, |change| change.response_time.is_some()).await.remove(0);
+    drop(watch);
+    server.stop().await;
+    for organization in ["acme", "other", "acme"] {
+        database.log_failures(organization, 100, Duration::ZERO).await;
+    }
+    database.execute("DELETE FROM seaql_migrations WHERE version = 'm0016_filed_changes'").await;
+    let sqlite = database.url.starts_with("sqlite:");
+    if sqlite {
+        database.execute("DROP TABLE changes_of_tenants").await;
+        database.execute("DROP TABLE changes_filed").await;
+        database.execute("CREATE INDEX changes_tenant ON changes (organization, environment, seq)").await;
+    }
+
+    let mut server = TestServer::start(&database).await;
+    server.key = key;
+    if sqlite {
+        let indexes = database.rows("SELECT name FROM pragma_index_list('changes')").await;
+        assert!(indexes.is_empty(), "the log's only index is its key");
+        // Also the mark is there: what is filed already would stop what comes next.
+        let unfiled = "SELECT count(*), (SELECT max(seq) FROM changes) - (SELECT seq FROM changes_filed) FROM changes \
+                       WHERE (organization, environment, seq) NOT IN (SELECT * FROM changes_of_tenants)";
+        assert_eq!(database.rows(unfiled).await[0].try_get_many_by_index::<(i64, i64)>().unwrap(), (0, 0));
+    }
+    database.log_failures("other", 100, Duration::ZERO).await;
+    database.log_failures("acme", 100, Duration::ZERO).await;
+    let request = WatchDeliveriesRequest { resume_token: Some(last.resume_token), ..Default::default() };
+    let mut resumed = Watch(server.deliveries().watch_deliveries(request).await.unwrap().into_inner());
+    for number in (0..3).flat_map(|_| 1..=100) {
+        assert_eq!(resumed.next().await.delivery_id, format!("del_{number}"));
+    }
+    server.stop().await;
 }

@@ -8,7 +8,7 @@ use super::{Round, Step, Stop, pages, steps};
 use crate::{
     clock,
     store::{
-        Error, Store, log,
+        Error, Store, filing, log,
         rows::{Column, Rows, int, text},
         script::Script,
         sql::Sql,
@@ -95,10 +95,19 @@ impl Round<'_> {
         let forgotten = self.last_of_each_tenant(step).await?;
         self.step(async {
             let transaction = self.begin().await?;
-            let mut sql = Sql::new("DELETE FROM changes WHERE seq >= ");
-            sql.value(step[0].0.seq).text(" AND seq <= ").value(step[step.len() - 1].0.seq);
-            sql.text(" AND occurred_at_ms < ").value(old.millis());
-            transaction.execute_raw(sql.build(transaction.get_database_backend())).await?;
+            let backend = transaction.get_database_backend();
+            let due = |mut sql: Sql| {
+                sql.text(" FROM changes WHERE seq >= ").value(step[0].0.seq);
+                sql.text(" AND seq <= ").value(step[step.len() - 1].0.seq);
+                sql.text(" AND occurred_at_ms < ").value(old.millis());
+                sql
+            };
+            if self.store.sqlite() {
+                let mut sql = due(Sql::new(filing::REMOVE));
+                sql.text(")");
+                transaction.execute_raw(sql.build(backend)).await?;
+            }
+            transaction.execute_raw(due(Sql::new("DELETE")).build(backend)).await?;
             Script::default().with(NOTE_FORGOTTEN, forgotten).run(&transaction).await?;
             Ok(transaction.commit().await?)
         })
