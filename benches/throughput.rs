@@ -40,11 +40,12 @@ const DEFAULT_SECS: u64 = 5;
 /// Words that choose a database.
 const DATABASES: [&str; 2] = ["sqlite", server::WORD];
 /// The runs on each database: name, webhooks of each organisation, and how is published.
-const RUNS: [(&str, usize, Load); 5] = [
+const RUNS: [(&str, usize, Load); 6] = [
     ("paced 50/s", 1, Load::Paced(50)),
     ("1 webhook", 1, Load::Full(1)),
     ("16 a call", 1, Load::Full(16)),
     ("100 tenants", 1, Load::Tenants(100)),
+    ("1000 tenants", 1, Load::Tenants(1_000)),
     ("fan-out 5", 5, Load::Full(1)),
 ];
 /// What each run finds, as it stands in the table.

@@ -12,6 +12,8 @@ const DUE: usize = 700;
 /// or 8 for one with one).
 const PER_COMMIT: usize = 3;
 const PER_ITEM: usize = 4;
+/// Rows of the log that are filed in a page, reckoned between those of one tenant and one row each of many.
+const FILED_PER_PAGE: usize = 4;
 /// It is a good moment when nobody came for so long before the last commit, and nobody came during it.
 const QUIET: Duration = Duration::from_millis(1);
 
@@ -20,9 +22,10 @@ const QUIET: Duration = Duration::from_millis(1);
 pub(super) struct Checkpoints(usize);
 
 impl Checkpoints {
-    /// A commit of so many items has ended, after the writer had waited for them. Whether it is time, and nobody `waits`.
-    pub(super) fn after_commit(&mut self, items: usize, waited: Duration, waits: bool) -> bool {
-        self.0 += PER_COMMIT + PER_ITEM * items;
+    /// A commit of so many items has ended, after the writer had waited for them, and so many rows of the log were filed behind
+    /// it. Whether it is time, and nobody `waits`.
+    pub(super) fn after_commit(&mut self, items: usize, filed: i64, waited: Duration, waits: bool) -> bool {
+        self.0 += PER_COMMIT + PER_ITEM * items + usize::try_from(filed).unwrap_or(0) / FILED_PER_PAGE;
         let now = self.0 >= DUE && waited >= QUIET && !waits;
         if now {
             self.0 = 0;
@@ -64,10 +67,10 @@ mod tests {
         for (items, commits) in [(1, 100), (20, 9)] {
             let mut checkpoints = Checkpoints::default();
             for _ in 0..2 {
-                assert!((1..commits).all(|_| !checkpoints.after_commit(items, QUIET, false)), "{items}");
-                assert!(!checkpoints.after_commit(items, QUIET, true));
-                assert!(!checkpoints.after_commit(items, Duration::ZERO, false));
-                assert!(checkpoints.after_commit(items, QUIET, false), "{items}");
+                assert!((1..commits).all(|_| !checkpoints.after_commit(items, 0, QUIET, false)), "{items}");
+                assert!(!checkpoints.after_commit(items, 0, QUIET, true));
+                assert!(!checkpoints.after_commit(items, 0, Duration::ZERO, false));
+                assert!(checkpoints.after_commit(items, 0, QUIET, false), "{items}");
             }
         }
     }

@@ -7,7 +7,7 @@ use std::{
 
 use sea_orm::{
     DatabaseConnection, DbBackend, DbErr, RuntimeErr,
-    sqlx::{self, Postgres, SqliteConnection, pool::PoolConnection},
+    sqlx::{self, Postgres, pool::PoolConnection},
 };
 
 use super::{
@@ -66,7 +66,7 @@ impl Commits {
         let no_connection = |error: sqlx::Error| DbErr::Conn(RuntimeErr::SqlxError(error.into()));
         let ended = |done: Result<(), sqlx::Error>| outcome(done.map_err(failed));
         match self {
-            Self::Sqlite(pool) => ended(script_on_sqlite(pool, script).await),
+            Self::Sqlite(pool) => ended(on_sqlite(pool, script).await),
             Self::Postgres(pool, idle, silence) => {
                 let kept = idle.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let (connection, since) = match kept.and_then(|kept| kept.usable(silence)) {
@@ -91,38 +91,36 @@ impl Commits {
     }
 
     /// Makes a step of filing the log of changes, and answers with how many rows are left; nothing on PostgreSQL.
+    ///
+    /// It waits for no flush: it is on disk with the next commit at the latest, and lost with no other. Whatever goes wrong,
+    /// the connection is not used again, since its next commit might not wait for one either.
     pub(super) async fn file(&self, step: filing::Step) -> Result<Option<i64>, Error> {
         let Self::Sqlite(pool) = self else { return Ok(None) };
         let (text, parameters) = step.on_sqlite();
-        let text = sqlx::AssertSqlSafe(text);
-        let left = on_sqlite(pool, async |connection| {
-            sqlx::query_scalar_with(text, for_sqlite(parameters)?).fetch_one(connection).await
-        });
-        left.await.map(Some).map_err(|error| DbErr::Exec(RuntimeErr::SqlxError(error.into())).into())
+        let text = sqlx::AssertSqlSafe(format!("PRAGMA synchronous = NORMAL;{text};PRAGMA synchronous = FULL"));
+        let filed = async {
+            let mut connection = Unfinished(Some(pool.acquire().await?));
+            let left = sqlx::query_scalar_with(text, for_sqlite(parameters)?).fetch_all(connection.get()?).await?;
+            drop(connection.0.take());
+            Ok(left.first().copied())
+        };
+        filed.await.map_err(|error: sqlx::Error| DbErr::Exec(RuntimeErr::SqlxError(error.into())).into())
     }
 }
 
-async fn script_on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {
+async fn on_sqlite(pool: &sqlx::SqlitePool, script: Script) -> Result<(), sqlx::Error> {
     // Texts for one piece of each step come again; what is longer would fill the cache with what hardly does.
     let kept = script.is_common();
     let (text, parameters) = script.on_sqlite();
     let text = sqlx::AssertSqlSafe(format!("BEGIN IMMEDIATE;{text}COMMIT"));
-    let all = sqlx::query_with(text, for_sqlite(parameters)?).persistent(kept);
-    on_sqlite(pool, async |connection| all.execute(connection).await.map(drop)).await
-}
-
-/// Runs a text that is a transaction.
-async fn on_sqlite<T>(
-    pool: &sqlx::SqlitePool,
-    run: impl AsyncFnOnce(&mut SqliteConnection) -> Result<T, sqlx::Error>,
-) -> Result<T, sqlx::Error> {
     let mut connection = Unfinished(Some(pool.acquire().await?));
-    let done = run(connection.get()?).await;
+    let all = sqlx::query_with(text, for_sqlite(parameters)?).persistent(kept);
+    let done = all.execute(connection.get()?).await;
     // An error ends some transactions and leaves others open.
     if done.is_ok() || sqlx::query("ROLLBACK").execute(connection.get()?).await.is_ok() {
         drop(connection.0.take());
     }
-    done
+    done.map(drop)
 }
 
 /// A statement is a transaction.

@@ -246,8 +246,8 @@ impl Found {
 /// Each state and type is a range of an index that is already in order, and the counts name those where something is. Of each
 /// state, as many ranges as the page may have rows, those with the newest heads, have all that is on it. So a page costs a
 /// look-up for each range, and no more than its square, however long they are and however rare what is asked for. What is
-/// pending comes last, and is not looked for before what is full already begins: there, PostgreSQL goes through all that was
-/// pending since it was vacuumed.
+/// pending comes last, and is not looked for before where the page is full already: there, PostgreSQL goes through all that
+/// was pending since it was vacuumed, as it does when nothing else is asked for.
 fn newest(backend: DbBackend, webhook_id: &str, filter: &DeliveryFilter, after: Option<&str>, most: u64) -> Sql {
     const STATES: [DeliveryStatus; 3] = [DeliveryStatus::Success, DeliveryStatus::Failed, DeliveryStatus::Pending];
     let most = i64::try_from(most).unwrap_or(i64::MAX);

@@ -3,8 +3,8 @@
 //! A reader takes what is filed, and goes through the rest of the log for what is not. What has been filed is written down
 //! together with it: whatever a crash leaves is filed with what comes next.
 //!
-//! A run of rows is filed tenant by tenant, some of them in a step. So a page is changed once for all rows of the run, and a
-//! step takes no longer when the tenants are many; those that are done begin with the rest behind the run, the others with
+//! A run of rows is filed tenant by tenant, some rows in a step. So a page is changed once for all rows of the run, and a step
+//! takes little longer when the tenants are many; those that are done begin with the rest behind the run, the others with
 //! the run.
 //!
 //! PostgreSQL has an index instead: with a commit it writes the entry alone.
@@ -17,11 +17,12 @@ use std::{
 use super::{Store, parameter::Parameter, sql::Sql};
 use crate::{clock::Seldom, webhook::Tenant};
 
-/// A run has so many rows, and begins as soon as there are as many. The rest that readers go through, in less than a
-/// millisecond, is at most two of them and a commit: during a run, each step files more than have come since the last.
+/// A run has so many rows, and begins as soon as there are as many. What is not filed, which each reader of a tenant's log goes
+/// through, is two of them and a commit at most: during a run, each step files more than has come since the last.
 const RUN: i64 = 2_048;
-/// A step files the rows of so many tenants: publishes wait for it, for two or three milliseconds.
-const STEP: i64 = 64;
+/// A step files so many rows, and the others of the last tenant among them. Publishes wait for it: for two or three
+/// milliseconds on a disk that flushes in less than one, the more the longer the entries are.
+const STEP: i64 = 256;
 /// That it fails is said once in this time.
 static FAILED: Seldom = Seldom::new(Duration::from_secs(1));
 
@@ -32,7 +33,7 @@ const BEGIN_RUN: &str = "UPDATE changes_filed SET run_end = min(changes_filed.se
 const CHOOSE_TENANTS: &str = "UPDATE changes_filed AS filed SET (next_organization, next_environment) = ( \
     SELECT organization, environment FROM changes WHERE seq > filed.seq AND seq <= filed.run_end \
     AND (organization, environment) > (filed.organization, filed.environment) \
-    GROUP BY organization, environment ORDER BY organization, environment LIMIT 1 OFFSET ? - 1)";
+    ORDER BY organization, environment LIMIT 1 OFFSET ? - 1)";
 /// In order, so that each page is changed once.
 const FILE: &str = "INSERT INTO changes_of_tenants (organization, environment, seq) \
     SELECT changes.organization, changes.environment, changes.seq FROM changes_filed AS filed \
@@ -62,7 +63,7 @@ pub(super) struct Filing {
 /// A step of filing.
 pub(super) struct Step {
     run: i64,
-    tenants: i64,
+    rows: i64,
 }
 
 impl Default for Filing {
@@ -82,7 +83,7 @@ impl Filing {
     fn due(&self) -> Option<Step> {
         let added = self.added.swap(0, Ordering::Relaxed);
         let left = self.left.fetch_add(added, Ordering::Relaxed) + added;
-        (left >= RUN).then(|| Step { run: RUN, tenants: STEP.max(added + added / 4) })
+        (left >= RUN).then(|| Step { run: RUN, rows: STEP.max(added + added / 4) })
     }
 }
 
@@ -90,25 +91,37 @@ impl Step {
     /// A transaction, and behind it a look at what is left.
     pub(super) fn on_sqlite(self) -> (String, Vec<Parameter>) {
         let text = format!("BEGIN IMMEDIATE;{BEGIN_RUN};{CHOOSE_TENANTS};{FILE};{GO_ON};COMMIT;{LEFT}");
-        (text, vec![Parameter::Int(self.run), Parameter::Int(self.tenants)])
+        (text, vec![Parameter::Int(self.run), Parameter::Int(self.rows)])
     }
 }
 
 impl Store {
-    /// Makes a step when one is due, behind each commit.
-    pub(super) async fn file_changes(&self) {
+    /// Makes a step when one is due, behind a commit, and answers with how many rows it had; none when there was none.
+    pub(super) async fn file_changes(&self) -> i64 {
         if !self.sqlite() {
-            return;
+            return 0;
         }
-        let Some(step) = self.0.filing.due() else { return };
+        let Some(step) = self.0.filing.due() else { return 0 };
+        let rows = step.rows;
         match self.0.commits.file(step).await {
-            Ok(left) => self.0.filing.left.store(left.unwrap_or(0), Ordering::Relaxed),
+            Ok(left) => {
+                self.0.filing.left.store(left.unwrap_or(0), Ordering::Relaxed);
+                rows
+            }
             Err(error) => {
+                // Not behind each commit, which waits for it: as soon as another run has come.
+                self.0.filing.left.store(0, Ordering::Relaxed);
                 if let Some(count) = FAILED.reasons() {
-                    tracing::warn!(%error, count, "the log of changes is not filed by tenant; trying again");
+                    tracing::warn!(%error, count, "the log of changes is not filed by tenant; trying again later");
                 }
+                0
             }
         }
+    }
+
+    /// Makes as many steps as are due: at the start, when nobody waits for one, since what was taken over then may be much.
+    pub(super) async fn file_changes_at_start(&self) {
+        while self.file_changes().await > 0 {}
     }
 }
 
@@ -173,13 +186,13 @@ mod tests {
         store.0.write.execute_unprepared(&text).await.unwrap();
     }
 
-    /// Makes a step, of two tenants; how many rows are left.
+    /// Makes a step, of two tenants or more of a run of seven rows for each; how many rows are left.
     async fn file(store: &Store, run: i64) -> i64 {
-        store.0.commits.file(Step { run, tenants: 2 }).await.unwrap().unwrap()
+        store.0.commits.file(Step { run, rows: run / 2 + 1 }).await.unwrap().unwrap()
     }
 
     async fn number(store: &Store, sql: &str) -> i64 {
-        let row = store.0.read.query_one_raw(Sql::new(sql).build(DbBackend::Sqlite)).await.unwrap().unwrap();
+        let row = store.0.write.query_one_raw(Sql::new(sql).build(DbBackend::Sqlite)).await.unwrap().unwrap();
         row.try_get_by_index(0).unwrap()
     }
 
@@ -209,7 +222,7 @@ mod tests {
             }
             left.push(file(&store, 91).await);
         }
-        assert_eq!(left, [400, 400, 309, 309, 218, 218, 127, 127, 36, 36, 0], "two steps for each run");
+        assert_eq!(left, [400, 400, 309, 309, 218, 218, 127, 127, 36, 0], "two steps for each run of 91");
         assert_eq!(number(&store, "SELECT count(*) FROM changes_of_tenants").await, 400);
         assert_eq!(file(&store, 91).await, 0, "nothing is filed twice");
     }
@@ -269,18 +282,26 @@ mod tests {
         assert_eq!(number(&store, "SELECT count(*) FROM changes_of_tenants").await, 2);
     }
 
+    /// Commits wait for these: none goes through the log or through what is filed.
     #[tokio::test]
-    async fn sqlite_finds_by_key_what_is_removed() {
+    async fn sqlite_finds_by_key_what_it_files_and_removes() {
+        const RANGE: &str = "SEARCH changes USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)";
+        const KEY: &str = "SEARCH changes_of_tenants USING PRIMARY KEY (organization=? AND environment=? AND seq=?)";
         let (_directory, store) = Store::fresh().await;
-        let sql =
-            format!("EXPLAIN QUERY PLAN {REMOVE} FROM changes WHERE seq >= 1 AND seq <= 256 AND occurred_at_ms < 1)");
-        let rows = store.0.read.query_all_raw(Sql::new(&sql).build(DbBackend::Sqlite)).await.unwrap();
-        let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
-        for step in [
-            "SEARCH changes_of_tenants USING PRIMARY KEY (organization=? AND environment=? AND seq=?)",
-            "SEARCH changes USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
+        let remove = format!("{REMOVE} FROM changes WHERE seq >= 1 AND seq <= 256 AND occurred_at_ms < 1)");
+        for (sql, expected) in [
+            (BEGIN_RUN, vec!["SEARCH changes"]),
+            (CHOOSE_TENANTS, vec![RANGE]),
+            (FILE, vec![RANGE]),
+            (GO_ON, vec![]),
+            (LEFT, vec!["SEARCH changes"]),
+            (&*remove, vec![KEY, RANGE]),
         ] {
-            assert!(plan.iter().any(|found| found == step), "{step}: {plan:?}");
+            let explain = Sql::new(&format!("EXPLAIN QUERY PLAN {sql}")).build(DbBackend::Sqlite);
+            let rows = store.0.read.query_all_raw(explain).await.unwrap();
+            let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
+            assert!(!plan.iter().any(|step| step.starts_with("SCAN changes") && !step.contains("filed")), "{plan:?}");
+            assert!(expected.iter().all(|step| plan.iter().any(|found| found == step)), "{sql}: {plan:?}");
         }
     }
 
@@ -304,14 +325,16 @@ mod tests {
             store.publish(tenant, vec![event], lease, None).await.unwrap();
         };
         let left = async || number(&store, "SELECT (SELECT max(seq) FROM changes) - seq FROM changes_filed").await;
-        // What was left from before is looked for behind the first commit.
+        // What was left from before is looked for behind the first commit; each of the tenants is a step, and then it ends.
         log_until(&store, RUN + 100, 0).await;
-        publish(1).await;
+        for _ in 0..=TENANTS.len() {
+            publish(1).await;
+        }
         // A caller is answered before a step: what comes next is behind it.
         publish(1).await;
-        assert_eq!(left().await, 102);
+        assert_eq!(left().await, 105);
         // As many rows as publishes: each is of another tenant than the others of its commit.
-        for count in [512, 512, 512, RUN - 1 - 102 - 3 * 512] {
+        for count in [512, 512, 512, RUN - 1 - 105 - 3 * 512] {
             join_all((1..=count).map(publish)).await;
         }
         assert_eq!((left().await, store.0.filing.left.load(Ordering::Relaxed)), (RUN - 1, RUN - 1));
@@ -321,37 +344,43 @@ mod tests {
         publish(1).await;
         publish(1).await;
         assert_eq!((left().await, run_end().await), (RUN + 1, RUN));
-        for _ in 0..512 / STEP {
+        for _ in 0..RUN / STEP {
             publish(1).await;
         }
-        assert_eq!((run_end().await, left().await), (0, 1 + 512 / STEP));
+        assert_eq!((run_end().await, left().await), (0, 1 + RUN / STEP));
     }
 
-    /// Of as many tenants as there are rows a step files more rows than come, so that what is left does not grow, but shrinks.
+    /// A step files more rows than come, so that what is left does not grow, but shrinks.
     #[test]
     fn a_step_is_larger_than_what_came() {
         let filing = Filing::default();
-        assert_eq!(filing.due().map(|step| step.tenants), Some(STEP), "nobody knows what there is");
+        assert_eq!(filing.due().map(|step| step.rows), Some(STEP), "nobody knows what there is");
         filing.left.store(0, Ordering::Relaxed);
         filing.logged(RUN as usize - 1);
         assert!(filing.due().is_none());
-        filing.logged(200);
-        filing.logged(100);
-        assert_eq!(filing.due().map(|step| step.tenants), Some(375));
-        assert_eq!(filing.due().map(|step| step.tenants), Some(STEP));
+        filing.logged(800);
+        filing.logged(400);
+        assert_eq!(filing.due().map(|step| step.rows), Some(1_500));
+        assert_eq!(filing.due().map(|step| step.rows), Some(STEP));
     }
 
     #[tokio::test]
     async fn what_cannot_be_filed_is_filed_later() {
         let (_directory, store) = Store::fresh().await;
         log_until(&store, 10, 0).await;
+        // What is acknowledged waits for the disk, whatever became of a step.
+        let full = async || assert_eq!(number(&store, "SELECT synchronous FROM pragma_synchronous").await, 2);
         let rename = async |sql: &str| store.0.write.execute_unprepared(sql).await.unwrap();
         rename("ALTER TABLE changes_of_tenants RENAME TO away").await;
         store.file_changes().await;
+        full().await;
         rename("ALTER TABLE away RENAME TO changes_of_tenants").await;
         assert_eq!(rows_after(&store, &tenant(0), 0).await, [4, 5, 6, 7]);
         assert_eq!(number(&store, "SELECT run_end FROM changes_filed").await, 0);
-        store.file_changes().await;
+        assert_eq!(store.file_changes().await, 0, "not behind each commit");
+        store.0.filing.logged(RUN as usize);
+        assert_eq!(store.file_changes().await, RUN + RUN / 4);
+        full().await;
         assert_eq!(store.0.filing.left.load(Ordering::Relaxed), 0);
         assert_eq!(number(&store, "SELECT count(*) FROM changes_of_tenants").await, 10);
     }

@@ -53,6 +53,7 @@ impl Store {
             }
         }
         self.store_kept_parts_at_start(lease).await?;
+        self.file_changes_at_start().await;
         Ok(total)
     }
 

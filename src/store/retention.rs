@@ -56,8 +56,8 @@ const LATE: Duration = Duration::from_secs(60 * 60);
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever removes what is old.
 const LOCK: i64 = 0x736b_7772;
 
-/// PostgreSQL follows the keys and indexes that these statements are made for, whatever it believes of how much is old: sorting all of that for a few rows would
-/// cost more the more there is.
+/// PostgreSQL follows the keys and indexes that these statements are made for, whatever it believes of how much is old: sorting
+/// all of that for a few rows would cost more the more there is.
 const BY_KEY: &str = "SET LOCAL enable_sort TO off; SET LOCAL enable_bitmapscan TO off";
 
 const DELIVERY_IDS: &[Column] = &[text("delivery_id")];

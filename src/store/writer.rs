@@ -125,8 +125,10 @@ impl Writer {
                         Settled::Failed(error)
                     }
                 };
+                let mut filed = 0;
                 match settled {
                     Settled::Done(took) => {
+                        filed = store.file_changes().await;
                         if let Some(size) = &mut size {
                             size.learn(weight, took);
                             if weight >= most {
@@ -142,8 +144,7 @@ impl Writer {
                     }
                     Settled::Failed(_) | Settled::Apart => {}
                 }
-                store.file_changes().await;
-                if checkpoints.after_commit(weight, waited, !waiting.is_empty() || !coming.is_empty()) {
+                if checkpoints.after_commit(weight, filed, waited, !waiting.is_empty() || !coming.is_empty()) {
                     store.0.commits.checkpoint().await;
                 }
                 rests.take(&mut waiting, &mut coming, Write::organization).await;
