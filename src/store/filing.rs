@@ -20,8 +20,8 @@ use crate::{clock::Seldom, webhook::Tenant};
 /// A run has so many rows, and begins as soon as there are as many. What is not filed, which each reader of a tenant's log goes
 /// through, is two of them and a commit at most: during a run, each step files more than has come since the last.
 const RUN: i64 = 2_048;
-/// A step files so many rows, and the others of the last tenant among them. Publishes wait for it: for two or three
-/// milliseconds on a disk that flushes in less than one, the more the longer the entries are.
+/// A step files so many rows, and the others of the last tenant among them. Publishes wait for it, for two or three
+/// milliseconds, and longer where entries are long.
 const STEP: i64 = 256;
 /// That it fails is said once in this time.
 static FAILED: Seldom = Seldom::new(Duration::from_secs(1));

@@ -42,8 +42,8 @@ const LOST: &str = "The attempt was interrupted";
 static OF_NO_TENANT: Seldom = Seldom::new(Duration::from_secs(1));
 
 impl Store {
-    /// Brings back what a process that is gone had leased, and stores what it had accepted. On SQLite no other node can hold a
-    /// lease, so that is all; on PostgreSQL leases of others run out in their own time.
+    /// Brings back what a process that is gone had leased, stores what it had accepted, and files what that logged. On SQLite no
+    /// other node can hold a lease, so that is all; on PostgreSQL leases of others run out in their own time.
     pub async fn rescue_all_at_start(&self, schedule: &RetrySchedule, lease: Duration) -> Result<usize, Error> {
         let mut total = 0;
         while self.sqlite() {
