@@ -398,10 +398,7 @@ mod tests {
     #[tokio::test]
     async fn sqlite_finds_by_key_what_is_filed() {
         let (_directory, store) = Store::fresh().await;
-        let mut statement = log_after(&tenant(), 0, DbBackend::Sqlite).build(DbBackend::Sqlite);
-        statement.sql.insert_str(0, "EXPLAIN QUERY PLAN ");
-        let rows = store.0.read.query_all_raw(statement).await.unwrap();
-        let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
+        let plan = store.plan(log_after(&tenant(), 0, DbBackend::Sqlite).build(DbBackend::Sqlite)).await;
         for step in [
             "SEARCH filed USING PRIMARY KEY (organization=? AND environment=? AND seq>?)",
             "SEARCH changes USING INTEGER PRIMARY KEY (rowid>?)",

@@ -90,19 +90,19 @@ impl Commits {
         }
     }
 
-    /// Makes a step of filing the log of changes, and answers with how many rows are left; nothing on PostgreSQL.
+    /// Makes a step of filing the log of changes, and answers with how many rows are left; none on PostgreSQL.
     ///
     /// It waits for no flush: it is on disk with the next commit at the latest, and lost with no other. Whatever goes wrong,
     /// the connection is not used again, since its next commit might not wait for one either.
-    pub(super) async fn file(&self, step: filing::Step) -> Result<Option<i64>, Error> {
-        let Self::Sqlite(pool) = self else { return Ok(None) };
+    pub(super) async fn file(&self, step: filing::Step) -> Result<i64, Error> {
+        let Self::Sqlite(pool) = self else { return Ok(0) };
         let (text, parameters) = step.on_sqlite();
         let text = sqlx::AssertSqlSafe(format!("PRAGMA synchronous = NORMAL;{text};PRAGMA synchronous = FULL"));
         let filed = async {
             let mut connection = Unfinished(Some(pool.acquire().await?));
             let left = sqlx::query_scalar_with(text, for_sqlite(parameters)?).fetch_all(connection.get()?).await?;
             drop(connection.0.take());
-            Ok(left.first().copied())
+            Ok(left.first().copied().unwrap_or(0))
         };
         filed.await.map_err(|error: sqlx::Error| DbErr::Exec(RuntimeErr::SqlxError(error.into())).into())
     }

@@ -453,10 +453,8 @@ mod tests {
             (Some(DeliveryStatus::Failed), Some("del_1"), vec![(ENDED, older)]),
         ] {
             let filter = DeliveryFilter { status, event_type: None };
-            let mut statement = newest(DbBackend::Sqlite, "whk_1", &filter, after, 20).build(DbBackend::Sqlite);
-            statement.sql.insert_str(0, "EXPLAIN QUERY PLAN ");
-            let rows = store.0.read.query_all_raw(statement).await.unwrap();
-            let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
+            let statement = newest(DbBackend::Sqlite, "whk_1", &filter, after, 20).build(DbBackend::Sqlite);
+            let plan = store.plan(statement).await;
             let searches = plan.iter().filter(|step| step.starts_with("SEARCH "));
             let mut searches: Vec<&str> =
                 searches.filter_map(|step| step.split_once(" INDEX ")).map(|(_, index)| index).collect();

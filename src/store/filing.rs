@@ -105,7 +105,7 @@ impl Store {
         let rows = step.rows;
         match self.0.commits.file(step).await {
             Ok(left) => {
-                self.0.filing.left.store(left.unwrap_or(0), Ordering::Relaxed);
+                self.0.filing.left.store(left, Ordering::Relaxed);
                 rows
             }
             Err(error) => {
@@ -188,7 +188,7 @@ mod tests {
 
     /// Makes a step, of two tenants or more of a run of seven rows for each; how many rows are left.
     async fn file(store: &Store, run: i64) -> i64 {
-        store.0.commits.file(Step { run, rows: run / 2 + 1 }).await.unwrap().unwrap()
+        store.0.commits.file(Step { run, rows: run / 2 + 1 }).await.unwrap()
     }
 
     async fn number(store: &Store, sql: &str) -> i64 {
@@ -297,9 +297,7 @@ mod tests {
             (LEFT, vec!["SEARCH changes"]),
             (&*remove, vec![KEY, RANGE]),
         ] {
-            let explain = Sql::new(&format!("EXPLAIN QUERY PLAN {sql}")).build(DbBackend::Sqlite);
-            let rows = store.0.read.query_all_raw(explain).await.unwrap();
-            let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
+            let plan = store.plan(Sql::new(sql).build(DbBackend::Sqlite)).await;
             assert!(!plan.iter().any(|step| step.starts_with("SCAN changes") && !step.contains("filed")), "{plan:?}");
             assert!(expected.iter().all(|step| plan.iter().any(|found| found == step)), "{sql}: {plan:?}");
         }

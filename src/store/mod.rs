@@ -236,6 +236,14 @@ impl Store {
         (directory, store)
     }
 
+    /// The steps by which SQLite would go about a statement.
+    #[cfg(test)]
+    async fn plan(&self, mut statement: sea_orm::Statement) -> Vec<String> {
+        statement.sql.insert_str(0, "EXPLAIN QUERY PLAN ");
+        let steps = self.0.read.query_all_raw(statement).await.unwrap();
+        steps.iter().map(|step| step.try_get("", "detail").unwrap()).collect()
+    }
+
     /// Makes sure, until the last clone is gone, that no other process serves the same SQLite database; several may share
     /// a PostgreSQL.
     pub fn take_exclusively(&self, url: &str) -> Result<(), Error> {
