@@ -39,14 +39,17 @@ use self::support::{
 const DEFAULT_SECS: u64 = 5;
 /// Words that choose a database.
 const DATABASES: [&str; 2] = ["sqlite", server::WORD];
-/// The runs on each database: name, webhooks of each organisation, and how is published.
-const RUNS: [(&str, usize, Load); 6] = [
-    ("paced 50/s", 1, Load::Paced(50)),
-    ("1 webhook", 1, Load::Full(1)),
-    ("16 a call", 1, Load::Full(16)),
-    ("100 tenants", 1, Load::Tenants(100)),
-    ("1000 tenants", 1, Load::Tenants(1_000)),
-    ("fan-out 5", 5, Load::Full(1)),
+/// The runs on each database: name, nodes, webhooks of each organisation, and how is published. Several nodes share
+/// PostgreSQL only.
+const RUNS: [(&str, usize, usize, Load); 8] = [
+    ("paced 50/s", 1, 1, Load::Paced(50)),
+    ("1 webhook", 1, 1, Load::Full(1)),
+    ("16 a call", 1, 1, Load::Full(16)),
+    ("100 tenants", 1, 1, Load::Tenants(100)),
+    ("1000 tenants", 1, 1, Load::Tenants(1_000)),
+    ("3 nodes 50/s", 3, 1, Load::Paced(50)),
+    ("3 nodes", 3, 1, Load::Full(1)),
+    ("fan-out 5", 1, 5, Load::Full(1)),
 ];
 /// What each run finds, as it stands in the table.
 const FIGURES: [(&str, &str, usize); 10] = [
@@ -156,12 +159,24 @@ async fn run(all: &Handle) -> ExitCode {
         heading();
         for (database, server, directory) in &databases {
             let database_url = server.map(|server| &*server.url);
-            let service = Service::start(directory.path(), database_url, &["--log", "warn"]).await;
-            let target = Arc::new(Target::connect(service).await);
+            let start_node = async || {
+                Target::connect(Service::start(directory.path(), database_url, &["--log", "warn"]).await).await
+            };
+            let mut target = Arc::new(start_node().await);
             let first_answer = target.first_answer().await.as_secs_f64() * 1e3;
             first_answers.entry(*database).or_default().push(first_answer);
             let mut webhooks = Vec::new();
-            for (run, each, load) in RUNS.into_iter().filter(|(run, ..)| wanted(run)) {
+            for (run, nodes, each, load) in RUNS.into_iter().filter(|(run, ..)| wanted(run)) {
+                if nodes > 1 && server.is_none() {
+                    continue;
+                }
+                let others = &mut Arc::get_mut(&mut target).expect("nobody publishes").others;
+                while others.len() + 1 < nodes {
+                    others.push(start_node().await);
+                }
+                while others.len() + 1 > nodes {
+                    others.pop().expect("one of several").service.stop().await;
+                }
                 register(&target, &mut webhooks, &url, each, load).await;
                 let measured = measure(&target, &seen, *server, time, load, start).await;
                 let figures = figures(&measured, bare);
@@ -174,6 +189,9 @@ async fn run(all: &Handle) -> ExitCode {
                 target.disable(tenant, webhook).await;
             }
             let target = Arc::into_inner(target).expect("nobody else publishes");
+            for node in target.others {
+                node.service.stop().await;
+            }
             target.service.stop().await;
         }
     }

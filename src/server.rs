@@ -80,7 +80,7 @@ pub async fn run(
     store: Store,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    store.take_exclusively(&config.database_url)?;
+    store.take_exclusively()?;
     store.follow_clock().await?;
     store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
     let lease_length = dispatch::lease_length(config.request_timeout);

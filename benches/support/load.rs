@@ -1,6 +1,7 @@
 //! Publishes to the service, 500 bytes an event, and receives what it sends.
 
 use std::{
+    iter,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -51,6 +52,8 @@ pub(crate) struct Seen {
 pub(crate) struct Target {
     pub(crate) service: Service,
     channel: Channel,
+    /// Further nodes on the same database. Calls that publish go to each in turn, as through a load balancer.
+    pub(crate) others: Vec<Self>,
 }
 
 /// What a run found; times in nanoseconds, sorted.
@@ -62,6 +65,7 @@ pub(crate) struct Measured {
     pub(crate) database_cpu_ms: f64,
     /// Of this process: who publishes, and the receiver.
     pub(crate) others_cpu_ms: f64,
+    /// Of the node that has most.
     pub(crate) resident_mib: f64,
 }
 
@@ -122,7 +126,16 @@ pub(crate) fn data(at: Instant, start: Instant) -> String {
 impl Target {
     pub(crate) async fn connect(service: Service) -> Self {
         let endpoint = Channel::from_shared(service.base.clone()).expect("a URL");
-        Self { channel: endpoint.connect().await.expect("a connection"), service }
+        Self { channel: endpoint.connect().await.expect("a connection"), service, others: Vec::new() }
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &Self> {
+        iter::once(self).chain(&self.others)
+    }
+
+    /// Seconds of CPU that all nodes have used.
+    fn cpu_secs(&self) -> f64 {
+        self.nodes().map(|node| node.service.cpu_secs()).sum()
     }
 
     fn authorized<T>(&self, tenant: Tenant, message: T) -> Request<T> {
@@ -160,10 +173,11 @@ impl Target {
         client.update_webhook(self.authorized(tenant, message)).await.expect("it is disabled");
     }
 
-    /// Publishes so many events in one call; how long after `due` it is answered.
-    async fn publish(&self, tenant: Tenant, events: usize, due: Instant, start: Instant) -> Duration {
+    /// Makes a call, by its number, that publishes so many events; how long after `due` it is answered.
+    async fn publish(&self, call: usize, tenant: Tenant, events: usize, due: Instant, start: Instant) -> Duration {
         let event = || PublishEventRequest { event: EVENT.to_owned(), data: data(due, start) };
-        let mut client = DeliveryServiceClient::new(self.channel.clone());
+        let node = self.nodes().nth(call % (1 + self.others.len())).expect("one of the nodes");
+        let mut client = DeliveryServiceClient::new(node.channel.clone());
         if events == 1 {
             client.publish_event(self.authorized(tenant, event())).await.expect("a publish");
         } else {
@@ -233,8 +247,8 @@ pub(crate) async fn measure(
                     Some(ticks) => ticks.recv().await.expect("it ticks on"),
                     None => clock::stopwatch(),
                 };
-                let tenant = tenants.map(|tenants| turn.fetch_add(1, Ordering::Relaxed) % tenants);
-                let one = target.publish(tenant, events, due, start).await;
+                let call = turn.fetch_add(1, Ordering::Relaxed);
+                let one = target.publish(call, tenants.map(|tenants| call % tenants), events, due, start).await;
                 if seen.measuring.load(Ordering::Relaxed) {
                     took.push(nanoseconds(one));
                 }
@@ -243,19 +257,18 @@ pub(crate) async fn measure(
         });
     }
     tokio::time::sleep(WARM_UP).await;
-    let service = &target.service;
     let database_cpu = || server.map_or(0.0, Server::cpu_secs);
     let others_cpu = || cpu_secs(std::process::id());
     let (before, cpu, db_cpu, others, began) =
-        (seen.count.load(Ordering::Relaxed), service.cpu_secs(), database_cpu(), others_cpu(), clock::stopwatch());
+        (seen.count.load(Ordering::Relaxed), target.cpu_secs(), database_cpu(), others_cpu(), clock::stopwatch());
     seen.measuring.store(true, Ordering::Relaxed);
     tokio::time::sleep(time).await;
     seen.measuring.store(false, Ordering::Relaxed);
     let count = (seen.count.load(Ordering::Relaxed) - before) as f64;
     let elapsed = began.elapsed().as_secs_f64();
     // This process first: it looks for those of the database.
-    let (others, cpu, db_cpu) = (others_cpu() - others, service.cpu_secs() - cpu, database_cpu() - db_cpu);
-    let resident_mib = service.resident_mib();
+    let (others, cpu, db_cpu) = (others_cpu() - others, target.cpu_secs() - cpu, database_cpu() - db_cpu);
+    let resident_mib = target.nodes().map(|node| node.service.resident_mib()).fold(0.0, f64::max);
     stop.store(true, Ordering::Relaxed);
     let mut publish: Vec<u64> = publishing.join_all().await.concat();
     publish.sort_unstable();

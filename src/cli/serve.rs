@@ -36,7 +36,7 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     telemetry::start(&config.log);
     let store = connect(&config.database_url, config.database_connections).await?;
     // Before anything is changed or promised.
-    store.take_exclusively(&config.database_url)?;
+    store.take_exclusively()?;
     store.migrate().await?;
     let made = beside(&config.database_url, "dev-master-key");
     if dev && config.vault.is_none() {

@@ -75,6 +75,18 @@ pub enum Error {
     /// Another process serves this SQLite database.
     #[error("another process is serving {0}; stop it first, or use PostgreSQL for several nodes")]
     Taken(String),
+    /// It would have to be changed under a process that does not know the change.
+    #[error(
+        "the schema of {0} is that of an earlier version, and another process is serving it\n  \
+         Stop that process; the next `serve`, or `migrate`, of this version brings the schema up to date."
+    )]
+    OlderSchema(String),
+    /// A later version was here.
+    #[error(
+        "the schema is that of a later version: it has the step {0}, which this one does not know\n  \
+         Run that version or a later one, or bring back a backup from before it."
+    )]
+    NewerSchema(String),
     /// The file that keeps others off cannot be used.
     #[error("{0}.lock, which keeps other processes off the database, cannot be locked: {1}")]
     Lock(String, Arc<std::io::Error>),

@@ -26,8 +26,6 @@ mod known_keys;
 mod lanes;
 mod leases;
 mod log;
-#[path = "../../migrations/mod.rs"]
-mod migrations;
 mod parameter;
 mod publish;
 mod record;
@@ -37,6 +35,7 @@ mod retention;
 mod revisions;
 mod room;
 mod rows;
+mod schema;
 mod script;
 mod secrets;
 mod silence;
@@ -50,13 +49,12 @@ mod webhooks;
 mod writer;
 mod writes;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc};
 
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait, Set, SqliteTransactionMode,
     TransactionOptions, TransactionTrait,
 };
-use sea_orm_migration::MigratorTrait;
 use tokio::sync::mpsc;
 
 pub use self::{
@@ -92,16 +90,13 @@ use self::{
 };
 use crate::{clock, feed::Feed, vault::Vault, webhook::Retention};
 
-/// Identifies, among PostgreSQL's advisory locks, the one of whoever brings the schema up to date.
-const MIGRATION_LOCK: i64 = 0x736b_776d;
-/// Who finds it taken tries again after this time.
-const MIGRATION_WAIT: Duration = Duration::from_millis(200);
-
 /// The database and what this node holds of it in memory. Cheap to clone.
 #[derive(Clone)]
 pub struct Store(Arc<Inner>);
 
 struct Inner {
+    /// SQLite's file.
+    path: Option<String>,
     read: DatabaseConnection,
     /// On SQLite the one connection that writes; on PostgreSQL the same pool.
     write: DatabaseConnection,
@@ -152,6 +147,7 @@ impl Store {
         let Connections { read, readers, write, engine_read, engine_write, revisions, commits } = opened;
         let (ready, ready_out) = mpsc::unbounded_channel();
         let store = Self(Arc::new(Inner {
+            path: sqlite_path(url).map(str::to_owned),
             read,
             write,
             engine_read,
@@ -184,39 +180,6 @@ impl Store {
         Ok(store)
     }
 
-    /// Brings the schema up to date. Of nodes that start together on one PostgreSQL one does, and the others wait for it.
-    pub async fn migrate(&self) -> Result<(), Error> {
-        let turn = if self.sqlite() { None } else { Some(self.turn_to_migrate().await?) };
-        self.work_in_files(true).await?;
-        migrations::Migrator::up(&self.0.write, None).await?;
-        drop(turn);
-        self.work_in_files(false).await
-    }
-
-    /// Until it ends, no other node migrates: two that take the same step fail each other.
-    async fn turn_to_migrate(&self) -> Result<DatabaseTransaction, Error> {
-        let mut waits = false;
-        loop {
-            let attempt = async {
-                let turn = self.write_by(&self.0.engine_write).await?;
-                // It does nothing for as long as the steps take.
-                turn.execute_unprepared("SET LOCAL idle_in_transaction_session_timeout TO 0").await?;
-                let lock = sql::Sql::new(&format!("SELECT pg_try_advisory_xact_lock({MIGRATION_LOCK})"));
-                let row = turn.query_one_raw(lock.build(DbBackend::Postgres)).await?;
-                let taken = row.map(|row| row.try_get_by_index(0)).transpose()?.unwrap_or(false);
-                Ok::<_, Error>(taken.then_some(turn))
-            };
-            if let Some(turn) = self.heard(attempt).await? {
-                return Ok(turn);
-            }
-            if !waits {
-                tracing::info!("another node brings the schema up to date; waiting for it");
-                waits = true;
-            }
-            tokio::time::sleep(MIGRATION_WAIT).await;
-        }
-    }
-
     /// Has SQLite put what it works with into files, for steps that go through all there is, or into memory.
     async fn work_in_files(&self, files: bool) -> Result<(), Error> {
         if self.sqlite() {
@@ -246,8 +209,8 @@ impl Store {
 
     /// Makes sure, until the last clone is gone, that no other process serves the same SQLite database; several may share
     /// a PostgreSQL.
-    pub fn take_exclusively(&self, url: &str) -> Result<(), Error> {
-        let Some(path) = sqlite_path(url) else { return Ok(()) };
+    pub fn take_exclusively(&self) -> Result<(), Error> {
+        let Some(path) = self.0.path.as_deref() else { return Ok(()) };
         let mut exclusive = self.0.exclusive.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if exclusive.is_some() {
             return Ok(());

@@ -7,9 +7,9 @@ use tokio::{
     process::Command,
 };
 
-use crate::support::{Database, Receiver, TestServer, on_both_databases, soon};
+use crate::support::{Database, LAST_STEP, Receiver, TestServer, on_both_databases, soon};
 
-on_both_databases!(keys_from_making_to_revoking);
+on_both_databases!(keys_from_making_to_revoking, an_upgrade_says_what_it_does);
 
 /// The binary, about to run in `directory`.
 pub(crate) fn binary(arguments: &[&str], directory: &Path) -> Command {
@@ -61,6 +61,34 @@ async fn keys_from_making_to_revoking(database: Database) {
     assert_eq!(keys(&["create", "--environment", "test"]).await.0, 2, "whose?");
     let for_ever = ["create", "--organization", "acme", "--environment", "test", "--expires-in", "9000years"];
     assert_eq!(keys(&for_ever).await.0, 2, "no time can say when");
+}
+
+async fn an_upgrade_says_what_it_does(database: Database) {
+    let directory = tempfile::tempdir().unwrap();
+    let command = async |arguments: &[&str]| {
+        let mut command = binary(arguments, directory.path());
+        command.args(["--database-url", &database.url]);
+        run(command, "").await
+    };
+    let (code, _, notes) = command(&["migrate"]).await;
+    assert_eq!((code, notes.as_str()), (0, "the schema is up to date\n"), "a new database has no upgrade");
+    let server = TestServer::start(&database).await;
+    database.undo_last_step().await;
+    if database.url.starts_with("sqlite:") {
+        // Other nodes may serve a PostgreSQL, whoever knows their versions.
+        let (code, _, error) = command(&["keys", "list"]).await;
+        assert!(code == 1 && error.contains("earlier version") && error.contains("Stop that process"), "{error}");
+    }
+    server.stop().await;
+    let (code, _, notes) = command(&["migrate"]).await;
+    assert_eq!(code, 0, "{notes}");
+    let said = |words: &str| notes.lines().any(|line| line.contains(LAST_STEP) && line.contains(words));
+    assert!(said("bringing the schema up to date") && said("the step is done"), "{notes}");
+    assert_eq!(command(&["migrate"]).await.2, "the schema is up to date\n");
+
+    database.execute("INSERT INTO seaql_migrations (version, applied_at) VALUES ('m9999_later', 1)").await;
+    let (code, _, error) = command(&["keys", "list"]).await;
+    assert!(code == 1 && error.contains("m9999_later") && error.contains("a later version"), "{error}");
 }
 
 #[tokio::test]

@@ -246,13 +246,8 @@ async fn a_database_of_before_the_filed_log_is_brought_up_to_date(database: Data
     for organization in ["acme", "other", "acme"] {
         database.log_failures(organization, 100, Duration::ZERO).await;
     }
-    database.execute("DELETE FROM seaql_migrations WHERE version = 'm0016_filed_changes'").await;
+    database.undo_last_step().await;
     let sqlite = database.url.starts_with("sqlite:");
-    if sqlite {
-        database.execute("DROP TABLE changes_of_tenants").await;
-        database.execute("DROP TABLE changes_filed").await;
-        database.execute("CREATE INDEX changes_tenant ON changes (organization, environment, seq)").await;
-    }
 
     let mut server = TestServer::start(&database).await;
     server.key = key;

@@ -6,6 +6,9 @@ use sea_orm::{ConnectionTrait, Database as SeaOrm, DatabaseConnection, DbBackend
 use shortkit_webhooks::clock;
 use tempfile::TempDir;
 
+/// The newest step of the schema.
+pub(crate) const LAST_STEP: &str = "m0016_filed_changes";
+
 /// Which database.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -54,6 +57,16 @@ impl Database {
     /// How many rows a statement changed.
     pub(crate) async fn execute(&self, sql: &str) -> u64 {
         self.open().await.execute_unprepared(sql).await.unwrap().rows_affected()
+    }
+
+    /// Leaves the schema as it was before [`LAST_STEP`].
+    pub(crate) async fn undo_last_step(&self) {
+        self.execute(&format!("DELETE FROM seaql_migrations WHERE version = '{LAST_STEP}'")).await;
+        if self.url.starts_with("sqlite:") {
+            self.execute("DROP TABLE changes_of_tenants").await;
+            self.execute("DROP TABLE changes_filed").await;
+            self.execute("CREATE INDEX changes_tenant ON changes (organization, environment, seq)").await;
+        }
     }
 
     /// Adds `count` rows to the log of changes, each with the failure of a delivery of the organisation's that is numbered
