@@ -170,13 +170,7 @@ async fn run(all: &Handle) -> ExitCode {
                 if nodes > 1 && server.is_none() {
                     continue;
                 }
-                let others = &mut Arc::get_mut(&mut target).expect("nobody publishes").others;
-                while others.len() + 1 < nodes {
-                    others.push(start_node().await);
-                }
-                while others.len() + 1 > nodes {
-                    others.pop().expect("one of several").service.stop().await;
-                }
+                scale(Arc::get_mut(&mut target).expect("nobody publishes"), nodes, start_node).await;
                 register(&target, &mut webhooks, &url, each, load).await;
                 let measured = measure(&target, &seen, *server, time, load, start).await;
                 let figures = figures(&measured, bare);
@@ -188,10 +182,8 @@ async fn run(all: &Handle) -> ExitCode {
             for (tenant, webhook) in webhooks {
                 target.disable(tenant, webhook).await;
             }
-            let target = Arc::into_inner(target).expect("nobody else publishes");
-            for node in target.others {
-                node.service.stop().await;
-            }
+            let mut target = Arc::into_inner(target).expect("nobody else publishes");
+            scale(&mut target, 1, start_node).await;
             target.service.stop().await;
         }
     }
@@ -208,6 +200,16 @@ async fn run(all: &Handle) -> ExitCode {
         json!({ "bench": "throughput", "bare_per_sec": bares, "first_answer_ms": first_answers, "results": results })
     );
     code
+}
+
+/// Starts and stops nodes until there are so many.
+async fn scale(target: &mut Target, nodes: usize, start: impl AsyncFn() -> Target) {
+    while target.others.len() + 1 < nodes {
+        target.others.push(start().await);
+    }
+    for node in target.others.drain(nodes - 1..) {
+        node.service.stop().await;
+    }
 }
 
 /// Registers what is missing until all that publish have so many webhooks each.

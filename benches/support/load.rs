@@ -31,7 +31,7 @@ use super::{
 
 /// Not measured: connections are made, caches filled.
 pub(crate) const WARM_UP: Duration = Duration::from_secs(1);
-/// Publishers of the saturating runs.
+/// Publishers of the saturating runs, for each node.
 pub(crate) const PUBLISHERS: usize = 32;
 /// The event type of what is published.
 pub(crate) const EVENT: &str = "content.ready";
@@ -214,7 +214,7 @@ pub(crate) enum Load {
     /// So many a second, by one publisher. Each is timed from when it was due: one that starts late, since the one before
     /// took long, is late, and would otherwise hide how long that is (coordinated omission).
     Paced(u32),
-    /// As many as go, by [`PUBLISHERS`], with so many in each call.
+    /// As many as go, by [`PUBLISHERS`] for each node, with so many in each call.
     Full(usize),
     /// The same with one in each call, in the name of so many organisations in turn.
     Tenants(usize),
@@ -231,8 +231,8 @@ pub(crate) async fn measure(
 ) -> Measured {
     let (publishers, pace, events, tenants) = match load {
         Load::Paced(pace) => (1, Some(pace), 1, None),
-        Load::Full(events) => (PUBLISHERS, None, events, None),
-        Load::Tenants(tenants) => (PUBLISHERS, None, 1, Some(tenants)),
+        Load::Full(events) => (PUBLISHERS * target.nodes().count(), None, events, None),
+        Load::Tenants(tenants) => (PUBLISHERS * target.nodes().count(), None, 1, Some(tenants)),
     };
     let turn = Arc::new(AtomicUsize::new(0));
     let stop = Arc::new(AtomicBool::new(false));
