@@ -5,7 +5,8 @@
 //!
 //! The service runs in a process of its own with durable settings. This process publishes over gRPC, 500 bytes an event,
 //! and receives. Everything is held against a bare loop of signed POSTs to the same receiver in the same run: machines
-//! differ, the ratio hardly does. Prints a table for people, after several rounds with the median and the range of each
+//! differ, the ratio hardly does. Several nodes run beside each other on it, with 32 publishers for each, and are held against
+//! the same bare loop. Prints a table for people, after several rounds with the median and the range of each
 //! figure, and one JSON line for machines.
 
 mod support;
@@ -39,17 +40,26 @@ use self::support::{
 const DEFAULT_SECS: u64 = 5;
 /// Words that choose a database.
 const DATABASES: [&str; 2] = ["sqlite", server::WORD];
-/// The runs on each database: name, nodes, webhooks of each organisation, and how is published. Several nodes share
-/// PostgreSQL only.
-const RUNS: [(&str, usize, usize, Load); 8] = [
-    ("paced 50/s", 1, 1, Load::Paced(50)),
-    ("1 webhook", 1, 1, Load::Full(1)),
-    ("16 a call", 1, 1, Load::Full(16)),
-    ("100 tenants", 1, 1, Load::Tenants(100)),
-    ("1000 tenants", 1, 1, Load::Tenants(1_000)),
-    ("3 nodes 50/s", 3, 1, Load::Paced(50)),
-    ("3 nodes", 3, 1, Load::Full(1)),
-    ("fan-out 5", 1, 5, Load::Full(1)),
+/// What is measured.
+struct Run {
+    name: &'static str,
+    /// Several share PostgreSQL only.
+    nodes: usize,
+    /// Of each organisation; not fewer than in the run before.
+    webhooks: usize,
+    load: Load,
+}
+
+/// The runs on each database.
+const RUNS: [Run; 8] = [
+    Run { name: "paced 50/s", nodes: 1, webhooks: 1, load: Load::Paced(50) },
+    Run { name: "1 webhook", nodes: 1, webhooks: 1, load: Load::Full(1) },
+    Run { name: "16 a call", nodes: 1, webhooks: 1, load: Load::Full(16) },
+    Run { name: "100 tenants", nodes: 1, webhooks: 1, load: Load::Tenants(100) },
+    Run { name: "1000 tenants", nodes: 1, webhooks: 1, load: Load::Tenants(1_000) },
+    Run { name: "3 nodes 50/s", nodes: 3, webhooks: 1, load: Load::Paced(50) },
+    Run { name: "3 nodes", nodes: 3, webhooks: 1, load: Load::Full(1) },
+    Run { name: "fan-out 5", nodes: 1, webhooks: 5, load: Load::Full(1) },
 ];
 /// What each run finds, as it stands in the table.
 const FIGURES: [(&str, &str, usize); 10] = [
@@ -130,13 +140,18 @@ async fn run(all: &Handle) -> ExitCode {
     let words = std::env::args().skip(1).filter(|word| !word.starts_with('-') && word.parse::<u64>().is_err());
     let (asked, chosen): (Vec<String>, Vec<String>) = words.partition(|word| DATABASES.contains(&&**word));
     let wanted = |run: &str| chosen.is_empty() || chosen.iter().any(|name| name == run);
-    if let Some(name) = chosen.iter().find(|name| RUNS.iter().all(|(run, ..)| run != name)) {
-        let runs = RUNS.map(|(run, ..)| run);
+    if let Some(name) = chosen.iter().find(|name| RUNS.iter().all(|run| run.name != *name)) {
+        let runs = RUNS.map(|run| run.name);
         eprintln!("there is no run {name:?}; there are {runs:?}");
         return ExitCode::from(2);
     }
+    let needs_postgres = RUNS.iter().find(|run| run.nodes > 1 && chosen.iter().any(|name| name == run.name));
     let of = |database: &str| asked.is_empty() || asked.iter().any(|name| name == database);
     let (server, code) = if of(DATABASES[1]) { postgres(!asked.is_empty()).await } else { (None, ExitCode::SUCCESS) };
+    if let (Some(run), None) = (needs_postgres, &server) {
+        eprintln!("the run {:?} needs PostgreSQL, which is not among what is measured", run.name);
+        return ExitCode::from(2);
+    }
     let start = clock::stopwatch();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (url, seen) = receiver(start);
@@ -166,16 +181,14 @@ async fn run(all: &Handle) -> ExitCode {
             let first_answer = target.first_answer().await.as_secs_f64() * 1e3;
             first_answers.entry(*database).or_default().push(first_answer);
             let mut webhooks = Vec::new();
-            for (run, nodes, each, load) in RUNS.into_iter().filter(|(run, ..)| wanted(run)) {
-                if nodes > 1 && server.is_none() {
-                    continue;
-                }
+            let played = |run: &Run| wanted(run.name) && (run.nodes == 1 || server.is_some());
+            for Run { name, nodes, webhooks: each, load } in RUNS.into_iter().filter(played) {
                 scale(Arc::get_mut(&mut target).expect("nobody publishes"), nodes, start_node).await;
                 register(&target, &mut webhooks, &url, each, load).await;
                 let measured = measure(&target, &seen, *server, time, load, start).await;
                 let figures = figures(&measured, bare);
-                line(database, run, &figures);
-                found.entry((database, run)).or_default().push(figures);
+                line(database, name, &figures);
+                found.entry((database, name)).or_default().push(figures);
             }
             println!("{database:10} first answer {first_answer:.0} ms after its start");
             // Not deleted: what goes with a webhook would be removed beside the next round.

@@ -21,6 +21,11 @@ mod m0014_publish_drafts;
 mod m0015_deliveries_by_time;
 mod m0016_filed_changes;
 
+/// It takes as long as there are rows, which must not keep a node from ever starting; and when the node has gone it ends,
+/// where the server can tell (from version 14 on), or the next one would wait for it.
+const ON_POSTGRES: &str = "SET LOCAL statement_timeout TO 0; \
+    SELECT set_config(name, '5s', TRUE) FROM pg_settings WHERE name = 'client_connection_check_interval';";
+
 /// Runs the steps that a database has not seen.
 pub(crate) struct Migrator;
 
@@ -46,8 +51,7 @@ impl MigrationTrait for Step {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let mut schema = (self.schema)(manager.get_database_backend());
         if manager.get_database_backend() == DbBackend::Postgres {
-            // It takes as long as there are rows, which must not keep a node from ever starting.
-            schema.insert_str(0, "SET LOCAL statement_timeout TO 0;");
+            schema.insert_str(0, ON_POSTGRES);
         }
         manager.get_connection().execute_unprepared(&schema).await?;
         Ok(())

@@ -48,11 +48,11 @@ pub(crate) struct Seen {
     latencies: Mutex<Vec<u64>>,
 }
 
-/// A service, and a connection to it.
+/// A node, a connection to it, and the others.
 pub(crate) struct Target {
     pub(crate) service: Service,
     channel: Channel,
-    /// Further nodes on the same database. Calls that publish go to each in turn, as through a load balancer.
+    /// Further nodes on the same database. Calls that publish go to all in turn, as through a load balancer.
     pub(crate) others: Vec<Self>,
 }
 

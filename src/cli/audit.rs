@@ -65,7 +65,7 @@ impl AuditArgs {
 
 async fn list(args: ListArgs) -> Result<(), Error> {
     let store = open(args.database).await?;
-    store.migrate().await?;
+    store.expect_schema().await?;
     let filter = AuditFilter {
         organization: args.organization,
         environment: args.environment,

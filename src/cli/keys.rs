@@ -131,7 +131,7 @@ async fn create(args: CreateArgs) -> Result<(), Error> {
         _ => {}
     }
     let store = open(args.database).await?;
-    store.migrate().await?;
+    store.expect_schema().await?;
     let kind = match args.kind {
         KindWord::Secret => KeyKind::Secret,
         KindWord::Publishable => KeyKind::Publishable,
@@ -156,7 +156,7 @@ async fn create(args: CreateArgs) -> Result<(), Error> {
 
 async fn list(args: ListArgs) -> Result<(), Error> {
     let store = open(args.database).await?;
-    store.migrate().await?;
+    store.expect_schema().await?;
     let keys = store.list_keys().await?;
     if args.json {
         for key in &keys {
@@ -176,7 +176,7 @@ async fn list(args: ListArgs) -> Result<(), Error> {
 
 async fn revoke(args: RevokeArgs) -> Result<(), Error> {
     let store = open(args.database).await?;
-    store.migrate().await?;
+    store.expect_schema().await?;
     if !store.revoke_key(&args.id).await? {
         return Err(Error::Failed(format!("there is no key {}; `keys list` shows the ids", args.id)));
     }
@@ -188,7 +188,7 @@ async fn rotate_master(args: RotateMasterArgs) -> Result<(), Error> {
     let MasterKeyConfig { database, vault } = args.master_key.load(args.database)?;
     telemetry::start(&database.log);
     let store = Store::connect(&database.database_url).await?;
-    store.migrate().await?;
+    store.expect_schema().await?;
     store.unlock(vault.clone()).await?;
     let mut shown = clock::stopwatch();
     let resealed = store

@@ -251,6 +251,7 @@ pub(super) fn retry(error: RetryError) -> Status {
 pub(super) fn watch(error: WatchError) -> Status {
     match error {
         WatchError::TooOld => invalid_parameter("resume_token", "too_old", error.to_string()),
+        WatchError::Lost => invalid_parameter("resume_token", "lost", error.to_string()),
         WatchError::TooMany => {
             let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER_STREAMS));
             coded(Code::ResourceExhausted, "RATE_LIMITED", error.to_string(), details)

@@ -50,6 +50,9 @@ pub enum WatchError {
     /// Something of the tenant's was removed from the log after where it should continue.
     #[error("the resume token is too old")]
     TooOld,
+    /// The log does not reach to where it should continue: the database was replaced by a backup of before.
+    #[error("the resume token is of changes that are lost: the database was restored to a time before them")]
+    Lost,
     /// The organisation has as many streams on this node as it may.
     #[error("too many streams of the organization are open")]
     TooMany,
@@ -78,10 +81,17 @@ pub struct Watch {
     paused: Duration,
 }
 
-/// What was found in the log.
-struct LogRead {
+/// How far the log reaches, as it was at one moment.
+pub(super) struct Reach {
     /// The place of the last change of the tenant that was removed.
     forgotten: Option<i64>,
+    /// The number of the newest row, whosever it is; the newest is never removed.
+    newest: Option<i64>,
+}
+
+/// What was found in the log.
+struct LogRead {
+    reach: Reach,
     changes: Vec<Change>,
     /// The place after what was read.
     end: i64,
@@ -182,21 +192,17 @@ impl Store {
         self.heard(async { Ok(rows.all(&self.0.engine_read).await?) }).await
     }
 
-    /// The same of one tenant, and the place of the last change of its that was removed, as it was at that moment.
-    pub(super) async fn read_log(
-        &self,
-        tenant: &Tenant,
-        after: i64,
-    ) -> Result<(Option<i64>, Vec<change::Model>), Error> {
+    /// The same of one tenant, and how far the log reached at that moment.
+    pub(super) async fn read_log(&self, tenant: &Tenant, after: i64) -> Result<(Reach, Vec<change::Model>), Error> {
         let backend = self.0.read.get_database_backend();
         let statement = log_after(tenant, after, backend).build(backend);
         let _turn = self.0.lanes.turn_of_stream(tenant.shared_organization()).await;
-        let (mut forgotten, mut rows) = (None, Vec::new());
+        let (mut reach, mut rows) = (Reach { forgotten: None, newest: None }, Vec::new());
         for row in self.heard(async { Ok(self.0.read.query_all_raw(statement).await?) }).await? {
-            forgotten = row.try_get_by_index(0)?;
+            reach = Reach { forgotten: row.try_get_by_index(0)?, newest: row.try_get_by_index(1)? };
             rows.extend(change::Model::from_query_result_optional(&row, "")?);
         }
-        Ok((forgotten, rows))
+        Ok((reach, rows))
     }
 
     /// What there is in the log for a stream after a place, in its organisation's turn.
@@ -205,9 +211,9 @@ impl Store {
         let began = clock::stopwatch();
         // First the feed, then the log. However long the turn was in coming, no more has come since than the feed remembers.
         let tail = tail.now();
-        let (forgotten, rows) = self.read_log(&filter.tenant, after).await?;
+        let (reach, rows) = self.read_log(&filter.tenant, after).await?;
         let is_all = rows.len() < MAX_READ && rows.iter().map(|row| row.entries.len()).sum::<usize>() < MAX_READ_BYTES;
-        let mut read = LogRead { forgotten, changes: Vec::new(), end: after, is_all, tail };
+        let mut read = LogRead { reach, changes: Vec::new(), end: after, is_all, tail };
         for row in rows {
             read.changes.extend(log::changes(&row, read.end)?.into_iter().filter(|change| filter.selects(change)));
             read.end = log::end(row.seq);
@@ -223,12 +229,13 @@ impl Store {
 fn log_after(tenant: &Tenant, after: i64, backend: DbBackend) -> Sql {
     let (organization, environment) = (tenant.organization(), tenant.environment().as_str());
     let mut sql = Sql::new(
-        "SELECT forgotten.place, log.seq, log.organization, log.environment, log.entries, log.occurred_at_ms \
-         FROM (SELECT max(place) AS place FROM forgotten_changes WHERE organization IN ('', ",
+        "SELECT reach.forgotten, reach.newest, log.seq, log.organization, log.environment, log.entries, \
+         log.occurred_at_ms FROM (SELECT max(place) AS forgotten, (SELECT max(seq) FROM changes) AS newest \
+         FROM forgotten_changes WHERE organization IN ('', ",
     );
     sql.value(organization).text(") AND environment IN ('', ").value(environment);
     // Only lengths are read of the rows that there is no room for.
-    sql.text(")) AS forgotten LEFT JOIN (SELECT seq, sum(bytes) OVER (ORDER BY seq) - bytes AS before FROM (");
+    sql.text(")) AS reach LEFT JOIN (SELECT seq, sum(bytes) OVER (ORDER BY seq) - bytes AS before FROM (");
     let from = log::row(after + 1);
     if backend == DbBackend::Sqlite {
         filing::lengths(&mut sql, tenant, from);
@@ -275,8 +282,11 @@ impl Watch {
         let mut reading = JoinSet::new();
         reading.spawn(self.store.clone().select_log(self.filter.clone(), self.position, self.live.tail()));
         let read = reading.join_next().await.and_then(Result::ok).unwrap_or(Err(Error::Closed))?;
-        if read.forgotten.is_some_and(|place| place > self.position) {
+        if read.reach.forgotten.is_some_and(|place| place > self.position) {
             return Err(WatchError::TooOld);
+        }
+        if read.reach.newest.map_or(0, log::end) < self.position {
+            return Err(WatchError::Lost);
         }
         self.paused = Duration::ZERO;
         self.caught_up = read.is_all;

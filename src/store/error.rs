@@ -72,19 +72,21 @@ pub enum Error {
     /// The store is shutting down.
     #[error("the store is closed")]
     Closed,
-    /// Another process serves this SQLite database.
-    #[error("another process is serving {0}; stop it first, or use PostgreSQL for several nodes")]
-    Taken(String),
-    /// It would have to be changed under a process that does not know the change.
+    /// Another process serves this SQLite database, or migrates it.
     #[error(
-        "the schema of {0} is that of an earlier version, and another process is serving it\n  \
-         Stop that process; the next `serve`, or `migrate`, of this version brings the schema up to date."
+        "another process is serving {0}, or bringing it up to date; stop it first, or use PostgreSQL for several nodes"
+    )]
+    Taken(String),
+    /// It has not seen this migration.
+    #[error(
+        "the schema is that of an earlier version: it lacks the migration {0}\n  \
+         Stop what serves it, then bring it up to date with `shortkit-webhooks migrate`, or by starting `serve`."
     )]
     OlderSchema(String),
-    /// A later version was here.
+    /// It has seen this migration, which this version does not know.
     #[error(
-        "the schema is that of a later version: it has the step {0}, which this one does not know\n  \
-         Run that version or a later one, or bring back a backup from before it."
+        "the schema is that of a later version: it has the migration {0}, which this one does not know\n  \
+         Run that version or a later one, or restore a backup from before it."
     )]
     NewerSchema(String),
     /// The file that keeps others off cannot be used.

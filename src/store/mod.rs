@@ -207,13 +207,20 @@ impl Store {
         steps.iter().map(|step| step.try_get("", "detail").unwrap()).collect()
     }
 
-    /// Makes sure, until the last clone is gone, that no other process serves the same SQLite database; several may share
-    /// a PostgreSQL.
+    /// Makes sure, until the last clone is gone, that no other process serves the same SQLite database, or migrates it;
+    /// several may share a PostgreSQL.
     pub fn take_exclusively(&self) -> Result<(), Error> {
-        let Some(path) = self.0.path.as_deref() else { return Ok(()) };
-        let mut exclusive = self.0.exclusive.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if exclusive.is_some() {
-            return Ok(());
+        if let Some(file) = self.exclusively()? {
+            *self.0.exclusive.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(file);
+        }
+        Ok(())
+    }
+
+    /// The same for as long as the file is kept that it answers with; none where it is this store's already.
+    fn exclusively(&self) -> Result<Option<std::fs::File>, Error> {
+        let Some(path) = self.0.path.as_deref() else { return Ok(None) };
+        if self.0.exclusive.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_some() {
+            return Ok(None);
         }
         let failed = |error: std::io::Error| Error::Lock(path.to_owned(), Arc::new(error));
         let file = std::fs::File::create(format!("{path}.lock")).map_err(failed)?;
@@ -221,8 +228,7 @@ impl Store {
             std::fs::TryLockError::WouldBlock => Error::Taken(path.to_owned()),
             std::fs::TryLockError::Error(error) => failed(error),
         })?;
-        *exclusive = Some(file);
-        Ok(())
+        Ok(Some(file))
     }
 
     /// 32 random bytes that all nodes on this database share, made by the first: they authenticate cursors and tokens.

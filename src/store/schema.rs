@@ -1,12 +1,12 @@
-//! Brings the schema up to date, and says what it does: where much is stored, a step takes minutes.
+//! Brings the schema up to date, and says what it does: where much is stored, a migration takes minutes.
 
 #[path = "../../migrations/mod.rs"]
 mod migrations;
 
 use std::{future::Future, time::Duration};
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend};
-use sea_orm_migration::MigratorTrait;
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, sqlx};
+use sea_orm_migration::{MigratorTrait, SchemaManager};
 
 use self::migrations::Migrator;
 use super::{Error, Store, sql::Sql};
@@ -16,58 +16,91 @@ use crate::clock;
 const LOCK: i64 = 0x736b_776d;
 /// Who finds it taken tries again after this time.
 const WAIT: Duration = Duration::from_millis(200);
-/// So often it is said that a step goes on.
-const GOES_ON: Duration = Duration::from_secs(10);
+/// So often it is said that a migration is under way.
+const UNDER_WAY: Duration = Duration::from_secs(10);
+
+/// The names of the migrations that a database has not seen.
+struct Missing(Vec<String>);
 
 impl Store {
-    /// Brings the schema up to date. Of nodes that start together on one PostgreSQL one does, and the others wait for it.
-    /// A SQLite database that another process serves is left as that knows it.
+    /// Brings the schema up to date. Of nodes that start together on one PostgreSQL one does, and the others wait for it. The
+    /// schema of a SQLite database that another process serves stays as that one knows it.
     pub async fn migrate(&self) -> Result<(), Error> {
-        let turn = if self.sqlite() { None } else { Some(self.turn_to_migrate().await?) };
+        let missing = self.missing().await?;
+        if missing.0.is_empty() {
+            return Ok(());
+        }
+        let _turn = if self.sqlite() { None } else { Some(self.turn_to_migrate().await?) };
+        let _exclusive = if missing.are_all() { None } else { self.exclusively()? };
         self.work_in_files(true).await?;
-        self.take_steps().await?;
-        drop(turn);
-        self.work_in_files(false).await
+        let migrated = self.make_all().await;
+        self.work_in_files(false).await.and(migrated)
     }
 
-    async fn take_steps(&self) -> Result<(), Error> {
-        let write = &self.0.write;
-        Migrator::install(write).await?;
-        let done = Migrator::get_migration_models(write).await?;
-        let steps = Migrator::migrations();
-        if let Some(unknown) = done.iter().find(|done| steps.iter().all(|step| step.name() != done.version)) {
+    /// Makes the schema of a new database, and expects that of any other to be up to date: whoever only looks at it is not to
+    /// change it under those that serve it.
+    pub async fn expect_schema(&self) -> Result<(), Error> {
+        let missing = self.missing().await?;
+        match missing.0.first() {
+            Some(_) if missing.are_all() => self.migrate().await,
+            Some(first) => Err(Error::OlderSchema(first.clone())),
+            None => Ok(()),
+        }
+    }
+
+    async fn missing(&self) -> Result<Missing, Error> {
+        let (write, all) = (&self.0.write, Migrator::migrations());
+        // It would be made otherwise, by several at the same time.
+        let made = if SchemaManager::new(write).has_table("seaql_migrations").await? {
+            Migrator::get_migration_models(write).await?
+        } else {
+            Vec::new()
+        };
+        if let Some(unknown) = made.iter().find(|made| all.iter().all(|known| known.name() != made.version)) {
             return Err(Error::NewerSchema(unknown.version.clone()));
         }
-        if done.is_empty() {
-            // There is nothing yet, and no need to wait.
-            return Ok(Migrator::up(write, None).await?);
+        let missing = all.iter().map(|known| known.name()).filter(|name| made.iter().all(|made| made.version != *name));
+        Ok(Missing(missing.map(str::to_owned).collect()))
+    }
+
+    /// Makes the migrations that are missing.
+    async fn make_all(&self) -> Result<(), Error> {
+        loop {
+            let missing = self.missing().await?;
+            let Some(migration) = missing.0.first() else { return Ok(()) };
+            let count = missing.0.len();
+            // A new database has all of them in a moment, of which nothing is to be said.
+            let made = if missing.are_all() {
+                Migrator::up(&self.0.write, None).await
+            } else {
+                self.make(migration, count).await
+            };
+            match made {
+                Err(error) if is_locked(&error) => tracing::info!(migration, "others use its tables; trying again"),
+                // Another process may have made it at the same time, of which there can be two on a new SQLite.
+                Err(error) if self.missing().await?.0.len() >= count => return Err(error.into()),
+                Ok(()) | Err(_) => {}
+            }
         }
-        let missing = steps.iter().map(|step| step.name()).filter(|name| done.iter().all(|done| done.version != *name));
-        let missing: Vec<&str> = missing.collect();
-        if !missing.is_empty() {
-            self.take_exclusively().map_err(|error| match error {
-                Error::Taken(path) => Error::OlderSchema(path),
-                error => error,
-            })?;
-        }
-        for (index, step) in missing.iter().enumerate() {
-            let (number, of) = (index + 1, missing.len());
-            tracing::info!(step, number, of, "bringing the schema up to date; nothing is served until it is");
-            let began = clock::stopwatch();
-            let goes_on = || tracing::info!(step, seconds = began.elapsed().as_secs(), "the step goes on");
-            saying(GOES_ON, goes_on, Migrator::up(write, Some(1))).await?;
-            tracing::info!(step, seconds = began.elapsed().as_secs_f32(), "the step is done");
-        }
+    }
+
+    /// Makes the first of those that are left.
+    async fn make(&self, migration: &str, left: usize) -> Result<(), DbErr> {
+        tracing::info!(migration, left, "bringing the schema up to date; this process serves nothing until it is");
+        let began = clock::stopwatch();
+        let say = || tracing::info!(migration, elapsed_ms = began.elapsed().as_millis(), "the migration is under way");
+        every_while(UNDER_WAY, say, Migrator::up(&self.0.write, Some(1))).await?;
+        tracing::info!(migration, elapsed_ms = began.elapsed().as_millis(), "the migration is done");
         Ok(())
     }
 
-    /// Until it ends, no other node migrates: two that take the same step fail each other.
+    /// Until it ends, no other node migrates: two that make the same migration fail each other.
     async fn turn_to_migrate(&self) -> Result<DatabaseTransaction, Error> {
         let mut waits = false;
         loop {
             let attempt = async {
                 let turn = self.write_by(&self.0.engine_write).await?;
-                // It does nothing for as long as the steps take.
+                // It does nothing for as long as the migrations take.
                 turn.execute_unprepared("SET LOCAL idle_in_transaction_session_timeout TO 0").await?;
                 let lock = Sql::new(&format!("SELECT pg_try_advisory_xact_lock({LOCK})"));
                 let row = turn.query_one_raw(lock.build(DbBackend::Postgres)).await?;
@@ -86,8 +119,23 @@ impl Store {
     }
 }
 
-/// What `work` comes to; says `something` each time that so much time has passed.
-async fn saying<T>(every: Duration, something: impl Fn(), work: impl Future<Output = T>) -> T {
+impl Missing {
+    /// Whether the database is a new one.
+    fn are_all(&self) -> bool {
+        self.0.len() == Migrator::migrations().len()
+    }
+}
+
+/// Whether PostgreSQL has waited in vain for those who use a table.
+fn is_locked(error: &DbErr) -> bool {
+    let (DbErr::Exec(RuntimeErr::SqlxError(cause)) | DbErr::Query(RuntimeErr::SqlxError(cause))) = error else {
+        return false;
+    };
+    matches!(&**cause, sqlx::Error::Database(error) if error.code().as_deref() == Some("55P03"))
+}
+
+/// What `work` comes to; does `something` each time that it has gone on for so long.
+async fn every_while<T>(every: Duration, something: impl Fn(), work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     loop {
         match tokio::time::timeout(every, &mut work).await {
@@ -104,22 +152,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn who_takes_long_says_so() {
-        let said = Cell::new(0);
-        let say = || said.set(said.get() + 1);
-        assert_eq!(saying(GOES_ON, say, async { "soon" }).await, "soon");
-        assert_eq!(said.get(), 0);
-        let until_said_twice = poll_fn(|_| if said.get() < 2 { Poll::Pending } else { Poll::Ready("late") });
-        assert_eq!(saying(Duration::from_millis(1), say, until_said_twice).await, "late");
-        assert_eq!(said.get(), 2);
-    }
-
-    #[tokio::test]
-    async fn a_later_version_is_not_worked_with() {
-        let (_directory, store) = Store::fresh().await;
-        let later = "INSERT INTO seaql_migrations (version, applied_at) VALUES ('m9999_later', 1)";
-        store.0.write.execute_unprepared(later).await.unwrap();
-        let error = store.migrate().await.unwrap_err();
-        assert!(matches!(&error, Error::NewerSchema(step) if step == "m9999_later"), "{error}");
+    async fn what_takes_long_is_told_of() {
+        let told = Cell::new(0);
+        let tell = || told.set(told.get() + 1);
+        assert_eq!(every_while(UNDER_WAY, tell, async { "soon" }).await, "soon");
+        assert_eq!(told.get(), 0);
+        let until_told_twice = poll_fn(|_| if told.get() < 2 { Poll::Pending } else { Poll::Ready("late") });
+        let work = every_while(Duration::from_millis(1), tell, until_told_twice);
+        assert_eq!(tokio::time::timeout(UNDER_WAY, work).await, Ok("late"));
+        assert_eq!(told.get(), 2);
     }
 }

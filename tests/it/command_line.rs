@@ -7,7 +7,7 @@ use tokio::{
     process::Command,
 };
 
-use crate::support::{Database, LAST_STEP, Receiver, TestServer, on_both_databases, soon};
+use crate::support::{Database, FILED_CHANGES, PUBLISH_DRAFTS, Receiver, TestServer, on_both_databases, soon};
 
 on_both_databases!(keys_from_making_to_revoking, an_upgrade_says_what_it_does);
 
@@ -73,18 +73,24 @@ async fn an_upgrade_says_what_it_does(database: Database) {
     let (code, _, notes) = command(&["migrate"]).await;
     assert_eq!((code, notes.as_str()), (0, "the schema is up to date\n"), "a new database has no upgrade");
     let server = TestServer::start(&database).await;
-    database.undo_last_step().await;
+    database.undo_publish_drafts().await;
+    database.undo_filed_changes().await;
     if database.url.starts_with("sqlite:") {
         // Other nodes may serve a PostgreSQL, whoever knows their versions.
-        let (code, _, error) = command(&["keys", "list"]).await;
-        assert!(code == 1 && error.contains("earlier version") && error.contains("Stop that process"), "{error}");
+        let (code, _, error) = command(&["migrate"]).await;
+        assert!(code == 1 && error.contains("another process"), "{error}");
     }
     server.stop().await;
+    let (code, _, error) = command(&["keys", "list"]).await;
+    assert!(code == 1 && error.contains(PUBLISH_DRAFTS) && error.contains("shortkit-webhooks migrate"), "{error}");
     let (code, _, notes) = command(&["migrate"]).await;
     assert_eq!(code, 0, "{notes}");
-    let said = |words: &str| notes.lines().any(|line| line.contains(LAST_STEP) && line.contains(words));
-    assert!(said("bringing the schema up to date") && said("the step is done"), "{notes}");
+    for migration in [PUBLISH_DRAFTS, FILED_CHANGES] {
+        let said = |words: &str| notes.lines().any(|line| line.contains(migration) && line.contains(words));
+        assert!(said("bringing the schema up to date") && said("the migration is done"), "{notes}");
+    }
     assert_eq!(command(&["migrate"]).await.2, "the schema is up to date\n");
+    assert_eq!(command(&["keys", "list"]).await.0, 0);
 
     database.execute("INSERT INTO seaql_migrations (version, applied_at) VALUES ('m9999_later', 1)").await;
     let (code, _, error) = command(&["keys", "list"]).await;

@@ -1,6 +1,7 @@
 //! The connections to PostgreSQL: what one call leaves to the next, what is asked of the server, and several nodes at once.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -8,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use sea_orm::{ConnectionTrait, TransactionTrait};
 use shortkit_webhooks::{
     clock,
@@ -112,8 +113,45 @@ async fn a_transaction_that_nobody_waited_for_does_not_stay_open() {
 async fn nodes_that_start_together_migrate_one_after_another() {
     let database = Database::fresh(Kind::Postgres).await;
     let nodes = join_all((0..8).map(|_| Store::connect(&database.url))).await;
-    let migrated = join_all(nodes.iter().map(|node| node.as_ref().unwrap().migrate())).await;
+    for _ in 0..2 {
+        let migrated = join_all(nodes.iter().map(|node| node.as_ref().unwrap().migrate())).await;
+        assert!(migrated.iter().all(Result::is_ok), "{migrated:?}");
+        // Once more, with a schema of before.
+        database.undo_publish_drafts().await;
+    }
+}
+
+/// One serves it, say, and another makes its keys.
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_that_start_together_on_a_new_file_make_its_schema_once() {
+    let database = Database::fresh(Kind::Sqlite).await;
+    let stores = join_all((0..4).map(|_| Store::connect(&database.url))).await;
+    let migrated = join_all(stores.iter().map(|store| store.as_ref().unwrap().migrate())).await;
     assert!(migrated.iter().all(Result::is_ok), "{migrated:?}");
+}
+
+/// A migration waits for whoever uses the table, however long that takes.
+#[tokio::test]
+async fn a_migration_waits_for_those_who_use_its_table() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let store = Store::connect(&database.url).await.unwrap();
+    store.migrate().await.unwrap();
+    let key = "ALTER TABLE deliveries DROP CONSTRAINT deliveries_pkey, ADD PRIMARY KEY (webhook_id, id)";
+    database.undo("m0015_deliveries_by_time", &[key]).await;
+    let connection = database.open().await;
+    let reader = connection.begin().await.unwrap();
+    reader.execute_unprepared("SELECT 1 FROM deliveries").await.unwrap();
+    let waits = "SELECT CAST(query_start AS TEXT) FROM pg_stat_activity, pg_sleep(0.05) \
+                 WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    let waits_again = async {
+        let mut began = BTreeSet::<String>::new();
+        while began.len() < 2 {
+            began.extend(database.rows(waits).await.iter().map(|row| row.try_get_by_index::<String>(0).unwrap()));
+        }
+        reader.rollback().await.unwrap();
+    };
+    let (migrated, ()) = join(store.migrate(), soon("that it waits once more", waits_again)).await;
+    migrated.unwrap();
 }
 
 /// Unless it only says whose disks are waited for.

@@ -29,6 +29,7 @@ mod many_webhooks;
 mod publishing_many;
 mod rate_limiting;
 mod rest_layer;
+mod restoring;
 mod retention;
 mod sealed_secrets;
 mod several_nodes;

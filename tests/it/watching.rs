@@ -246,7 +246,7 @@ async fn a_database_of_before_the_filed_log_is_brought_up_to_date(database: Data
     for organization in ["acme", "other", "acme"] {
         database.log_failures(organization, 100, Duration::ZERO).await;
     }
-    database.undo_last_step().await;
+    database.undo_filed_changes().await;
     let sqlite = database.url.starts_with("sqlite:");
 
     let mut server = TestServer::start(&database).await;

@@ -1,13 +1,15 @@
 //! A fresh database for each test.
 
-use std::time::Duration;
+use std::{process::Stdio, time::Duration};
 
 use sea_orm::{ConnectionTrait, Database as SeaOrm, DatabaseConnection, DbBackend, QueryResult, Statement};
 use shortkit_webhooks::clock;
 use tempfile::TempDir;
+use tokio::process::Command;
 
-/// The newest step of the schema.
-pub(crate) const LAST_STEP: &str = "m0016_filed_changes";
+/// Migrations that tests undo.
+pub(crate) const PUBLISH_DRAFTS: &str = "m0014_publish_drafts";
+pub(crate) const FILED_CHANGES: &str = "m0016_filed_changes";
 
 /// Which database.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -59,14 +61,45 @@ impl Database {
         self.open().await.execute_unprepared(sql).await.unwrap().rows_affected()
     }
 
-    /// Leaves the schema as it was before [`LAST_STEP`].
-    pub(crate) async fn undo_last_step(&self) {
-        self.execute(&format!("DELETE FROM seaql_migrations WHERE version = '{LAST_STEP}'")).await;
+    /// A copy, made as README says while the service works.
+    pub(crate) async fn backup(&self) -> Self {
         if self.url.starts_with("sqlite:") {
-            self.execute("DROP TABLE changes_of_tenants").await;
-            self.execute("DROP TABLE changes_filed").await;
-            self.execute("CREATE INDEX changes_tenant ON changes (organization, environment, seq)").await;
+            let backup = Self::fresh(Kind::Sqlite).await;
+            let path = backup.url.trim_start_matches("sqlite://").trim_end_matches("?mode=rwc");
+            self.execute(&format!("VACUUM INTO '{path}'")).await;
+            return backup;
         }
+        let backup = Self::fresh(Kind::Postgres).await;
+        let copy = format!("pg_dump '{}' | psql --quiet --set ON_ERROR_STOP=1 '{}'", self.url, backup.url);
+        let done = Command::new("bash").args(["-o", "pipefail", "-c", &copy]).stdout(Stdio::null()).status().await;
+        assert!(done.unwrap().success(), "{copy}");
+        backup
+    }
+
+    /// Leaves the schema as it was before a migration, which statements undo.
+    pub(crate) async fn undo(&self, migration: &str, statements: &[&str]) {
+        for statement in statements {
+            self.execute(statement).await;
+        }
+        assert_eq!(self.execute(&format!("DELETE FROM seaql_migrations WHERE version = '{migration}'")).await, 1);
+    }
+
+    /// Leaves it without a table that a migration makes.
+    pub(crate) async fn undo_publish_drafts(&self) {
+        self.undo(PUBLISH_DRAFTS, &["DROP TABLE publish_drafts"]).await;
+    }
+
+    /// Leaves the log of changes as it was before it was filed.
+    pub(crate) async fn undo_filed_changes(&self) {
+        let statements: &[&str] = match self.url.starts_with("sqlite:") {
+            true => &[
+                "DROP TABLE changes_of_tenants",
+                "DROP TABLE changes_filed",
+                "CREATE INDEX changes_tenant ON changes (organization, environment, seq)",
+            ],
+            false => &[],
+        };
+        self.undo(FILED_CHANGES, statements).await;
     }
 
     /// Adds `count` rows to the log of changes, each with the failure of a delivery of the organisation's that is numbered

@@ -10,7 +10,7 @@ mod way;
 use std::time::Duration;
 
 pub(crate) use self::{
-    database::{Database, Kind, LAST_STEP},
+    database::{Database, FILED_CHANGES, Kind, PUBLISH_DRAFTS},
     name_server::{Says, serve_names},
     process::{Process, lie_about_time},
     receiver::{Received, Receiver, Reply},
