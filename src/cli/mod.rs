@@ -110,13 +110,21 @@ impl Command {
         });
         match self {
             Self::Serve(args) => serve::serve(*args, stop).await,
-            Self::Keys(args) => args.run().await,
-            Self::Audit(args) => args.run().await,
-            Self::Migrate(args) => migrate(args).await,
+            Self::Keys(args) => unless(stop, args.run()).await,
+            Self::Audit(args) => unless(stop, args.run()).await,
+            Self::Migrate(args) => unless(stop, migrate(args)).await,
             Self::Listen(args) => args.run(stop).await,
             Self::Publish(args) => args.run(stop).await,
             Self::Watch(args) => args.run(stop).await,
         }
+    }
+}
+
+/// Does some work on the database unless it is to stop; what is under way then is undone.
+async fn unless(stop: CancellationToken, work: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+    tokio::select! {
+        done = work => done,
+        () = stop.cancelled() => Err(Error::Failed("stopped by a signal".to_owned())),
     }
 }
 

@@ -37,7 +37,11 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     let store = connect(&config.database_url, config.database_connections).await?;
     // Before anything is changed or promised.
     store.take_exclusively()?;
-    store.migrate().await?;
+    tokio::select! {
+        migrated = store.migrate() => migrated?,
+        // What is under way is undone.
+        () = stop.cancelled() => return Ok(()),
+    }
     let made = beside(&config.database_url, "dev-master-key");
     if dev && config.vault.is_none() {
         config.vault = Some(dev_master_key(&made)?);

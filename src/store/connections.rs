@@ -1,6 +1,7 @@
 //! How the database is reached.
 
 use std::{
+    future::Future,
     sync::{Arc, Once},
     time::Duration,
 };
@@ -10,7 +11,11 @@ use sea_orm::{
     sqlx::{self, Connection, PgConnection},
 };
 
-use super::silence::{Silence, Trust};
+use super::{
+    error::code,
+    silence::{Silence, Trust},
+};
+use crate::clock;
 
 /// Of all connections, one is for commits, so many for what else the engine needs to go on, whatever tenants ask for …
 const ENGINE_CONNECTIONS: u32 = 4;
@@ -32,6 +37,11 @@ const MAX_PING: Duration = Duration::from_secs(1);
 /// SQLite's log is cut to so many bytes, 64 MiB, when it begins anew. It is used again, so a smaller one would be cut and made
 /// longer again and again; usually it has 4 MiB.
 const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Who finds a new SQLite file busy tries again after this time …
+const BUSY: Duration = Duration::from_millis(20);
+/// … for so long, as others wait for each other there.
+const MAX_BUSY: Duration = Duration::from_secs(5);
 
 /// The ways to one database.
 pub(super) struct Connections {
@@ -55,7 +65,7 @@ impl Connections {
         let connect = |connections, plans| Database::connect(options(url, connections, plans, silence.clone()));
         if url.starts_with("sqlite:") {
             // The writer first: it makes the file.
-            let write = connect(1, Plans::New).await?;
+            let write = unless_busy(|| connect(1, Plans::New)).await?;
             let read = connect(readers, Plans::New).await?;
             let engine_read = connect(ENGINE_CONNECTIONS, Plans::New).await?;
             let (revisions, commits) = (engine_read.clone(), write.clone());
@@ -70,6 +80,23 @@ impl Connections {
             let commits = connect(1, Plans::Kept).await?;
             let (read, engine_read) = (pool.clone(), engine.clone());
             Ok(Self { read, readers, write: pool, engine_read, engine_write: engine, revisions, commits })
+        }
+    }
+}
+
+/// Connects to SQLite, also when another process does so for the first time as well: the change to a log of its own is not
+/// waited for with `busy_timeout`.
+async fn unless_busy<F>(connect: impl Fn() -> F) -> Result<DatabaseConnection, DbErr>
+where
+    F: Future<Output = Result<DatabaseConnection, DbErr>>,
+{
+    let began = clock::stopwatch();
+    loop {
+        match connect().await {
+            Err(error) if code(&error).as_deref() == Some("5") && began.elapsed() < MAX_BUSY => {
+                tokio::time::sleep(BUSY).await;
+            }
+            connected => return connected,
         }
     }
 }

@@ -80,7 +80,8 @@ pub enum Error {
     /// It has not seen this migration.
     #[error(
         "the schema is that of an earlier version: it lacks the migration {0}\n  \
-         Stop what serves it, then bring it up to date with `shortkit-webhooks migrate`, or by starting `serve`."
+         Where a node of this version is bringing it up to date, wait for that. Else stop what serves it, then run \
+         `shortkit-webhooks migrate`, or start `serve`."
     )]
     OlderSchema(String),
     /// It has seen this migration, which this version does not know.
@@ -98,6 +99,19 @@ impl From<sea_orm::DbErr> for Error {
     fn from(error: sea_orm::DbErr) -> Self {
         if passes(&error) { Self::Unavailable(Arc::new(error)) } else { Self::Failed(Arc::new(error)) }
     }
+}
+
+/// The code that the database gives an error: SQLSTATE, or what SQLite calls an extended result code.
+pub(super) fn code(error: &sea_orm::DbErr) -> Option<String> {
+    use sea_orm::{DbErr, RuntimeErr, SqlxError};
+    let (DbErr::Conn(RuntimeErr::SqlxError(cause))
+    | DbErr::Exec(RuntimeErr::SqlxError(cause))
+    | DbErr::Query(RuntimeErr::SqlxError(cause))) = error
+    else {
+        return None;
+    };
+    let SqlxError::Database(error) = &**cause else { return None };
+    error.code().map(std::borrow::Cow::into_owned)
 }
 
 /// Whether the same statement may well succeed later: the database is away, restarting, full, or busy with another.

@@ -5,17 +5,23 @@ mod migrations;
 
 use std::{future::Future, time::Duration};
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, sqlx};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr};
 use sea_orm_migration::{MigratorTrait, SchemaManager};
 
 use self::migrations::Migrator;
-use super::{Error, Store, sql::Sql};
+use super::{Error, Store, error::code, sql::Sql};
 use crate::clock;
 
 /// Identifies, among PostgreSQL's advisory locks, the one of whoever brings the schema up to date.
 const LOCK: i64 = 0x736b_776d;
 /// Who finds it taken tries again after this time.
 const WAIT: Duration = Duration::from_millis(200);
+/// What is not made within this time is made by nobody.
+const STANDSTILL: Duration = Duration::from_secs(1);
+/// PostgreSQL has waited for a table in vain, for five seconds; whoever came meanwhile has waited behind that.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// For so long they have it to themselves.
+const OTHERS_FIRST: Duration = Duration::from_secs(5);
 /// So often it is said that a migration is under way.
 const UNDER_WAY: Duration = Duration::from_secs(10);
 
@@ -26,12 +32,10 @@ impl Store {
     /// Brings the schema up to date. Of nodes that start together on one PostgreSQL one does, and the others wait for it. The
     /// schema of a SQLite database that another process serves stays as that one knows it.
     pub async fn migrate(&self) -> Result<(), Error> {
-        let missing = self.missing().await?;
-        if missing.0.is_empty() {
+        if self.missing().await?.are_none() {
             return Ok(());
         }
         let _turn = if self.sqlite() { None } else { Some(self.turn_to_migrate().await?) };
-        let _exclusive = if missing.are_all() { None } else { self.exclusively()? };
         self.work_in_files(true).await?;
         let migrated = self.make_all().await;
         self.work_in_files(false).await.and(migrated)
@@ -40,7 +44,7 @@ impl Store {
     /// Makes the schema of a new database, and expects that of any other to be up to date: whoever only looks at it is not to
     /// change it under those that serve it.
     pub async fn expect_schema(&self) -> Result<(), Error> {
-        let missing = self.missing().await?;
+        let missing = self.missing_for_good().await?;
         match missing.0.first() {
             Some(_) if missing.are_all() => self.migrate().await,
             Some(first) => Err(Error::OlderSchema(first.clone())),
@@ -48,23 +52,39 @@ impl Store {
         }
     }
 
+    /// What is missing and is not being made by another process at this moment, as it is on a new database.
+    async fn missing_for_good(&self) -> Result<Missing, Error> {
+        let mut missing = self.missing().await?;
+        while !missing.are_none() && !missing.are_all() {
+            tokio::time::sleep(STANDSTILL).await;
+            let before = std::mem::replace(&mut missing, self.missing().await?);
+            if missing.0.len() >= before.0.len() {
+                break;
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Asks without changing anything, so that it also works for who may not, or whose schema others make at this moment.
     async fn missing(&self) -> Result<Missing, Error> {
         let (write, all) = (&self.0.write, Migrator::migrations());
-        // It would be made otherwise, by several at the same time.
-        let made = if SchemaManager::new(write).has_table("seaql_migrations").await? {
-            Migrator::get_migration_models(write).await?
-        } else {
-            Vec::new()
-        };
-        if let Some(unknown) = made.iter().find(|made| all.iter().all(|known| known.name() != made.version)) {
-            return Err(Error::NewerSchema(unknown.version.clone()));
+        let mut made = Vec::new();
+        if SchemaManager::new(write).has_table("seaql_migrations").await? {
+            let select = Sql::new("SELECT version FROM seaql_migrations").build(write.get_database_backend());
+            for row in write.query_all_raw(select).await? {
+                made.push(row.try_get_by_index::<String>(0)?);
+            }
         }
-        let missing = all.iter().map(|known| known.name()).filter(|name| made.iter().all(|made| made.version != *name));
+        if let Some(unknown) = made.iter().find(|made| all.iter().all(|known| known.name() != **made)) {
+            return Err(Error::NewerSchema(unknown.clone()));
+        }
+        let missing = all.iter().map(|known| known.name()).filter(|name| made.iter().all(|made| made != name));
         Ok(Missing(missing.map(str::to_owned).collect()))
     }
 
     /// Makes the migrations that are missing.
     async fn make_all(&self) -> Result<(), Error> {
+        let mut exclusive = None;
         loop {
             let missing = self.missing().await?;
             let Some(migration) = missing.0.first() else { return Ok(()) };
@@ -72,11 +92,19 @@ impl Store {
             // A new database has all of them in a moment, of which nothing is to be said.
             let made = if missing.are_all() {
                 Migrator::up(&self.0.write, None).await
+            } else if self.sqlite() && exclusive.is_none() {
+                if !self.missing_for_good().await?.are_none() {
+                    exclusive = Some(self.exclusively()?);
+                }
+                continue;
             } else {
                 self.make(migration, count).await
             };
             match made {
-                Err(error) if is_locked(&error) => tracing::info!(migration, "others use its tables; trying again"),
+                Err(error) if code(&error).as_deref() == Some(LOCK_NOT_AVAILABLE) => {
+                    tracing::info!(migration, "others use its tables, and go first; trying again");
+                    tokio::time::sleep(OTHERS_FIRST).await;
+                }
                 // Another process may have made it at the same time, of which there can be two on a new SQLite.
                 Err(error) if self.missing().await?.0.len() >= count => return Err(error.into()),
                 Ok(()) | Err(_) => {}
@@ -120,18 +148,14 @@ impl Store {
 }
 
 impl Missing {
+    fn are_none(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether the database is a new one.
     fn are_all(&self) -> bool {
         self.0.len() == Migrator::migrations().len()
     }
-}
-
-/// Whether PostgreSQL has waited in vain for those who use a table.
-fn is_locked(error: &DbErr) -> bool {
-    let (DbErr::Exec(RuntimeErr::SqlxError(cause)) | DbErr::Query(RuntimeErr::SqlxError(cause))) = error else {
-        return false;
-    };
-    matches!(&**cause, sqlx::Error::Database(error) if error.code().as_deref() == Some("55P03"))
 }
 
 /// What `work` comes to; does `something` each time that it has gone on for so long.

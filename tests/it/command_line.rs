@@ -2,6 +2,7 @@
 
 use std::{path::Path, process::Stdio};
 
+use shortkit_webhooks::store::Store;
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::Command,
@@ -72,15 +73,15 @@ async fn an_upgrade_says_what_it_does(database: Database) {
     };
     let (code, _, notes) = command(&["migrate"]).await;
     assert_eq!((code, notes.as_str()), (0, "the schema is up to date\n"), "a new database has no upgrade");
-    let server = TestServer::start(&database).await;
     database.undo_publish_drafts().await;
     database.undo_filed_changes().await;
     if database.url.starts_with("sqlite:") {
         // Other nodes may serve a PostgreSQL, whoever knows their versions.
+        let serving = Store::connect(&database.url).await.unwrap();
+        serving.take_exclusively().unwrap();
         let (code, _, error) = command(&["migrate"]).await;
         assert!(code == 1 && error.contains("another process"), "{error}");
     }
-    server.stop().await;
     let (code, _, error) = command(&["keys", "list"]).await;
     assert!(code == 1 && error.contains(PUBLISH_DRAFTS) && error.contains("shortkit-webhooks migrate"), "{error}");
     let (code, _, notes) = command(&["migrate"]).await;

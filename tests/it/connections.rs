@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -9,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::{join, join_all};
-use sea_orm::{ConnectionTrait, TransactionTrait};
+use futures_util::future::join_all;
+use sea_orm::{ConnectionTrait, DatabaseTransaction, TransactionTrait};
 use shortkit_webhooks::{
     clock,
     store::{Actor, Store, Waiting, Waitlist},
@@ -18,6 +19,7 @@ use shortkit_webhooks::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    join,
     net::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -26,7 +28,10 @@ use tokio::{
     sync::Notify,
 };
 
-use crate::support::{Database, Kind, Process, TestServer, lie_about_time, soon};
+use crate::{
+    command_line::binary,
+    support::{Database, Kind, Process, TestServer, lie_about_time, soon},
+};
 
 /// A way to the database that can be held up at the next beginning of a transaction.
 #[derive(Default)]
@@ -126,32 +131,70 @@ async fn nodes_that_start_together_migrate_one_after_another() {
 async fn processes_that_start_together_on_a_new_file_make_its_schema_once() {
     let database = Database::fresh(Kind::Sqlite).await;
     let stores = join_all((0..4).map(|_| Store::connect(&database.url))).await;
-    let migrated = join_all(stores.iter().map(|store| store.as_ref().unwrap().migrate())).await;
-    assert!(migrated.iter().all(Result::is_ok), "{migrated:?}");
+    let [first, second, third, fourth] = [0, 1, 2, 3].map(|index| stores[index].as_ref().unwrap());
+    let migrated = join!(first.migrate(), second.expect_schema(), third.migrate(), fourth.expect_schema());
+    assert!(matches!(migrated, (Ok(()), Ok(()), Ok(()), Ok(()))), "{migrated:?}");
 }
 
-/// A migration waits for whoever uses the table, however long that takes.
+/// Another role has brought it up to date.
+#[tokio::test]
+async fn a_role_that_may_change_no_schema_finds_it_up_to_date() {
+    let database = Database::fresh(Kind::Postgres).await;
+    Store::connect(&database.url).await.unwrap().migrate().await.unwrap();
+    let role = clock::new_id("role");
+    for statement in ["CREATE ROLE {role} LOGIN", "GRANT SELECT ON seaql_migrations TO {role}"] {
+        database.execute(&statement.replace("{role}", &role)).await;
+    }
+    let store = Store::connect(&database.url.replace("postgres@", &format!("{role}@"))).await.unwrap();
+    store.migrate().await.unwrap();
+    store.expect_schema().await.unwrap();
+}
+
+/// When those began that wait for a table now.
+const WAIT_FOR_A_TABLE: &str = "SELECT CAST(query_start AS TEXT) FROM pg_stat_activity, pg_sleep(0.05) \
+    WHERE datname = current_database() AND wait_event_type = 'Lock'";
+
+/// Leaves deliveries with their key of before, to be migrated, and somebody who reads them until that transaction ends.
+async fn reads_what_is_to_be_migrated(database: &Database) -> DatabaseTransaction {
+    Store::connect(&database.url).await.unwrap().migrate().await.unwrap();
+    let key = "ALTER TABLE deliveries DROP CONSTRAINT deliveries_pkey, ADD PRIMARY KEY (webhook_id, id)";
+    database.undo("m0015_deliveries_by_time", &[key]).await;
+    let reader = database.open().await.begin().await.unwrap();
+    reader.execute_unprepared("SELECT 1 FROM deliveries").await.unwrap();
+    reader
+}
+
+/// However long those who use its table take.
 #[tokio::test]
 async fn a_migration_waits_for_those_who_use_its_table() {
     let database = Database::fresh(Kind::Postgres).await;
-    let store = Store::connect(&database.url).await.unwrap();
-    store.migrate().await.unwrap();
-    let key = "ALTER TABLE deliveries DROP CONSTRAINT deliveries_pkey, ADD PRIMARY KEY (webhook_id, id)";
-    database.undo("m0015_deliveries_by_time", &[key]).await;
-    let connection = database.open().await;
-    let reader = connection.begin().await.unwrap();
-    reader.execute_unprepared("SELECT 1 FROM deliveries").await.unwrap();
-    let waits = "SELECT CAST(query_start AS TEXT) FROM pg_stat_activity, pg_sleep(0.05) \
-                 WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    let reader = reads_what_is_to_be_migrated(&database).await;
     let waits_again = async {
         let mut began = BTreeSet::<String>::new();
         while began.len() < 2 {
-            began.extend(database.rows(waits).await.iter().map(|row| row.try_get_by_index::<String>(0).unwrap()));
+            let waiting = database.rows(WAIT_FOR_A_TABLE).await;
+            began.extend(waiting.iter().map(|row| row.try_get_by_index::<String>(0).unwrap()));
         }
         reader.rollback().await.unwrap();
     };
-    let (migrated, ()) = join(store.migrate(), soon("that it waits once more", waits_again)).await;
+    let store = Store::connect(&database.url).await.unwrap();
+    let (migrated, ()) = join!(store.migrate(), soon("that it waits once more", waits_again));
     migrated.unwrap();
+}
+
+#[tokio::test]
+async fn a_signal_ends_a_migration_that_waits() {
+    let database = Database::fresh(Kind::Postgres).await;
+    let _reader = reads_what_is_to_be_migrated(&database).await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = binary(&["migrate", "--database-url", &database.url], directory.path());
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    soon("that it waits", async { while database.rows(WAIT_FOR_A_TABLE).await.is_empty() {} }).await;
+    let id = child.id().unwrap().to_string();
+    assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+    let ended = soon("the end", child.wait_with_output()).await.unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(ended.status.code() == Some(1) && said.contains("stopped by a signal"), "{said}");
 }
 
 /// Unless it only says whose disks are waited for.
