@@ -26,6 +26,7 @@ mod known_keys;
 mod lanes;
 mod leases;
 mod log;
+mod newest;
 mod parameter;
 mod publish;
 mod record;
