@@ -21,8 +21,8 @@ mod m0014_publish_drafts;
 mod m0015_deliveries_by_time;
 mod m0016_filed_changes;
 
-/// It takes as long as there are rows, which must not keep a node from ever starting; and when the node has gone it ends,
-/// where the server can tell (from version 14 on, on Linux), or the next one would wait for it.
+/// Before each step: it may take as long as there are rows, which must not keep a node from ever starting; and when the node has
+/// gone it ends, where the server can tell (from version 14 on, on Linux), or the next node would wait for it.
 const ON_POSTGRES: &str = "SET LOCAL statement_timeout TO 0; \
     SELECT set_config(name, '5s', TRUE) FROM pg_settings WHERE name = 'client_connection_check_interval' \
     AND version() LIKE '%linux%';";

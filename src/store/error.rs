@@ -101,39 +101,36 @@ impl From<sea_orm::DbErr> for Error {
     }
 }
 
+/// What the driver says of it, if it is of the driver.
+fn cause(error: &sea_orm::DbErr) -> Option<&sea_orm::SqlxError> {
+    use sea_orm::{DbErr, RuntimeErr};
+    match error {
+        DbErr::Conn(RuntimeErr::SqlxError(cause))
+        | DbErr::Exec(RuntimeErr::SqlxError(cause))
+        | DbErr::Query(RuntimeErr::SqlxError(cause)) => Some(cause),
+        _ => None,
+    }
+}
+
 /// The code that the database gives an error: SQLSTATE, or what SQLite calls an extended result code.
 pub(super) fn code(error: &sea_orm::DbErr) -> Option<String> {
-    use sea_orm::{DbErr, RuntimeErr, SqlxError};
-    let (DbErr::Conn(RuntimeErr::SqlxError(cause))
-    | DbErr::Exec(RuntimeErr::SqlxError(cause))
-    | DbErr::Query(RuntimeErr::SqlxError(cause))) = error
-    else {
-        return None;
-    };
-    let SqlxError::Database(error) = &**cause else { return None };
+    let sea_orm::SqlxError::Database(error) = cause(error)? else { return None };
     error.code().map(std::borrow::Cow::into_owned)
 }
 
 /// Whether the same statement may well succeed later: the database is away, restarting, full, or busy with another.
 fn passes(error: &sea_orm::DbErr) -> bool {
-    use sea_orm::{DbErr, RuntimeErr, SqlxError};
-    let cause = match error {
+    use sea_orm::{DbErr, SqlxError};
+    let connecting = matches!(error, DbErr::ConnectionAcquire(_) | DbErr::Conn(_));
+    match cause(error) {
+        None => return connecting,
+        Some(SqlxError::Database(_)) => {}
         // No connection, for whatever reason that is not the database's own, or ours: what is between may accept one and end it,
         // before the first answer, as long as there is no server behind it.
-        DbErr::Conn(RuntimeErr::SqlxError(cause))
-            if !matches!(**cause, SqlxError::Database(_) | SqlxError::Configuration(_)) =>
-        {
-            return true;
-        }
-        DbErr::Conn(RuntimeErr::SqlxError(cause))
-        | DbErr::Exec(RuntimeErr::SqlxError(cause))
-        | DbErr::Query(RuntimeErr::SqlxError(cause)) => cause,
-        _ => return matches!(error, DbErr::ConnectionAcquire(_) | DbErr::Conn(_)),
-    };
-    let code = match &**cause {
-        SqlxError::Database(error) => error.code().unwrap_or_default().into_owned(),
-        cause => return matches!(cause, SqlxError::Io(_) | SqlxError::PoolTimedOut | SqlxError::PoolClosed),
-    };
+        Some(cause) if connecting => return !matches!(cause, SqlxError::Configuration(_)),
+        Some(cause) => return matches!(cause, SqlxError::Io(_) | SqlxError::PoolTimedOut | SqlxError::PoolClosed),
+    }
+    let code = code(error).unwrap_or_default();
     // SQLSTATE: connection trouble, no resources, shutting down, chosen to wait, took too long, takes no writes any more.
     // SQLite: busy, locked, full; an extended code has the plain one in its low byte.
     let classes = ["08", "53", "57", "40", "55P03", "25P03", "25006"];

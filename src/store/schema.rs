@@ -84,6 +84,7 @@ impl Store {
 
     /// Makes the migrations that are missing.
     async fn make_all(&self) -> Result<(), Error> {
+        // Held until all are made.
         let mut exclusive = None;
         loop {
             let missing = self.missing().await?;
