@@ -7,7 +7,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use ipnet::IpNet;
 
 pub use self::settings::read_master_keys;
-use self::settings::{Settings, backlog, boolean, certificates, count, duration, environment, list, range};
+use self::settings::{Settings, address, backlog, boolean, certificates, count, duration, environment, list, range};
 use crate::{
     listen::{Limits, Tls},
     vault::Vault,
@@ -16,6 +16,9 @@ use crate::{
 
 /// A request may take at most this long; a longer setting is refused, since a lease lasts as long.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+
+/// And a node that is told to stop goes on for at most this long.
+const MAX_SHUTDOWN_DELAY: Duration = Duration::from_secs(10 * 60);
 
 /// With fewer connections to the database, there would be none for tenants beside those of the engine.
 const MIN_DATABASE_CONNECTIONS: u32 = 8;
@@ -65,10 +68,14 @@ pub struct Config {
     pub retention: Retention,
     /// How long shutting down may take before what is under way is cut off.
     pub shutdown_grace: Duration,
+    /// How long a node that is told to stop goes on, and only says that it is not ready.
+    pub shutdown_delay: Duration,
     /// Whether gRPC reflection is served, which needs no key.
     pub reflection: bool,
-    /// Whether the health service is served, which needs no key.
+    /// Whether health is told, which needs no key.
     pub health: bool,
+    /// Address for those who run the service: metrics, and reflection and health, which then are nowhere else.
+    pub internal_listen: Option<SocketAddr>,
     /// What connections may take; `--max-connections` is one of them.
     pub limits: Limits,
     /// The certificate to serve with; none for cleartext.
@@ -170,12 +177,18 @@ pub struct ServeArgs {
     /// How long shutting down may take before what is under way is cut off, and may be sent again; at most 1h [default: request-timeout + 5s]
     #[arg(long, env = "SHORTKIT_SHUTDOWN_GRACE", value_name = "DURATION")]
     shutdown_grace: Option<String>,
+    /// How long a node that is told to stop serves on and only says that it is not ready, for balancers that go by that; at most 10m [default: 0s]
+    #[arg(long, env = "SHORTKIT_SHUTDOWN_DELAY", value_name = "DURATION")]
+    shutdown_delay: Option<String>,
     /// Whether gRPC reflection is served, which needs no key [default: true]
     #[arg(long, env = "SHORTKIT_REFLECTION", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     reflection: Option<String>,
-    /// Whether the gRPC health service is served, which needs no key [default: true]
+    /// Whether health is told, which needs no key: by the gRPC health service, and at /livez and /readyz [default: true]
     #[arg(long, env = "SHORTKIT_HEALTH", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     health: Option<String>,
+    /// Address of a port in cleartext for those who run the service: metrics, and health and reflection, which then are not where tenants call; must not be open to others [default: none]
+    #[arg(long, env = "SHORTKIT_INTERNAL_LISTEN", value_name = "ADDRESS")]
+    internal_listen: Option<String>,
     /// Connections at a time, at most half of them from one address; 1 to 1000000 [default: 4096]
     #[arg(long, env = "SHORTKIT_MAX_CONNECTIONS", value_name = "COUNT")]
     max_connections: Option<String>,
@@ -248,9 +261,7 @@ impl ServeArgs {
             log,
             vault,
             master_key_file,
-            listen: settings.read("listen", self.listen, |text| {
-                text.parse().map_err(|_| "must be an IP address and a port, such as 127.0.0.1:8080".to_owned())
-            }),
+            listen: settings.read("listen", self.listen, address),
             egress_allow: settings.read("egress-allow", self.egress_allow, |text| list(text, range)),
             egress_ca: settings.read("egress-ca", self.egress_ca, |text| list(text, certificates)),
             allow_http: settings.read("allow-http", self.allow_http, boolean) || self.dev,
@@ -279,8 +290,14 @@ impl ServeArgs {
             ),
             retention: settings.retention(self.retain, self.retain_payloads, self.retain_attempts),
             shutdown_grace: settings.shutdown_grace(self.shutdown_grace, request_timeout),
+            shutdown_delay: settings
+                .read("shutdown-delay", self.shutdown_delay, |text| duration(text, Duration::ZERO, MAX_SHUTDOWN_DELAY)),
             reflection: settings.read("reflection", self.reflection, boolean),
             health: settings.read("health", self.health, boolean),
+            internal_listen: settings.read("internal-listen", self.internal_listen, |text| match text {
+                "" => Ok(None),
+                text => address(text).map(Some),
+            }),
             limits: Limits {
                 connections: settings.read("max-connections", self.max_connections, |text| count(text, 1..=1_000_000)),
                 ..Limits::default()

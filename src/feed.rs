@@ -121,6 +121,11 @@ impl Feed {
         Some(Watching { feed: self.clone(), tenant, batches })
     }
 
+    /// How many watch.
+    pub(crate) fn streams(&self) -> usize {
+        self.lock().streams.values().sum()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Rings> {
         self.rings.lock().unwrap_or_else(PoisonError::into_inner)
     }

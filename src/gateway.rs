@@ -18,7 +18,7 @@ use tonic::body::Body;
 use tower::{Service, ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_http::{compression::CompressionLayer, map_response_body::MapResponseBodyLayer};
 
-use crate::{clock, cors, grpc, listen, rest};
+use crate::{clock, cors, grpc, health::Health, listen, rest};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -28,6 +28,7 @@ pub(crate) struct Gateway<S> {
     services: S,
     /// Behind one pointer, since a gRPC call needs none of it, and every request gets a clone.
     web: Arc<Web>,
+    health: Option<Health>,
 }
 
 type Web = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
@@ -37,8 +38,8 @@ where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Clone + Send + Sync + 'static,
     S::Future: Send,
 {
-    /// The way to `services`, which all protocols share.
-    pub(crate) fn new(services: S, transcode: rest::Transcode) -> Self {
+    /// The way to `services`, which all protocols share, and to `health`, if it is told here.
+    pub(crate) fn new(services: S, transcode: rest::Transcode, health: Option<Health>) -> Self {
         let web = ServiceBuilder::new()
             .layer(MapResponseBodyLayer::new(Body::new))
             .layer(CompressionLayer::new())
@@ -46,7 +47,7 @@ where
             .layer(transcode)
             .layer(tonic_web::GrpcWebLayer::new())
             .service(services.clone());
-        Self { services, web: Arc::new(BoxCloneSyncService::new(web)) }
+        Self { services, web: Arc::new(BoxCloneSyncService::new(web)), health }
     }
 }
 
@@ -77,7 +78,8 @@ where
             });
         }
         let from_page = cors::is_from_page(request.headers());
-        let answered = match cors::preflight(&request) {
+        let known = self.health.as_ref().and_then(|health| health.answer(&request));
+        let answered = match known.or_else(|| cors::preflight(&request)) {
             Some(response) => Either::Left(std::future::ready(Ok(response))),
             None => Either::Right(Web::clone(&self.web).oneshot(request)),
         };
@@ -127,7 +129,7 @@ mod tests {
     -> Gateway<impl Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone> {
         let transcode = rest::Transcode::new(grpc::DESCRIPTORS, rest::Limits::default()).unwrap();
         let services = service_fn(async |_: Request<Body>| -> Result<Response<Body>, Infallible> { panic!("secret") });
-        Gateway::new(services, transcode)
+        Gateway::new(services, transcode, None)
     }
 
     #[tokio::test]

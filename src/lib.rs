@@ -3,7 +3,7 @@
 //! In reading order: [`webhook`] is the domain, pure. [`store`] keeps it, on SQLite and PostgreSQL; its secrets are
 //! sealed by [`vault`]. [`dispatch`] makes attempts and sends them through [`egress`]. [`grpc`] is the way in, [`rest`]
 //! the same as JSON, [`auth`] the lock on both, `gateway` the way to them, [`listen`] the way from a socket to that.
-//! [`server`] puts them together, [`cli`] starts it.
+//! `internal` is the way in for those who run it. [`server`] puts them together, [`cli`] starts it.
 //!
 //! # Invariants
 //!
@@ -31,7 +31,9 @@ mod failpoint;
 mod feed;
 mod gateway;
 pub mod grpc;
+mod health;
 mod idempotency;
+mod internal;
 pub mod listen;
 mod rate_limit;
 pub mod rest;

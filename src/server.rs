@@ -6,7 +6,6 @@ use http::Method;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::ServiceBuilder;
 
 use crate::{
@@ -16,18 +15,14 @@ use crate::{
     dispatch::{self, Engine},
     egress,
     gateway::Gateway,
-    grpc::{
-        self, Api, DESCRIPTORS, Parts, Services, Tokens,
-        proto::{
-            audit_service_server::AuditServiceServer, delivery_service_server::DeliveryServiceServer,
-            webhook_service_server::WebhookServiceServer,
-        },
-    },
+    grpc::{self, Api, DESCRIPTORS, Parts, Services, Tokens},
+    health::Health,
     idempotency::Idempotency,
-    listen,
+    internal, listen,
     rate_limit::RateLimits,
     rest,
     store::{self, BacklogLimits, Lease, Store},
+    telemetry::Counted,
     vault::Vault,
 };
 
@@ -72,14 +67,17 @@ pub enum Error {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves on `listener` until `shutdown`, then stops in order: no new connections, no new calls, open streams end, what
-/// is on the wire finishes, the rest is given back.
-pub async fn run(
-    listener: TcpListener,
-    mut config: Config,
-    store: Store,
-    shutdown: CancellationToken,
-) -> Result<(), Error> {
+/// Where the server is reached.
+pub struct Listeners {
+    /// By everybody.
+    pub public: TcpListener,
+    /// By those who run it; none when [`Config::internal_listen`] names no address.
+    pub internal: Option<TcpListener>,
+}
+
+/// Serves on `listeners` until `told` to stop and for [`Config::shutdown_delay`] more, then stops in order: no new
+/// connections, no new calls, open streams end, what is on the wire finishes, the rest is given back.
+pub async fn run(listeners: Listeners, mut config: Config, store: Store, told: CancellationToken) -> Result<(), Error> {
     store.take_exclusively()?;
     store.follow_clock().await?;
     store.unlock(config.vault.clone().ok_or(store::Error::Locked)?).await?;
@@ -105,6 +103,7 @@ pub async fn run(
     let open_files = raise_open_files();
     config.limits.connections = callers(config.limits.connections, open_files);
     let client = client(&config, open_files)?;
+    let shutdown = CancellationToken::new();
     let engine = Arc::new(Engine {
         store: store.clone(),
         client: client.clone(),
@@ -112,6 +111,7 @@ pub async fn run(
         request_timeout: config.request_timeout,
         max_in_flight_per_webhook: config.max_in_flight_per_webhook,
         open_files,
+        leases: dispatch::LeaseEnds::default(),
     });
     let api = Api(Arc::new(Parts {
         tokens: Tokens::new(&store.token_key().await?),
@@ -139,9 +139,26 @@ pub async fn run(
     }
     background.spawn(keep_time(store.clone()));
     background.spawn(look(store.clone()));
+    let (mut health, mut open) = (None, Routes::builder().routes());
+    if config.health {
+        let (known, service, checks) = Health::of(&grpc::SERVICES).await;
+        background.spawn(checks.follow(store.available(), told.clone()));
+        health = Some(known);
+        open = open.add_service(service.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
+    }
+    if config.reflection {
+        open = reflection(open)?;
+    }
+    if let Some(internal) = listeners.internal {
+        let (health, open) = (health.take(), std::mem::replace(&mut open, Routes::builder().routes()));
+        background.spawn(internal::serve(internal, store.clone(), health, open));
+    }
+    background.spawn(stop_later(told, config.shutdown_delay, shutdown.clone()));
     let stopping = shutdown.clone();
+    let (node, address) = (store.node(), listeners.public.local_addr().map(|address| address.to_string()));
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node, address = address.unwrap_or_default(), "serving");
 
-    let mut serving = std::pin::pin!(serve(listener, &config, api, shutdown));
+    let mut serving = std::pin::pin!(serve(listeners.public, &config, api, open, health, shutdown));
     let died = async {
         tokio::select! {
             _ = &mut engine => "that sends deliveries",
@@ -164,14 +181,22 @@ pub async fn run(
         tracing::warn!(%error, "the last use of some keys is not written down");
     }
     background.shutdown().await;
+    tracing::info!(node, "stopped");
     served
 }
 
-async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: CancellationToken) -> Result<(), Error> {
+async fn serve(
+    listener: TcpListener,
+    config: &Config,
+    api: Api,
+    open: Routes,
+    health: Option<Health>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
     let store = api.0.store.clone();
     let certified = config.tls.as_ref().is_some_and(listen::Tls::asks_clients);
     let auth = Auth::new(store.clone(), config.environments.clone(), certified);
-    let services = Services::new(api, open_services(config, &shutdown).await?);
+    let services = Services::new(api, open);
     // An attempt made for a test may take its whole time, and looking up its name comes on top.
     let deadline = config.request_timeout + Duration::from_secs(10);
     let limits = rest::Limits {
@@ -194,12 +219,13 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
     };
     // Once for every protocol.
     let services = ServiceBuilder::new()
+        .layer(Counted::new(store.metrics(), grpc::methods()))
         .layer(Deadline { longest: deadline, useless })
         .layer(auth)
         .layer(RateLimits::new(config.rate_limit))
         .layer(Idempotency::new(store, named, deadline))
         .service(services);
-    let gateway = Gateway::new(services, transcode);
+    let gateway = Gateway::new(services, transcode, health);
     let serving = listen::serve(listener, config.tls.clone(), config.limits.clone(), gateway, shutdown.clone());
     let overdue = async {
         shutdown.cancelled().await;
@@ -214,38 +240,27 @@ async fn serve(listener: TcpListener, config: &Config, api: Api, shutdown: Cance
     }
 }
 
-/// Health and reflection, which need no key, as far as they are wanted.
-async fn open_services(config: &Config, shutdown: &CancellationToken) -> Result<Routes, Error> {
-    let mut routes = Routes::builder();
-    if config.health {
-        let (reporter, health) = tonic_health::server::health_reporter();
-        reporter.set_serving::<WebhookServiceServer<Api>>().await;
-        reporter.set_serving::<DeliveryServiceServer<Api>>().await;
-        reporter.set_serving::<AuditServiceServer<Api>>().await;
-        routes.add_service(health.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
-        tokio::spawn(not_ready(reporter, shutdown.clone()));
-    }
-    if config.reflection {
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(DESCRIPTORS)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                // What errors carry, so that clients who know us by reflection only can read it.
-                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-        };
-        routes.add_service(reflection().build_v1()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
-        routes.add_service(reflection().build_v1alpha()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
-    }
-    Ok(routes.routes())
+/// With reflection of everything that can be called, with or without a key.
+fn reflection(open: Routes) -> Result<Routes, Error> {
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // What errors carry, so that clients who know us by reflection only can read it.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    let v1 = reflection().build_v1()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES);
+    let v1alpha = reflection().build_v1alpha()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES);
+    Ok(open.add_service(v1).add_service(v1alpha))
 }
 
-/// Tells those who ask that no more work should come here.
-async fn not_ready(reporter: HealthReporter, shutdown: CancellationToken) {
-    shutdown.cancelled().await;
-    reporter.set_service_status("", ServingStatus::NotServing).await;
-    reporter.set_not_serving::<WebhookServiceServer<Api>>().await;
-    reporter.set_not_serving::<DeliveryServiceServer<Api>>().await;
-    reporter.set_not_serving::<AuditServiceServer<Api>>().await;
+/// Passes on that the server is to stop, after the delay in which it only says so.
+async fn stop_later(told: CancellationToken, delay: Duration, shutdown: CancellationToken) {
+    told.cancelled().await;
+    tracing::info!(?delay, "stopping");
+    tokio::time::sleep(delay).await;
+    shutdown.cancel();
+    std::future::pending().await
 }
 
 /// Lets this process have as many files open as it may, and says how many. What a shell sets is a fraction of what is

@@ -1,10 +1,19 @@
-//! Logs: text on a terminal, one JSON object a line otherwise, always on standard error.
+//! What can be seen of a node from outside: its log and its metrics.
+
+mod calls;
+mod metrics;
 
 use std::io::{IsTerminal, stderr};
 
 use tracing_subscriber::{EnvFilter, fmt};
 
-/// Starts logging what `filter` lets through, once for the process.
+pub(crate) use self::{
+    calls::Counted,
+    metrics::{Kind, Levels, Metrics},
+};
+
+/// Starts logging what `filter` lets through, once for the process: text on a terminal, one JSON object a line otherwise,
+/// always on standard error.
 pub(crate) fn start(filter: &str) {
     // What the migrations and PostgreSQL say by the way is for those who look for it. A span of sea-orm shows the
     // database's URL, with its password in it, whoever asks for it.

@@ -10,6 +10,7 @@ use tonic::{
     service::interceptor::InterceptedService,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
+use tonic_types::StatusExt;
 
 use super::Error;
 use crate::grpc::proto::delivery_service_client::DeliveryServiceClient;
@@ -96,7 +97,8 @@ impl ClientArgs {
     /// What a failed call means for the person at the terminal.
     pub(super) fn explain(&self, status: &Status) -> String {
         match status.code() {
-            tonic::Code::Unavailable => {
+            // What the server itself says comes with details.
+            tonic::Code::Unavailable if status.get_error_details().error_info().is_none() => {
                 format!("{} does not answer ({}); is the server running there?", self.server, status.message())
             }
             tonic::Code::InvalidArgument if self.organization.is_none() && status.message().contains(ORGANIZATION) => {

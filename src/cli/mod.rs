@@ -74,6 +74,9 @@ enum Error {
 
 impl From<store::Error> for Error {
     fn from(error: store::Error) -> Self {
+        if let Some(remedy) = error.remedy() {
+            return Self::Failed(format!("{error}\n  {remedy}"));
+        }
         match error {
             store::Error::Unavailable(_) => Self::Unavailable(error),
             error => Self::Store(error),

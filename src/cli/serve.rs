@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write,
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Error, connect, print};
 use crate::{
     config::{Invalid, ServeArgs, read_master_keys},
-    server,
+    server::{self, Listeners},
     store::{KeyHash, KeyKind, NewKey, Store, sqlite_path},
     telemetry,
     vault::Vault,
@@ -56,18 +57,29 @@ pub(super) async fn serve(args: ServeArgs, stop: CancellationToken) -> Result<()
     }
     let keys_path = beside(&config.database_url, "dev-keys.json");
     let keys = if dev { Some(dev_keys(&store, &keys_path).await?) } else { None };
-    let listener = TcpListener::bind(config.listen).await.map_err(|error| {
-        Error::Failed(format!("cannot listen on {}: {error}\n  Choose another address with --listen.", config.listen))
-    })?;
-    let address = listener.local_addr()?;
+    let public = bind(config.listen, "--listen").await?;
+    let internal = match config.internal_listen {
+        Some(address) => Some(bind(address, "--internal-listen").await?),
+        None => None,
+    };
+    let address = public.local_addr()?;
     let tls = config.tls.is_some();
     // A service serves on, also when nobody reads what it prints.
     let _ = print(format_args!("listening on {}://{address}", if tls { "https" } else { "http" }));
+    if let Some(internal) = &internal {
+        let _ = print(format_args!("internal port on http://{}", internal.local_addr()?));
+    }
     if let Some(keys) = keys {
         let master_key = config.master_key_file.as_deref().unwrap_or(Path::new("SHORTKIT_MASTER_KEY"));
         let _ = print(welcome(&address.to_string(), tls, &keys, master_key));
     }
-    Ok(server::run(listener, config, store, stop).await?)
+    Ok(server::run(Listeners { public, internal }, config, store, stop).await?)
+}
+
+async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|error| {
+        Error::Failed(format!("cannot listen on {address}: {error}\n  Choose another address with {flag}."))
+    })
 }
 
 /// A file of development mode, beside the database.

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Display,
+    net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     str::FromStr,
@@ -32,7 +33,7 @@ const MAX_SHUTDOWN_GRACE: Duration = Duration::from_secs(60 * 60);
 const MAX_BACKLOG: u64 = 1_000_000_000_000;
 
 /// Every setting by its name in flags, in the file and, as `SHORTKIT_…`, in the environment, with its default.
-pub(super) const SETTINGS: [(&str, &str); 27] = [
+pub(super) const SETTINGS: [(&str, &str); 29] = [
     ("database-url", "sqlite://shortkit.db?mode=rwc"),
     ("log", "info"),
     ("master-key-file", ""),
@@ -54,8 +55,10 @@ pub(super) const SETTINGS: [(&str, &str); 27] = [
     ("retain-payloads", "forever"),
     ("retain-attempts", "forever"),
     ("shutdown-grace", LONGER_THAN_A_REQUEST),
+    ("shutdown-delay", "0s"),
     ("reflection", "true"),
     ("health", "true"),
+    ("internal-listen", ""),
     ("max-connections", "4096"),
     ("tls-cert", ""),
     ("tls-key", ""),
@@ -209,6 +212,10 @@ fn text(value: &toml::Value) -> Result<String, String> {
         toml::Value::Array(items) => Ok(items.iter().map(text).collect::<Result<Vec<_>, _>>()?.join(",")),
         _ => Err(format!("must not be a {}", value.type_str())),
     }
+}
+
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "must be an IP address and a port, such as 127.0.0.1:8080".to_owned())
 }
 
 pub(super) fn list<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {

@@ -11,7 +11,8 @@ use crate::{
     clock::{self, Seldom},
     egress, failpoint,
     store::{Error, Finished, Leased, Store, Target},
-    webhook::{self, Answer, Attempt, Outcome, Timestamp, WebhookStatus},
+    telemetry::Kind,
+    webhook::{self, Answer, Attempt, DeliveryStatus, Outcome, Timestamp, WebhookStatus},
 };
 
 const SIGNATURE: HeaderName = HeaderName::from_static("x-shortform-signature");
@@ -46,6 +47,8 @@ static LOST: Seldom = Seldom::new(SAY_AGAIN);
 const NO_ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 /// What the log of a delivery says of an attempt that could not be signed.
 const UNSIGNED: &str = "Signing secret cannot be read";
+/// What metrics say of both.
+const NOT_SENT: &str = "not_sent";
 /// What it says of a test event whose caller was told that it is not sent.
 const UNSENT_TEST: &str = "The test was not sent";
 
@@ -136,10 +139,12 @@ impl Engine {
             return self.give_back(leased, due_at).await;
         };
         failpoint::reached("post", "before");
+        let in_flight = self.store.metrics().begun(kind(&leased), leased.event.created_at.until(clock::now()));
         let Some((attempt, outcome)) = self.post(&leased, &target).await else {
             tokio::time::sleep(NO_ATTEMPT_PAUSE).await;
             return self.give_back(leased, clock::now()).await;
         };
+        drop(in_flight);
         if let Some(mut slot) = slot.take() {
             slot.ended(&attempt);
         }
@@ -149,6 +154,7 @@ impl Engine {
 
     /// Records an attempt that failed before there was a request, by no fault of the receiver.
     async fn fail(&self, leased: Leased, reason: &str) {
+        self.store.metrics().attempted(kind(&leased), NOT_SENT, None);
         let (number, started_at, error) = (leased.attempt, clock::now(), Some(reason.to_owned()));
         let attempt = Attempt { number, started_at, duration_ms: 0, answer: None, error };
         self.end(leased, attempt, &Outcome::Refused { retry_after: None }).await;
@@ -158,7 +164,9 @@ impl Engine {
     async fn end(&self, mut leased: Leased, attempt: Attempt, outcome: &Outcome) {
         let now = clock::now();
         let transition = webhook::decide(attempt.number, leased.plan, outcome, &self.schedule, now);
-        tracing::debug!(status = transition.status.as_str(), error = attempt.error, "attempted");
+        let status_code = attempt.answer.as_ref().map(|answer| answer.status_code);
+        let (status, error, duration_ms) = (transition.status.as_str(), &attempt.error, attempt.duration_ms);
+        tracing::debug!(status, status_code, error, duration_ms, "attempted");
         let done = leased.done.take();
         // Whoever waits for a test hears of it when it is recorded.
         let told = done.map(|done| (done, attempt.clone()));
@@ -206,8 +214,10 @@ impl Engine {
             (Some(url), Some(headers)) => self.client.post(url, headers, body).await,
             _ => egress::Outcome::Failed(egress::Failure::InvalidUrl),
         };
-        let duration_ms = i32::try_from(stopwatch.elapsed().as_millis()).unwrap_or(i32::MAX);
+        let took = stopwatch.elapsed();
+        let duration_ms = i32::try_from(took.as_millis()).unwrap_or(i32::MAX);
         let mut attempt = Attempt { number: leased.attempt, started_at, duration_ms, answer: None, error: None };
+        let result = result(&answered);
         let outcome = match answered {
             egress::Outcome::Answered(answer) => {
                 attempt.error = refusal(answer.status);
@@ -226,15 +236,25 @@ impl Engine {
                 Outcome::Refused { retry_after: None }
             }
         };
+        self.store.metrics().attempted(kind(leased), result, Some(took));
         Some((attempt, outcome))
     }
 
-    /// Records the result, again and again while the database fails and the lease lasts.
+    /// Records the result, again and again while the database is away, and else while the lease lasts: nobody else can have
+    /// taken it over then, and what a receiver accepted is not to be sent again for that (see `claim.rs`).
     async fn record(&self, finished: &Arc<Finished>, expires_at: Timestamp) {
+        let mut kept = None;
         loop {
             match self.store.record(Arc::clone(finished)).await {
-                Ok(true) => return,
+                Ok(true) => {
+                    let status = finished.transition.status;
+                    if status != DeliveryStatus::Pending {
+                        self.store.metrics().ended(status.as_str());
+                    }
+                    return;
+                }
                 Ok(false) => {
+                    self.store.metrics().dropped();
                     if let Some(count) = LOST.reasons() {
                         tracing::warn!(
                             count,
@@ -243,13 +263,14 @@ impl Engine {
                     }
                     return;
                 }
-                Err(error) if clock::now().after(RECORD_AGAIN) >= expires_at => {
+                Err(error) if !error.passes() && clock::now().after(RECORD_AGAIN) >= expires_at => {
                     if let Some(count) = NEVER_RECORDED.reasons() {
                         tracing::error!(%error, count, "results could not be recorded while their leases lasted");
                     }
                     return;
                 }
                 Err(error) => {
+                    kept.get_or_insert_with(|| self.leases.keep_result());
                     if let Some(count) = NOT_RECORDED.reasons() {
                         tracing::warn!(%error, count, "results could not be recorded; trying again");
                     }
@@ -257,6 +278,29 @@ impl Engine {
             }
             tokio::time::sleep(RECORD_AGAIN).await;
         }
+    }
+}
+
+/// Why there is an attempt.
+fn kind(leased: &Leased) -> Kind {
+    match leased {
+        Leased { done: Some(_), .. } => Kind::Test,
+        Leased { attempt: 1, .. } => Kind::First,
+        _ => Kind::Retry,
+    }
+}
+
+/// How an attempt ended, in as few words as metrics may have.
+fn result(outcome: &egress::Outcome) -> &'static str {
+    match outcome {
+        egress::Outcome::Failed(failure) => failure.name(),
+        egress::Outcome::Answered(answer) => match answer.status {
+            200..=299 => "success",
+            300..=399 => "http_3xx",
+            400..=499 => "http_4xx",
+            500..=599 => "http_5xx",
+            _ => "http_other",
+        },
     }
 }
 

@@ -1,13 +1,13 @@
 //! Fetches what falls due, and what dead nodes left.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Engine, lease_length};
+use super::{Engine, LEASE_MARGIN, attempt::RECORD_AGAIN, lease_length};
 use crate::{
     clock::{self, Leaps, Seldom},
     store::{Claimed, Error, News, Store, Waitlist},
@@ -41,27 +41,42 @@ struct Claims<'a> {
     leases: &'a LeaseEnds,
 }
 
+/// A node that has not looked for leases for so long stood still, and what it had on the wire may have outlasted its lease …
+const STOOD_STILL: Duration = Duration::from_secs(15);
+const _: () = assert!(STOOD_STILL.as_secs() < LEASE_MARGIN.as_secs());
+/// … but is recorded within this time. So is what nodes have to record that had no database.
+const TO_RECORD: Duration = Duration::from_secs(3);
+const _: () = assert!(TO_RECORD.as_secs() > 2 * RECORD_AGAIN.as_secs());
+
 /// Knows whether leases that seem to have run out have.
 #[derive(Default)]
-struct LeaseEnds(Mutex<LastLeap>);
+pub struct LeaseEnds(Mutex<Past>);
 
-/// When the clock last leapt forward.
 #[derive(Default)]
-struct LastLeap {
+struct Past {
     leaps: Leaps,
-    at: Option<Instant>,
+    /// When the clock last leapt forward.
+    leapt: Option<Instant>,
+    /// When this was last asked.
+    asked: Option<Instant>,
+    /// When results may have had to wait, here or elsewhere.
+    halted: Option<Instant>,
+    /// Results that this node has, and could not record.
+    kept: usize,
 }
+
+/// A result that could not be recorded, until it is.
+pub(super) struct Kept<'a>(&'a LeaseEnds);
 
 /// Claims until `shutdown`, and takes over what other nodes had accepted. Claims do not wait for that; a fault in either ends
 /// both.
 pub(super) async fn run(engine: Arc<Engine>, shutdown: CancellationToken) {
-    let leases = LeaseEnds::default();
-    tokio::join!(claim(&engine, &leases, &shutdown), rescue_parts(&engine, &leases, &shutdown));
+    tokio::join!(claim(&engine, &shutdown), rescue_parts(&engine, &shutdown));
 }
 
 /// A database that fails is asked again after [`POLL`].
-async fn claim(engine: &Engine, leases: &LeaseEnds, shutdown: &CancellationToken) {
-    let (store, rescues) = (engine.store.clone(), Seldom::new(POLL));
+async fn claim(engine: &Engine, shutdown: &CancellationToken) {
+    let (store, leases, rescues) = (engine.store.clone(), &engine.leases, Seldom::new(POLL));
     let mut claims = Claims { store, list: Waitlist::default(), looked: None, sweep: None, rescues, leases };
     let (mut began, mut claimed) = (clock::stopwatch(), 0);
     while !shutdown.is_cancelled() {
@@ -79,6 +94,7 @@ async fn claim(engine: &Engine, leases: &LeaseEnds, shutdown: &CancellationToken
                 (wait, if claimed < MANY { (began.elapsed() * REST).min(MAX_REST) } else { Duration::ZERO })
             }
             Err(error) => {
+                leases.halted();
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
                 (POLL, POLL)
             }
@@ -103,6 +119,7 @@ impl Claims<'_> {
         if self.rescues.is_time() {
             self.list.may_have_room();
             if let Err(error) = self.rescue(schedule, lease).await {
+                self.leases.halted();
                 tracing::warn!(%error, "deliveries of nodes that are gone could not be taken over; trying again");
             }
         }
@@ -110,6 +127,7 @@ impl Claims<'_> {
             && let Err(error) = self.look().await
         {
             self.looked = Some((clock::stopwatch(), POLL));
+            self.leases.halted();
             tracing::warn!(%error, "what waits could not be looked through; trying again");
         }
         // After the look, which may not have seen it yet.
@@ -153,6 +171,7 @@ impl Claims<'_> {
             rescued += more;
         }
         if rescued > 0 {
+            self.store.metrics().taken_over(rescued);
             tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
         }
         Ok(())
@@ -160,8 +179,8 @@ impl Claims<'_> {
 }
 
 /// Stores what other nodes had accepted and not stored before their leases ran out, until `shutdown`.
-async fn rescue_parts(engine: &Engine, leases: &LeaseEnds, shutdown: &CancellationToken) {
-    let lease = lease_length(engine.request_timeout);
+async fn rescue_parts(engine: &Engine, shutdown: &CancellationToken) {
+    let (leases, lease) = (&engine.leases, lease_length(engine.request_timeout));
     while !shutdown.is_cancelled() {
         match engine.store.store_kept_parts(lease, || !shutdown.is_cancelled() && leases.have_ended(lease)).await {
             Ok(0) => {}
@@ -183,12 +202,41 @@ async fn rescue_parts(engine: &Engine, leases: &LeaseEnds, shutdown: &Cancellati
 impl LeaseEnds {
     /// A clock that leaps forward says nothing of leases that were taken before: their attempts may be on the wire, and would
     /// be made twice. When as much time has passed as a lease lasts, they have ended.
+    ///
+    /// Nor are leases taken over that ran out while this node stood still, or had no database: it may have what their attempts
+    /// came to, which is written down first.
     fn have_ended(&self, lease: Duration) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.leaps.any() {
+        let mut past = self.lock();
+        let now = clock::stopwatch();
+        if past.leaps.any() {
             tracing::warn!(wait = ?lease, "the clock was set forward; for so long no leases are taken over");
-            last.at = Some(clock::stopwatch());
+            past.leapt = Some(now);
         }
-        last.at.is_none_or(|at| at.elapsed() >= lease)
+        if past.asked.replace(now).is_some_and(|asked| now - asked >= STOOD_STILL) {
+            past.halted = Some(now);
+        }
+        let is_over = |since: Option<Instant>, wait| since.is_none_or(|since| now - since >= wait);
+        is_over(past.leapt, lease) && is_over(past.halted, TO_RECORD) && past.kept == 0
+    }
+
+    /// What an attempt came to could not be written down, and is tried again until this is dropped.
+    pub(super) fn keep_result(&self) -> Kept<'_> {
+        self.lock().kept += 1;
+        Kept(self)
+    }
+
+    /// The database did not answer this node, and perhaps none.
+    fn halted(&self) {
+        self.lock().halted = Some(clock::stopwatch());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Past> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Kept<'_> {
+    fn drop(&mut self) {
+        self.0.lock().kept -= 1;
     }
 }

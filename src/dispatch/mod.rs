@@ -15,6 +15,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub use self::claim::LeaseEnds;
 use self::{
     attempt::{Freed, Place, RECORD_AGAIN, Slot},
     queue::Queue,
@@ -46,6 +47,8 @@ pub struct Engine {
     pub max_in_flight_per_webhook: usize,
     /// How many files this process may have open, of which each attempt under way is one.
     pub open_files: usize,
+    /// What is known of leases that run out.
+    pub leases: LeaseEnds,
 }
 
 /// How long a lease is for requests that may take `request_timeout`.

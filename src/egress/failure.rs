@@ -84,6 +84,31 @@ impl fmt::Display for Failure {
 impl error::Error for Failure {}
 
 impl Failure {
+    /// One word for it, where everything about TLS is one.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ConnectionTimeout => "connection_timeout",
+            Self::RequestTimeout => "request_timeout",
+            Self::ConnectionRefused => "connection_refused",
+            Self::ConnectionReset => "connection_reset",
+            Self::NoSocket => "no_socket",
+            Self::Unreachable => "unreachable",
+            Self::DnsLookup => "dns_lookup",
+            Self::BlockedAddress => "blocked_address",
+            Self::InvalidUrl => "invalid_url",
+            Self::InvalidResponse => "invalid_response",
+            Self::TlsExpired
+            | Self::TlsNotYetValid
+            | Self::TlsWrongHost
+            | Self::TlsUnknownAuthority
+            | Self::TlsCertificate
+            | Self::TlsTimeout
+            | Self::TlsClosed
+            | Self::TlsProtocol => "tls",
+            Self::Connection => "connection",
+        }
+    }
+
     /// Why there is no connection.
     pub(super) fn dialling(error: &(dyn error::Error + 'static)) -> Self {
         known(error).unwrap_or(Self::Connection)

@@ -39,6 +39,10 @@ struct Parts {
     others: Routes,
 }
 
+/// Our services, by name.
+pub(crate) const SERVICES: [&str; 3] =
+    [WebhookServiceServer::<Api>::NAME, DeliveryServiceServer::<Api>::NAME, AuditServiceServer::<Api>::NAME];
+
 type Answered = Result<Response<Body>, Infallible>;
 type Caught = Result<Answered, Box<dyn Any + Send>>;
 

@@ -21,6 +21,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Calls that are refused for that reason are said to be once in this time.
 const SAY_AGAIN: Duration = Duration::from_secs(1);
 static NO_ANSWER: Seldom = Seldom::new(SAY_AGAIN);
+static NO_ROOM: Seldom = Seldom::new(SAY_AGAIN);
+static FULL: Seldom = Seldom::new(SAY_AGAIN);
 
 /// When to publish again after too much was pending: the counts are looked at more often, but what is pending takes time.
 const RETRY_AFTER_BACKLOG: Duration = Duration::from_secs(5);
@@ -183,7 +185,12 @@ pub(crate) fn store(error: store::Error) -> Status {
             }
             no_database()
         }
-        store::Error::Overloaded => unavailable("too many requests are waiting; try again"),
+        store::Error::Overloaded => {
+            if let Some(count) = NO_ROOM.reasons() {
+                tracing::warn!(count, "calls are refused: too many wait for the database");
+            }
+            unavailable("too many requests are waiting; try again")
+        }
         store::Error::OrganizationOverloaded => {
             let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
             let message = "too many events of this organization are waiting to be stored; publish again later";
@@ -200,6 +207,9 @@ pub(crate) fn store(error: store::Error) -> Status {
             coded(Code::ResourceExhausted, "RATE_LIMITED", message, details)
         }
         store::Error::Backlog => {
+            if let Some(count) = FULL.reasons() {
+                tracing::warn!(count, "publishing is refused: as many deliveries are pending as --max-backlog allows");
+            }
             unavailable_for(RETRY_AFTER_BACKLOG, "too many deliveries are pending; publish again later")
         }
         store::Error::TooManyWebhooks(_) => {

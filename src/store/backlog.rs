@@ -151,6 +151,12 @@ impl Backlog {
         }
     }
 
+    /// All that is known to be pending.
+    pub(super) fn pending(&self) -> u64 {
+        let known = self.lock();
+        [&known.found, &known.before, &known.since, &known.on_the_way].into_iter().map(|counts| counts.total).sum()
+    }
+
     /// A look at the counts begins: what is committed from now on may not be in them.
     fn begin(&self) {
         let mut known = self.lock();

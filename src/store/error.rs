@@ -95,6 +95,33 @@ pub enum Error {
     Lock(String, Arc<std::io::Error>),
 }
 
+impl Error {
+    /// Whether the same may well succeed later: the database is away, or has too much to do.
+    pub fn passes(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Overloaded)
+    }
+
+    /// What to do about a PostgreSQL that does not let itself be used, where its SQLSTATE says enough.
+    pub fn remedy(&self) -> Option<&'static str> {
+        let (Self::Unavailable(error) | Self::Failed(error)) = self else { return None };
+        Some(match code(error)?.as_str() {
+            "28P01" | "28000" => {
+                "Correct the user and the password of --database-url, or what the server's pg_hba.conf allows."
+            }
+            "3D000" => "Make the database, for example with `createdb`, or correct the name in --database-url.",
+            "42501" => {
+                "The user of --database-url may not do that. Let it own the schema, or run `shortkit-webhooks migrate` \
+                as one that does, and grant it the use of all tables."
+            }
+            "53300" => {
+                "The server has as many connections as it takes. Raise its max_connections, or lower \
+                --database-connections of each node."
+            }
+            _ => return None,
+        })
+    }
+}
+
 impl From<sea_orm::DbErr> for Error {
     fn from(error: sea_orm::DbErr) -> Self {
         if passes(&error) { Self::Unavailable(Arc::new(error)) } else { Self::Failed(Arc::new(error)) }

@@ -110,6 +110,11 @@ impl Handoff {
         true
     }
 
+    /// Places that are taken.
+    pub(crate) fn held(&self) -> usize {
+        self.lock().total
+    }
+
     /// Whether there is no place for anything that waits in the database, until the bell is rung.
     pub(crate) fn is_full(&self) -> bool {
         let mut held = self.lock();

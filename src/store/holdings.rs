@@ -40,6 +40,11 @@ impl Holdings {
         Ok(Holding { held: Arc::clone(&self.0), organization: Arc::clone(organization), amount })
     }
 
+    /// What all hold together.
+    pub(super) fn total(&self) -> usize {
+        lock(&self.0).total
+    }
+
     /// What all hold together, and how many do.
     #[cfg(test)]
     pub(super) fn sums(&self) -> (usize, usize) {

@@ -89,7 +89,13 @@ use self::{
     test_events::TestEvents,
     writer::Writer,
 };
-use crate::{clock, feed::Feed, vault::Vault, webhook::Retention};
+use crate::{
+    clock,
+    feed::Feed,
+    telemetry::{Levels, Metrics},
+    vault::Vault,
+    webhook::Retention,
+};
 
 /// The database and what this node holds of it in memory. Cheap to clone.
 #[derive(Clone)]
@@ -133,6 +139,7 @@ struct Inner {
     vault: std::sync::RwLock<Option<Vault>>,
     exclusive: std::sync::Mutex<Option<std::fs::File>>,
     followed: time::Followed,
+    metrics: Metrics,
 }
 
 impl Store {
@@ -176,6 +183,7 @@ impl Store {
             vault: std::sync::RwLock::default(),
             exclusive: std::sync::Mutex::new(None),
             followed: time::Followed::default(),
+            metrics: Metrics::default(),
         }));
         let _ = store.0.writer.set(Writer::start(Arc::downgrade(&store.0)));
         Ok(store)
@@ -279,6 +287,32 @@ impl Store {
 
     fn sqlite(&self) -> bool {
         self.0.write.get_database_backend() == DbBackend::Sqlite
+    }
+
+    /// Whether the database answers, and every change of that.
+    pub(crate) fn available(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.0.silence.available()
+    }
+
+    /// What this node counts of itself.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    /// What it would have to count if it were not known here.
+    pub(crate) fn levels(&self) -> Levels {
+        Levels {
+            pending: self.0.backlog.pending(),
+            held: self.0.handoff.held(),
+            publish_bytes: self.0.publishing.taken(),
+            streams: self.0.feed.streams(),
+            database_available: *self.available().borrow(),
+        }
+    }
+
+    /// This run of this process, as leases name it.
+    pub(crate) fn node(&self) -> &str {
+        &self.0.node
     }
 
     /// Ends when the database is found to have gone without a word: what waits for it is to be given up.

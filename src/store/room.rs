@@ -35,6 +35,11 @@ impl Rooms {
             if bytes > free { Err(Error::Overloaded) } else { Ok(()) }
         })
     }
+
+    /// What all hold together.
+    pub(super) fn taken(&self) -> usize {
+        self.0.total()
+    }
 }
 
 #[cfg(test)]

@@ -36,7 +36,18 @@ pub(super) struct Silence(Option<Arc<Known>>);
 struct Known {
     /// When it was last found silent.
     found: watch::Sender<Option<Instant>>,
+    /// Whether it was not, when it was last asked.
+    available: Available,
     times: Mutex<Times>,
+}
+
+struct Available(watch::Sender<bool>);
+
+impl Default for Available {
+    /// Until it is found silent.
+    fn default() -> Self {
+        Self(watch::channel(true).0)
+    }
 }
 
 #[derive(Default)]
@@ -76,6 +87,11 @@ impl Silence {
         }
     }
 
+    /// Whether the database answers, and every change of that; of SQLite, which is part of this process, none.
+    pub(super) fn available(&self) -> watch::Receiver<bool> {
+        self.0.as_ref().map_or_else(|| watch::channel(true).1, |known| known.available.0.subscribe())
+    }
+
     /// Ends when the database is found silent.
     pub(super) async fn found(&self) {
         match &self.0 {
@@ -108,16 +124,25 @@ impl Silence {
         let long_ago = |heard: &mut Instant| heard.elapsed() >= MAX_SILENCE;
         if matches!(read, Ok(Ok(_))) {
             known.times().heard = Some(clock::stopwatch());
+            if known.becomes(true) {
+                tracing::info!("the database answers again");
+            }
         } else if read.is_err() || known.times().heard.take_if(long_ago).is_some() {
             // Or there has been no connection to read by for as long; that is said once.
             tracing::error!("the database does not answer; what waits for it is given up");
             known.found.send_replace(Some(clock::stopwatch()));
+            known.becomes(false);
         }
         read.unwrap_or_else(|_| Err(unanswered()))
     }
 }
 
 impl Known {
+    /// Whether it was otherwise before.
+    fn becomes(&self, available: bool) -> bool {
+        self.available.0.send_if_modified(|known| std::mem::replace(known, available) != available)
+    }
+
     fn times(&self) -> MutexGuard<'_, Times> {
         self.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,6 +163,7 @@ mod tests {
         let silence = Silence::of("postgres://db");
         let made = clock::stopwatch();
         let trust = || (silence.trust(made.elapsed()), silence.trust(Duration::ZERO));
+        let available = silence.available();
         assert_eq!(trust(), (Trust::Use, Trust::Use));
         assert!(silence.judge(ready(Ok(()))).await.is_ok());
         assert!(silence.judge(ready(Err::<(), _>(unanswered()))).await.is_err());
@@ -159,5 +185,7 @@ mod tests {
         let found = || silence.trust(later.elapsed()) == Trust::Gone;
         known.times().heard = Some(later - MAX_SILENCE);
         assert!(!found() && silence.judge(ready(Err::<(), _>(unanswered()))).await.is_err() && found());
+        assert!(!*available.borrow());
+        assert!(silence.judge(ready(Ok(()))).await.is_ok() && *available.borrow());
     }
 }

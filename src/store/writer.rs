@@ -125,6 +125,11 @@ impl Writer {
                         Settled::Failed(error)
                     }
                 };
+                match settled {
+                    Settled::Done(took) if weight > 0 => store.metrics().committed(weight, took),
+                    Settled::Failed(_) => store.metrics().not_committed(),
+                    Settled::Done(_) | Settled::Apart => {}
+                }
                 let mut filed = 0;
                 match settled {
                     Settled::Done(took) => {
@@ -336,6 +341,7 @@ impl Store {
             }
             let (organization, deliveries) = draft.backlog();
             self.0.backlog.settle(organization, deliveries, true);
+            self.metrics().created(deliveries);
             let published = draft.published();
             draft.hand_over(&self.0.ready, &mut waiting);
             done.send(Ok(published));

@@ -3,11 +3,13 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Each module of the crate, and what of the crate it may use.
-const ARROWS: [(&str, &[&str]); 21] = [
+const ARROWS: [(&str, &[&str]); 23] = [
     ("webhook", &[]),
     ("failpoint", &[]),
     ("clock", &["webhook"]),
-    ("telemetry", &[]),
+    ("telemetry", &["clock"]),
+    ("health", &[]),
+    ("internal", &["health", "listen", "store"]),
     ("rest", &[]),
     ("cors", &[]),
     ("deadline", &[]),
@@ -16,13 +18,13 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("vault", &["clock"]),
     ("config", &["listen", "vault", "webhook"]),
     ("feed", &["webhook"]),
-    ("store", &["feed", "vault", "webhook", "clock", "failpoint"]),
-    ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint"]),
+    ("store", &["feed", "vault", "webhook", "clock", "failpoint", "telemetry"]),
+    ("dispatch", &["store", "feed", "webhook", "egress", "clock", "failpoint", "telemetry"]),
     ("auth", &["grpc", "listen", "store", "webhook", "clock"]),
     ("idempotency", &["auth", "grpc", "store"]),
     ("rate_limit", &["auth", "grpc", "store", "webhook", "clock"]),
     ("grpc", &["auth", "store", "feed", "webhook", "egress", "clock"]),
-    ("gateway", &["clock", "cors", "grpc", "listen", "rest"]),
+    ("gateway", &["clock", "cors", "grpc", "health", "listen", "rest"]),
     (
         "server",
         &[
@@ -34,11 +36,14 @@ const ARROWS: [(&str, &[&str]); 21] = [
             "egress",
             "gateway",
             "grpc",
+            "health",
             "idempotency",
+            "internal",
             "listen",
             "rate_limit",
             "rest",
             "store",
+            "telemetry",
             "vault",
         ],
     ),

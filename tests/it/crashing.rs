@@ -14,9 +14,16 @@ use http::Method;
 use serde_json::json;
 use tokio::process::Command;
 
-use crate::support::{Database, Kind, Process, Receiver, Reply, TestServer, lie_about_time, on_both_databases, soon};
+use crate::support::{
+    Database, Kind, Process, Received, Receiver, Reply, TestServer, lie_about_time, on_both_databases, soon,
+};
 
-on_both_databases!(killed_in_the_middle, stopped_in_the_middle, a_stop_begins_no_attempts);
+on_both_databases!(
+    killed_in_the_middle,
+    stopped_in_the_middle,
+    a_stop_begins_no_attempts,
+    a_long_outage_repeats_nothing
+);
 
 #[tokio::test]
 async fn a_restart_loop_fails_nothing() {
@@ -229,4 +236,35 @@ async fn a_clock_that_is_set_forward_repeats_nothing() {
     let delivery = soon("the end of the delivery", ended).await;
     assert_eq!((delivery["status"].as_str(), delivery["attempts"].as_i64()), (Some("success"), Some(1)));
     assert_eq!(receiver.received().len(), 1);
+}
+
+/// Nothing can be written for longer than a lease lasts, while receivers accept: their answers are kept until they can be
+/// recorded, since nobody else can have taken the deliveries over meanwhile.
+async fn a_long_outage_repeats_nothing(database: Database) {
+    let (directory, count) = (tempfile::tempdir().unwrap(), 5);
+    // The answers come when nothing can be written any more.
+    let slow = |_, _: &Received| Reply { delay: Duration::from_secs(1), ..Reply::status(200) };
+    let receiver = Receiver::scripted(slow).await;
+    let command = Command::new(env!("CARGO_BIN_EXE_shortkit-webhooks"));
+    let arguments = ["--database-url", &database.url, "--request-timeout", "2s"];
+    let process = Process::start(command, &arguments, directory.path()).await;
+    process.webhook(&receiver.url()).await;
+    for number in 0..count {
+        process.publish(&format!(r#"{{"number":{number}}}"#)).await;
+    }
+    receiver.wait_for(count).await;
+    let writing = database.let_nobody_write().await;
+    let lease = Duration::from_secs(2 + 30);
+    tokio::time::sleep(lease + Duration::from_secs(2)).await;
+    writing.rollback().await.unwrap();
+    soon("the results", async {
+        loop {
+            let left = database.rows("SELECT 1 FROM deliveries WHERE status = 'pending'").await;
+            if left.is_empty() {
+                break;
+            }
+        }
+    })
+    .await;
+    assert_eq!(ids(&receiver).len(), count, "each is sent once");
 }

@@ -26,6 +26,7 @@ mod isolation;
 mod listing;
 mod many_nodes;
 mod many_webhooks;
+mod operating;
 mod publishing_many;
 mod rate_limiting;
 mod rest_layer;

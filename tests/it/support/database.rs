@@ -2,7 +2,10 @@
 
 use std::{process::Stdio, time::Duration};
 
-use sea_orm::{ConnectionTrait, Database as SeaOrm, DatabaseConnection, DbBackend, QueryResult, Statement};
+use sea_orm::{
+    ConnectionTrait, Database as SeaOrm, DatabaseConnection, DatabaseTransaction, DbBackend, QueryResult, Statement,
+    TransactionTrait,
+};
 use shortkit_webhooks::clock;
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -59,6 +62,17 @@ impl Database {
     /// How many rows a statement changed.
     pub(crate) async fn execute(&self, sql: &str) -> u64 {
         self.open().await.execute_unprepared(sql).await.unwrap().rows_affected()
+    }
+
+    /// Until this ends, nobody else writes to deliveries.
+    pub(crate) async fn let_nobody_write(&self) -> DatabaseTransaction {
+        let transaction = self.open().await.begin().await.unwrap();
+        let lock = match transaction.get_database_backend() {
+            DbBackend::Postgres => "LOCK TABLE deliveries IN EXCLUSIVE MODE",
+            _ => "UPDATE settings SET value = value",
+        };
+        transaction.execute_unprepared(lock).await.unwrap();
+        transaction
     }
 
     /// A copy, made as README says while the service works.

@@ -10,7 +10,7 @@ use shortkit_webhooks::{
         WatchDeliveriesRequest, WatchDeliveriesResponse, delivery_service_client::DeliveryServiceClient,
         webhook_service_client::WebhookServiceClient,
     },
-    server,
+    server::{self, Listeners},
     store::{KeyKind, NewKey, Store},
     vault::Vault,
     webhook::{Environment, RetrySchedule},
@@ -31,6 +31,8 @@ pub(crate) const MASTER_KEY: &str = "dGVzdHMgaGF2ZSBhIG1hc3RlciBrZXkgb2YgMzIgYnk
 /// A server on a port of its own, with a secret key for the organisation `acme`.
 pub(crate) struct TestServer {
     pub(crate) address: SocketAddr,
+    /// The one for those who run it.
+    pub(crate) internal: Option<SocketAddr>,
     pub(crate) store: Store,
     pub(crate) key: String,
     http: reqwest::Client,
@@ -98,14 +100,21 @@ impl TestServer {
     pub(crate) async fn with(config: Config) -> Self {
         let store = Store::connect(&config.database_url).await.unwrap();
         store.migrate().await.unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let public = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = public.local_addr().unwrap();
+        let internal = match config.internal_listen {
+            Some(address) => Some(TcpListener::bind(address).await.unwrap()),
+            None => None,
+        };
+        let internal_address = internal.as_ref().map(|listener| listener.local_addr().unwrap());
+        let listeners = Listeners { public, internal };
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(server::run(listener, config, store.clone(), shutdown.clone()));
+        let task = tokio::spawn(server::run(listeners, config, store.clone(), shutdown.clone()));
         // The first of the tests in this process installs it; the others find it there.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        let mut server = Self { address, store, key: String::new(), http, shutdown, task, _database: None };
+        let (key, internal) = (String::new(), internal_address);
+        let mut server = Self { address, internal, store, key, http, shutdown, task, _database: None };
         server.key = server.new_key(Some("acme"), KeyKind::Secret, Environment::Test).await;
         server
     }
@@ -115,6 +124,11 @@ impl TestServer {
         let organization = organization.map(str::to_owned);
         let new = NewKey { organization, environment, kind, expires_at: None };
         self.store.create_key(new).await.unwrap().key.to_owned()
+    }
+
+    /// Tells it to stop as a signal would.
+    pub(crate) fn tell_to_stop(&self) {
+        self.shutdown.cancel();
     }
 
     /// Stops as a signal would, and waits until everything has ended.

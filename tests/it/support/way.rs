@@ -15,6 +15,8 @@ pub(crate) struct Way {
     pub(crate) url: String,
     /// How often it has gone silent.
     silences: watch::Sender<usize>,
+    /// Whether who connects is turned away.
+    closed: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
 
@@ -25,11 +27,15 @@ impl Way {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("{user}@{}/{name}", listener.local_addr().unwrap());
         let (silences, silence) = watch::channel(0);
+        let (closed, is_closed) = watch::channel(false);
         let server = server.to_owned();
         let task = tokio::spawn(async move {
             // They end with it.
             let mut connections = JoinSet::new();
             while let Ok((mut from, _)) = listener.accept().await {
+                if *is_closed.borrow() {
+                    continue;
+                }
                 let (mut silence, server) = (silence.clone(), server.clone());
                 silence.mark_unchanged();
                 connections.spawn(async move {
@@ -42,7 +48,12 @@ impl Way {
                 });
             }
         });
-        Self { url, silences, task }
+        Self { url, silences, closed, task }
+    }
+
+    /// Turns away who connects from now on, or takes them again.
+    pub(crate) fn close(&self, closed: bool) {
+        self.closed.send_replace(closed);
     }
 
     /// What is connected hears nothing more; who connects from now on does.
