@@ -155,8 +155,9 @@ impl Engine {
             }
             tokio::select! {
                 _ = &mut claims, if !claimed => {}
-                // Calls that are still open may publish, and wait for a test.
-                () = calls_ended.cancelled(), if !ended => ended = true,
+                // Calls that are still open may publish, and wait for a test; and a caller that left may have left parts
+                // behind, which are stored as leased to this node.
+                () = async { calls_ended.cancelled().await; self.store.all_published().await }, if !ended => ended = true,
                 Some(leased) = ready.recv() => self.take(leased, queue, running),
                 Some(ended) = running.join_next() => log_panic(ended),
                 Some(released) = release.join_next() => log_panic(released),

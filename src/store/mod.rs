@@ -268,6 +268,11 @@ impl Store {
         self.0.ready_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
     }
 
+    /// Ends when nothing waits any more to be stored that was published here, also of callers that did not wait for it.
+    pub async fn all_published(&self) {
+        self.0.publishing.none().await;
+    }
+
     /// Whether several organisations had something to write when somebody last had.
     pub fn is_shared(&self) -> bool {
         self.0.writer.get().is_some_and(Writer::is_shared)

@@ -36,6 +36,11 @@ impl Rooms {
         })
     }
 
+    /// Ends when no publish waits.
+    pub(super) async fn none(&self) {
+        self.0.none().await;
+    }
+
     /// What all hold together.
     pub(super) fn taken(&self) -> usize {
         self.0.total()

@@ -17,6 +17,7 @@ on_both_databases!(
     none_when_one_is_wrong,
     done_once_for_a_key,
     beside_others_as_well,
+    a_stop_gives_back_what_a_caller_left,
     what_cannot_be_read_is_set_aside_until_it_is_mended,
     refused_as_a_whole,
     not_more_deliveries_than_one_commit_should_have,
@@ -115,13 +116,7 @@ async fn beside_others_as_well(database: Database) {
         let request = server.request(Method::POST, "/v1/events/batch").header("content-type", "application/json");
         server.send(request.header("idempotency-key", "k").body(body.clone())).await
     };
-    // Who writes alone would not notice.
-    for _ in 0..2 {
-        assert_eq!(server.publish("content.ready", "{}").await, 1);
-        let request = server.anonymous(Method::POST, "/v1/events").bearer_auth(&quiet);
-        let request = request.header("content-type", "application/json").body(r#"{"event":"content.ready","data":{}}"#);
-        assert_eq!(server.send(request).await.status, 202);
-    }
+    write_with_others(&server, &quiet).await;
     let (one, other) = (batch().await, batch().await);
     assert_eq!((one.status, other.status), (202, 202), "{}", one.text);
     assert_eq!(one.text, other.text);
@@ -134,6 +129,35 @@ async fn beside_others_as_well(database: Database) {
     assert!(numbers.into_iter().eq(0..MANY as u64), "each once");
     assert!(database.rows("SELECT id FROM publish_parts").await.is_empty());
     server.stop().await;
+}
+
+/// Who writes alone would not notice.
+async fn write_with_others(server: &TestServer, other: &str) {
+    for _ in 0..2 {
+        server.publish("content.ready", "{}").await;
+        let request = server.anonymous(Method::POST, "/v1/events").bearer_auth(other);
+        let request = request.header("content-type", "application/json").body(r#"{"event":"content.ready","data":{}}"#);
+        assert_eq!(server.send(request).await.status, 202);
+    }
+}
+
+/// Parts that are stored when no call is open any more are no reason to leave leases behind.
+async fn a_stop_gives_back_what_a_caller_left(database: Database) {
+    let server = TestServer::start(&database).await;
+    let receiver = Receiver::start().await;
+    server.webhook(&receiver.url(), &["content.ready", "export.ready"]).await;
+    let quiet = server.new_key(Some("quiet"), KeyKind::Secret, Environment::Test).await;
+    write_with_others(&server, &quiet).await;
+    let request = server.request(Method::POST, "/v1/events/batch").header("content-type", "application/json");
+    let caller = tokio::spawn(request.body(events(MANY).to_string()).send());
+    // Kept, of which the first parts are stored now.
+    let kept = "SELECT 1 FROM publish_parts WHERE NOT EXISTS (SELECT 1 FROM publish_drafts)";
+    soon("parts", async { while database.rows(kept).await.is_empty() {} }).await;
+    caller.abort();
+    server.stop().await;
+    assert!(database.rows("SELECT 1 FROM publish_parts").await.is_empty(), "all of it was accepted, and is stored");
+    let leased = database.rows("SELECT 1 FROM deliveries WHERE lease_node IS NOT NULL").await;
+    assert_eq!(leased.len(), 0, "an attempt of each would be used up");
 }
 
 /// As the README says.
