@@ -156,7 +156,7 @@ pub struct ServeArgs {
     /// Connections to the database; all nodes together need fewer than PostgreSQL's max_connections, less 3. 8 to 1000 [default: 16]
     #[arg(long, env = "SHORTKIT_DATABASE_CONNECTIONS", value_name = "COUNT")]
     database_connections: Option<String>,
-    /// Webhooks that each organization may have, in each environment; with as many, another is answered 409. An event for all of them is one commit, for which everybody waits; 1 to 1000000 [default: 1000]
+    /// Webhooks that each organization may have, in each environment; with as many, another is answered 409. An event for all of them is one commit while nobody else publishes; 1 to 1000000 [default: 1000]
     #[arg(long, env = "SHORTKIT_MAX_WEBHOOKS", value_name = "COUNT")]
     max_webhooks: Option<String>,
     /// Deliveries that may be pending in all; while there are as many, publishing is answered 503 [default: 10000000]
