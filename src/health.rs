@@ -48,23 +48,24 @@ impl Health {
             "/readyz" => *self.0.borrow(),
             _ => return None,
         };
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return None;
-        }
-        Some(match readiness {
-            Readiness::Ready => plain(StatusCode::OK, "ok\n".to_owned()),
-            Readiness::NoDatabase => {
-                plain(StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n".to_owned())
-            }
-            Readiness::Stopping => plain(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n".to_owned()),
-        })
+        let (status, text) = match readiness {
+            Readiness::Ready => (StatusCode::OK, "ok\n"),
+            Readiness::NoDatabase => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n"),
+            Readiness::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
+        };
+        Some(fetched(request, || plain(status, text.to_owned())))
     }
 }
 
 impl Checks {
-    /// Keeps what is told true, for ever: whether the database answers, which `available` says, and whether the node is
-    /// `stopping`.
-    pub(crate) async fn follow(self, mut available: watch::Receiver<bool>, stopping: CancellationToken) {
+    /// Keeps what is told true, for ever: whether the database answers, which `available` says, and whether the node was
+    /// `told` to stop. Whoever still watches at its `shutdown` is let go, since that waits for all streams.
+    pub(crate) async fn follow(
+        self,
+        mut available: watch::Receiver<bool>,
+        told: CancellationToken,
+        shutdown: CancellationToken,
+    ) {
         let changes = async {
             loop {
                 let answers = *available.borrow_and_update();
@@ -77,10 +78,10 @@ impl Checks {
         };
         tokio::select! {
             () = changes => {}
-            () = stopping.cancelled() => {}
+            () = told.cancelled() => {}
         }
         self.report(Readiness::Stopping).await;
-        // Whoever watches is told, and its stream ended: the end waits for all that are open.
+        shutdown.cancelled().await;
         let mut reporter = self.reporter.clone();
         for name in self.names() {
             reporter.clear_service_status(name).await;
@@ -105,6 +106,19 @@ impl Checks {
 
     fn names(&self) -> impl Iterator<Item = &'static str> {
         [NODE].into_iter().chain(self.services.iter().copied())
+    }
+}
+
+/// What is there, for those who fetch it; for HEAD without its body, which HTTP/2 would send.
+pub(crate) fn fetched<B>(request: &Request<B>, there: impl FnOnce() -> Response<Body>) -> Response<Body> {
+    match *request.method() {
+        Method::GET => there(),
+        Method::HEAD => there().map(|_| Body::empty()),
+        _ => {
+            let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "this can only be fetched\n".to_owned());
+            refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+            refused
+        }
     }
 }
 

@@ -3,14 +3,14 @@
 
 use std::convert::Infallible;
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::{body::Body, service::Routes};
 use tower::{ServiceExt, service_fn};
 
 use crate::{
-    health::{Health, plain},
+    health::{Health, fetched, plain},
     listen,
     store::Store,
 };
@@ -50,10 +50,12 @@ async fn answer(
     if format.is_some_and(|format| format.starts_with(b"application/grpc")) {
         return routes.oneshot(request).await;
     }
-    if request.uri().path() == "/metrics" && matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut metrics = plain(StatusCode::OK, store.metrics().text(store.levels()));
-        metrics.headers_mut().insert(header::CONTENT_TYPE, METRICS);
-        return Ok(metrics);
+    if request.uri().path() == "/metrics" {
+        return Ok(fetched(&request, || {
+            let mut metrics = plain(StatusCode::OK, store.metrics().text(store.levels()));
+            metrics.headers_mut().insert(header::CONTENT_TYPE, METRICS);
+            metrics
+        }));
     }
     Ok(plain(StatusCode::NOT_FOUND, WHAT_IS_HERE.to_owned()))
 }

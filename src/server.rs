@@ -1,29 +1,30 @@
 //! Wires everything, and takes it apart in order.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+mod background;
+
+use std::{sync::Arc, time::Duration};
 
 use http::Method;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tower::ServiceBuilder;
 
 use crate::{
     auth::Auth,
-    config::{Config, read_master_keys},
+    config::Config,
     deadline::Deadline,
     dispatch::{self, Engine},
     egress,
     gateway::Gateway,
     grpc::{self, Api, DESCRIPTORS, Parts, Services, Tokens},
-    health::Health,
+    health::{Checks, Health},
     idempotency::Idempotency,
     internal, listen,
     rate_limit::RateLimits,
     rest,
     store::{self, BacklogLimits, Lease, Store},
     telemetry::Counted,
-    vault::Vault,
 };
 
 /// Callers may be connected for one of so many files that may be open …
@@ -35,17 +36,6 @@ const MIN_CALLERS: usize = 16;
 /// longer one is refused, since what it names is said again in the answer, and that is to fit into one piece of
 /// `listen/body.rs`, for which no room is counted.
 const MAX_OPEN_MESSAGE_BYTES: usize = 256;
-
-/// Between looks at the file of the master keys.
-const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
-/// Between two looks at the database's clock.
-const KEEP_TIME: Duration = Duration::from_secs(2);
-/// Between rounds of tidying up.
-const TIDY: Duration = Duration::from_secs(10);
-/// The backlog, if it cannot be counted, is tried again within this time.
-const MAX_LOOK: Duration = Duration::from_secs(60);
-/// Between two notes of which keys were used, whatever there is to tidy up.
-const NOTE_KEYS: Duration = Duration::from_secs(10);
 
 /// Why the server ends.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +93,7 @@ pub async fn run(listeners: Listeners, mut config: Config, store: Store, told: C
     let open_files = raise_open_files();
     config.limits.connections = callers(config.limits.connections, open_files);
     let client = client(&config, open_files)?;
+    let mut open = Open::of(&config).await?;
     let shutdown = CancellationToken::new();
     let engine = Arc::new(Engine {
         store: store.clone(),
@@ -124,41 +115,20 @@ pub async fn run(listeners: Listeners, mut config: Config, store: Store, told: C
     }));
     let calls_ended = CancellationToken::new();
     let mut engine = tokio::spawn(engine.run(shutdown.clone(), calls_ended.clone(), config.shutdown_grace));
-    let mut background = JoinSet::new();
-    background.spawn(follow(store.clone()));
-    background.spawn(learn(store.clone()));
-    background.spawn(tidy(store.clone()));
-    background.spawn(note_keys(store.clone()));
-    background.spawn(remove_old(store.clone()));
-    background.spawn(remove_deleted(store.clone()));
-    if let Some(tls) = config.tls.clone() {
-        background.spawn(tls.follow());
-    }
-    if let (Some(vault), Some(path)) = (config.vault.clone(), config.master_key_file.clone()) {
-        background.spawn(follow_master_keys(store.clone(), vault, path));
-    }
-    background.spawn(keep_time(store.clone()));
-    background.spawn(look(store.clone()));
-    let (mut health, mut open) = (None, Routes::builder().routes());
-    if config.health {
-        let (known, service, checks) = Health::of(&grpc::SERVICES).await;
-        background.spawn(checks.follow(store.available(), told.clone()));
-        health = Some(known);
-        open = open.add_service(service.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
-    }
-    if config.reflection {
-        open = reflection(open)?;
+    let mut background = background::start(&config, &store);
+    if let Some(checks) = open.checks.take() {
+        background.spawn(checks.follow(store.available(), told.clone(), shutdown.clone()));
     }
     if let Some(internal) = listeners.internal {
-        let (health, open) = (health.take(), std::mem::replace(&mut open, Routes::builder().routes()));
-        background.spawn(internal::serve(internal, store.clone(), health, open));
+        let Open { routes, health, .. } = std::mem::take(&mut open);
+        background.spawn(internal::serve(internal, store.clone(), health, routes));
     }
-    background.spawn(stop_later(told, config.shutdown_delay, shutdown.clone()));
+    background.spawn(stop_later(told.clone(), config.shutdown_delay, shutdown.clone()));
     let stopping = shutdown.clone();
     let (node, address) = (store.node(), listeners.public.local_addr().map(|address| address.to_string()));
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node, address = address.unwrap_or_default(), "serving");
 
-    let mut serving = std::pin::pin!(serve(listeners.public, &config, api, open, health, shutdown));
+    let mut serving = std::pin::pin!(serve(listeners.public, &config, api, open, shutdown));
     let died = async {
         tokio::select! {
             _ = &mut engine => "that sends deliveries",
@@ -171,7 +141,8 @@ pub async fn run(listeners: Listeners, mut config: Config, store: Store, told: C
         // None of these ends before the server does. What is accepted would not be delivered, or what is told not be true.
         what = died => if stopping.is_cancelled() { serving.await } else { Err(Error::Died(what)) },
     };
-    // Also when the server failed: the engine then stops as at any other end.
+    // Also when the server failed: the engine then stops as at any other end, and no more work is to come here.
+    told.cancel();
     stopping.cancel();
     calls_ended.cancel();
     if !engine.is_finished() {
@@ -189,14 +160,13 @@ async fn serve(
     listener: TcpListener,
     config: &Config,
     api: Api,
-    open: Routes,
-    health: Option<Health>,
+    open: Open,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let store = api.0.store.clone();
     let certified = config.tls.as_ref().is_some_and(listen::Tls::asks_clients);
     let auth = Auth::new(store.clone(), config.environments.clone(), certified);
-    let services = Services::new(api, open);
+    let services = Services::new(api, open.routes);
     // An attempt made for a test may take its whole time, and looking up its name comes on top.
     let deadline = config.request_timeout + Duration::from_secs(10);
     let limits = rest::Limits {
@@ -225,7 +195,7 @@ async fn serve(
         .layer(RateLimits::new(config.rate_limit))
         .layer(Idempotency::new(store, named, deadline))
         .service(services);
-    let gateway = Gateway::new(services, transcode, health);
+    let gateway = Gateway::new(services, transcode, open.health);
     let serving = listen::serve(listener, config.tls.clone(), config.limits.clone(), gateway, shutdown.clone());
     let overdue = async {
         shutdown.cancelled().await;
@@ -240,18 +210,37 @@ async fn serve(
     }
 }
 
-/// With reflection of everything that can be called, with or without a key.
-fn reflection(open: Routes) -> Result<Routes, Error> {
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // What errors carry, so that clients who know us by reflection only can read it.
-            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-    };
-    let v1 = reflection().build_v1()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES);
-    let v1alpha = reflection().build_v1alpha()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES);
-    Ok(open.add_service(v1).add_service(v1alpha))
+/// What is told to whoever asks, without a key.
+#[derive(Default)]
+struct Open {
+    routes: Routes,
+    health: Option<Health>,
+    checks: Option<Checks>,
+}
+
+impl Open {
+    /// As far as it is wanted.
+    async fn of(config: &Config) -> Result<Self, Error> {
+        let mut open = Self::default();
+        if config.health {
+            let (health, service, checks) = Health::of(&grpc::SERVICES).await;
+            open.routes = open.routes.add_service(service.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES));
+            (open.health, open.checks) = (Some(health), Some(checks));
+        }
+        if config.reflection {
+            let reflection = || {
+                tonic_reflection::server::Builder::configure()
+                    .register_encoded_file_descriptor_set(DESCRIPTORS)
+                    .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                    // What errors carry, so that clients who know us by reflection only can read it.
+                    .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+            };
+            let v1 = reflection().build_v1()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES);
+            let v1alpha = reflection().build_v1alpha()?.max_decoding_message_size(MAX_OPEN_MESSAGE_BYTES);
+            open.routes = open.routes.add_service(v1).add_service(v1alpha);
+        }
+        Ok(open)
+    }
 }
 
 /// Passes on that the server is to stop, after the delay in which it only says so.
@@ -301,113 +290,4 @@ fn client(config: &Config, open_files: usize) -> Result<egress::Client, egress::
         open_files,
     };
     egress::Client::new(policy, &settings)
-}
-
-/// Feeds the live streams, through every failure of the database.
-async fn follow(store: Store) {
-    loop {
-        if let Err(error) = store.follow_changes().await {
-            tracing::warn!(%error, "the log of changes could not be read; trying again");
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-    }
-}
-
-/// Learns what others change, through every failure of the database.
-async fn learn(store: Store) {
-    loop {
-        if let Err(error) = store.follow_revisions().await {
-            tracing::warn!(%error, "the revisions could not be read; until they can be, what is known is asked for again");
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-    }
-}
-
-/// Takes the master keys anew when their file has changed, so that one can be replaced without a restart. Keys that
-/// cannot be taken, because one in use is missing or the file cannot be read, leave those of before in place.
-async fn follow_master_keys(store: Store, mut vault: Vault, path: PathBuf) {
-    let mut last_fault = String::new();
-    loop {
-        tokio::time::sleep(READ_MASTER_KEYS).await;
-        let taken = match read_master_keys(&path) {
-            Ok(read) if read == vault => Ok(()),
-            Ok(read) => store.unlock(read.clone()).await.map_err(|error| error.to_string()).map(|_| {
-                tracing::info!(master_keys = ?read, "the master keys have changed");
-                vault = read;
-            }),
-            Err(fault) => Err(fault),
-        };
-        let fault = taken.err().unwrap_or_default();
-        if !fault.is_empty() && fault != last_fault {
-            tracing::error!(fault, "the changed master keys are not used");
-        }
-        last_fault = fault;
-    }
-}
-
-/// Goes by the database's clock. While the database is away, time goes on from where it stood.
-async fn keep_time(store: Store) {
-    loop {
-        tokio::time::sleep(KEEP_TIME).await;
-        if let Err(error) = store.follow_clock().await {
-            tracing::debug!(%error, "the database's clock could not be read; trying again");
-        }
-    }
-}
-
-/// Forgets old changes and answers.
-async fn tidy(store: Store) {
-    loop {
-        if let Err(error) = store.purge().await {
-            tracing::warn!(%error, "tidying up failed; trying again");
-        }
-        tokio::time::sleep(TIDY).await;
-    }
-}
-
-/// Writes down which keys were used.
-async fn note_keys(store: Store) {
-    loop {
-        tokio::time::sleep(NOTE_KEYS).await;
-        if let Err(error) = store.write_used_keys().await {
-            tracing::warn!(%error, "the last use of some keys is not written down");
-        }
-    }
-}
-
-/// Removes what is older than it is kept.
-async fn remove_old(store: Store) {
-    loop {
-        let wait = store.remove_old().await.unwrap_or_else(|error| {
-            tracing::warn!(%error, "what is old could not be removed; trying again");
-            TIDY
-        });
-        tokio::time::sleep(wait).await;
-    }
-}
-
-/// Removes what deleted webhooks left.
-async fn remove_deleted(store: Store) {
-    loop {
-        if let Err(error) = store.remove_deleted().await {
-            tracing::warn!(%error, "what deleted webhooks left could not be removed; trying again");
-        }
-        tokio::time::sleep(TIDY).await;
-    }
-}
-
-/// Keeps the counts of the backlog up to date.
-async fn look(store: Store) {
-    let mut wait = Duration::from_secs(1);
-    loop {
-        tokio::time::sleep(wait).await;
-        match store.look_at_backlog().await {
-            Ok(next) => wait = next,
-            Err(error) => {
-                tracing::warn!(%error, "the backlog could not be counted; trying again");
-                // If it takes too long, it is not to be what keeps the database busy.
-                wait = (2 * wait).min(MAX_LOOK);
-            }
-        }
-    }
 }

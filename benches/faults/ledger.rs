@@ -86,6 +86,8 @@ pub(crate) struct Sums {
     pub(crate) lost: usize,
     /// Requests beyond the first for a delivery, less those that a refusal asked for.
     pub(crate) repeated: usize,
+    /// The most of one delivery.
+    pub(crate) most_repeated: usize,
     /// Deliveries seen.
     pub(crate) deliveries: usize,
     /// The longest time from a fault until everything acknowledged before it had arrived.
@@ -234,13 +236,16 @@ impl Ledger {
             let arrived = before.filter_map(|(number, _)| first.get(number)).filter(|at| *at > fault);
             arrived.map(|at| *at - *fault).max().unwrap_or_default()
         };
+        let repeats =
+            || deliveries.values().map(|(requests, refused): &(usize, usize)| requests.saturating_sub(1 + refused));
         Sums {
             faults: books.faults.len(),
             published: books.published.len(),
             acknowledged: books.acknowledged().count(),
             received: books.arrived.len(),
             lost: books.missing().count(),
-            repeated: deliveries.values().map(|(requests, refused)| requests.saturating_sub(1 + refused)).sum(),
+            repeated: repeats().sum(),
+            most_repeated: repeats().max().unwrap_or_default(),
             deliveries: deliveries.len(),
             recovered: books.faults.iter().map(late).max().unwrap_or_default(),
             together: books.together(),
@@ -259,6 +264,7 @@ impl Sums {
         self.received += other.received;
         self.lost += other.lost;
         self.repeated += other.repeated;
+        self.most_repeated = self.most_repeated.max(other.most_repeated);
         self.deliveries += other.deliveries;
         self.recovered = self.recovered.max(other.recovered);
         self.together.batches += other.together.batches;

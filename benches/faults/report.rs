@@ -122,6 +122,13 @@ impl Report {
         self.check(repeated <= bound, || format!("{repeated} requests were repeated, more than {bound}"));
     }
 
+    /// The same of those of each delivery.
+    #[cfg(feature = "failpoints")]
+    pub(crate) fn repeats_of_each_at_most(&mut self, bound: usize) {
+        let most = self.sums.most_repeated;
+        self.check(most <= bound, || format!("a request was repeated {most} times, more than {bound}"));
+    }
+
     pub(crate) fn passed(&self) -> bool {
         self.failures.is_empty()
     }
@@ -162,6 +169,7 @@ impl Report {
             "received": sums.received,
             "lost": sums.lost,
             "repeated": sums.repeated,
+            "most_repeated": sums.most_repeated,
             "recovered_secs": sums.recovered.as_secs_f64(),
             "integrity": self.integrity,
             "failures": self.failures,

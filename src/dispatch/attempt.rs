@@ -12,7 +12,7 @@ use crate::{
     egress, failpoint,
     store::{Error, Finished, Leased, Store, Target},
     telemetry::Kind,
-    webhook::{self, Answer, Attempt, DeliveryStatus, Outcome, Timestamp, WebhookStatus},
+    webhook::{self, Answer, Attempt, Outcome, Plan, Timestamp, WebhookStatus},
 };
 
 const SIGNATURE: HeaderName = HeaderName::from_static("x-shortform-signature");
@@ -47,8 +47,6 @@ static LOST: Seldom = Seldom::new(SAY_AGAIN);
 const NO_ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 /// What the log of a delivery says of an attempt that could not be signed.
 const UNSIGNED: &str = "Signing secret cannot be read";
-/// What metrics say of both.
-const NOT_SENT: &str = "not_sent";
 /// What it says of a test event whose caller was told that it is not sent.
 const UNSENT_TEST: &str = "The test was not sent";
 
@@ -119,7 +117,8 @@ impl Engine {
                     tracing::error!(webhook, %error, count, "signing secrets cannot be read, this one at least; attempts fail");
                 }
                 drop(slot);
-                return self.fail(leased, UNSIGNED).await;
+                let kind = kind(&leased);
+                return self.fail(leased, kind, UNSIGNED).await;
             }
             Err(error) => {
                 if let Some(count) = NOT_READ.reasons() {
@@ -139,12 +138,10 @@ impl Engine {
             return self.give_back(leased, due_at).await;
         };
         failpoint::reached("post", "before");
-        let in_flight = self.store.metrics().begun(kind(&leased), leased.event.created_at.until(clock::now()));
         let Some((attempt, outcome)) = self.post(&leased, &target).await else {
             tokio::time::sleep(NO_ATTEMPT_PAUSE).await;
             return self.give_back(leased, clock::now()).await;
         };
-        drop(in_flight);
         if let Some(mut slot) = slot.take() {
             slot.ended(&attempt);
         }
@@ -153,8 +150,8 @@ impl Engine {
     }
 
     /// Records an attempt that failed before there was a request, by no fault of the receiver.
-    async fn fail(&self, leased: Leased, reason: &str) {
-        self.store.metrics().attempted(kind(&leased), NOT_SENT, None);
+    async fn fail(&self, leased: Leased, kind: Kind, reason: &str) {
+        self.store.metrics().not_sent(kind);
         let (number, started_at, error) = (leased.attempt, clock::now(), Some(reason.to_owned()));
         let attempt = Attempt { number, started_at, duration_ms: 0, answer: None, error };
         self.end(leased, attempt, &Outcome::Refused { retry_after: None }).await;
@@ -179,7 +176,7 @@ impl Engine {
             transition,
             ended_at: now,
         });
-        self.record(&finished, leased.expires_at).await;
+        self.record(&finished, leased.plan, leased.expires_at).await;
         if let Some((done, attempt)) = told {
             done.tell(attempt);
         }
@@ -189,7 +186,7 @@ impl Engine {
     async fn give_back(&self, mut leased: Leased, due_at: Timestamp) {
         // Whoever waits for a test hears at once that there is none; it is not to go out later then.
         if leased.done.take().is_some() {
-            return self.fail(leased, UNSENT_TEST).await;
+            return self.fail(leased, Kind::Test, UNSENT_TEST).await;
         }
         while let Err(error) = self.store.release_one(&leased, due_at).await {
             if clock::now().after(RECORD_AGAIN) >= leased.expires_at {
@@ -210,10 +207,12 @@ impl Engine {
         let started_at = clock::now();
         let stopwatch = clock::stopwatch();
         let body = webhook::body(&leased.event, &leased.webhook_id);
+        let in_flight = self.store.metrics().begun();
         let answered = match (&target.url, headers(leased, target, started_at, &body)) {
             (Some(url), Some(headers)) => self.client.post(url, headers, body).await,
             _ => egress::Outcome::Failed(egress::Failure::InvalidUrl),
         };
+        drop(in_flight);
         let took = stopwatch.elapsed();
         let duration_ms = i32::try_from(took.as_millis()).unwrap_or(i32::MAX);
         let mut attempt = Attempt { number: leased.attempt, started_at, duration_ms, answer: None, error: None };
@@ -236,21 +235,19 @@ impl Engine {
                 Outcome::Refused { retry_after: None }
             }
         };
-        self.store.metrics().attempted(kind(leased), result, Some(took));
+        let since_event = leased.event.created_at.until(started_at);
+        self.store.metrics().attempted(kind(leased), since_event, result, took);
         Some((attempt, outcome))
     }
 
     /// Records the result, again and again while the database is away, and else while the lease lasts: nobody else can have
     /// taken it over then, and what a receiver accepted is not to be sent again for that (see `claim.rs`).
-    async fn record(&self, finished: &Arc<Finished>, expires_at: Timestamp) {
+    async fn record(&self, finished: &Arc<Finished>, plan: Plan, expires_at: Timestamp) {
         let mut kept = None;
         loop {
             match self.store.record(Arc::clone(finished)).await {
                 Ok(true) => {
-                    let status = finished.transition.status;
-                    if status != DeliveryStatus::Pending {
-                        self.store.metrics().ended(status.as_str());
-                    }
+                    self.store.count_end(finished.transition.status, plan);
                     return;
                 }
                 Ok(false) => {
@@ -270,7 +267,9 @@ impl Engine {
                     return;
                 }
                 Err(error) => {
-                    kept.get_or_insert_with(|| self.leases.keep_result());
+                    if error.passes() {
+                        kept.get_or_insert_with(|| self.leases.keep_result());
+                    }
                     if let Some(count) = NOT_RECORDED.reasons() {
                         tracing::warn!(%error, count, "results could not be recorded; trying again");
                     }

@@ -44,9 +44,9 @@ struct Claims<'a> {
 /// A node that has not looked for leases for so long stood still, and what it had on the wire may have outlasted its lease …
 const STOOD_STILL: Duration = Duration::from_secs(15);
 const _: () = assert!(STOOD_STILL.as_secs() < LEASE_MARGIN.as_secs());
-/// … but is recorded within this time. So is what nodes have to record that had no database.
-const TO_RECORD: Duration = Duration::from_secs(3);
-const _: () = assert!(TO_RECORD.as_secs() > 2 * RECORD_AGAIN.as_secs());
+/// … but is recorded within this time. So is what nodes have to record that had no database, from when this one has it again.
+const RECORDED: Duration = Duration::from_secs(5);
+const _: () = assert!(RECORDED.as_secs() > 2 * RECORD_AGAIN.as_secs());
 
 /// Knows whether leases that seem to have run out have.
 #[derive(Default)]
@@ -59,7 +59,9 @@ struct Past {
     leapt: Option<Instant>,
     /// When this was last asked.
     asked: Option<Instant>,
-    /// When results may have had to wait, here or elsewhere.
+    /// Whether the database is away.
+    away: bool,
+    /// Until when results may have had to wait, here or elsewhere.
     halted: Option<Instant>,
     /// Results that this node has, and could not record.
     kept: usize,
@@ -83,6 +85,7 @@ async fn claim(engine: &Engine, shutdown: &CancellationToken) {
         let round = clock::stopwatch();
         let (wait, rest) = match claims.round(&engine.schedule, lease_length(engine.request_timeout)).await {
             Ok((Claimed { count, more }, wait)) => {
+                leases.heard(None);
                 claimed += count;
                 if more {
                     // What falls due together, as after an outage, leaves half of the time to those who publish meanwhile.
@@ -94,7 +97,7 @@ async fn claim(engine: &Engine, shutdown: &CancellationToken) {
                 (wait, if claimed < MANY { (began.elapsed() * REST).min(MAX_REST) } else { Duration::ZERO })
             }
             Err(error) => {
-                leases.halted();
+                leases.heard(Some(&error));
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
                 (POLL, POLL)
             }
@@ -119,7 +122,7 @@ impl Claims<'_> {
         if self.rescues.is_time() {
             self.list.may_have_room();
             if let Err(error) = self.rescue(schedule, lease).await {
-                self.leases.halted();
+                self.leases.heard(Some(&error));
                 tracing::warn!(%error, "deliveries of nodes that are gone could not be taken over; trying again");
             }
         }
@@ -127,7 +130,7 @@ impl Claims<'_> {
             && let Err(error) = self.look().await
         {
             self.looked = Some((clock::stopwatch(), POLL));
-            self.leases.halted();
+            self.leases.heard(Some(&error));
             tracing::warn!(%error, "what waits could not be looked through; trying again");
         }
         // After the look, which may not have seen it yet.
@@ -171,7 +174,6 @@ impl Claims<'_> {
             rescued += more;
         }
         if rescued > 0 {
-            self.store.metrics().taken_over(rescued);
             tracing::warn!(count = rescued, "deliveries of a node that is gone were taken over");
         }
         Ok(())
@@ -207,16 +209,11 @@ impl LeaseEnds {
     /// came to, which is written down first.
     fn have_ended(&self, lease: Duration) -> bool {
         let mut past = self.lock();
-        let now = clock::stopwatch();
-        if past.leaps.any() {
+        let leapt = past.leaps.any();
+        if leapt {
             tracing::warn!(wait = ?lease, "the clock was set forward; for so long no leases are taken over");
-            past.leapt = Some(now);
         }
-        if past.asked.replace(now).is_some_and(|asked| now - asked >= STOOD_STILL) {
-            past.halted = Some(now);
-        }
-        let is_over = |since: Option<Instant>, wait| since.is_none_or(|since| now - since >= wait);
-        is_over(past.leapt, lease) && is_over(past.halted, TO_RECORD) && past.kept == 0
+        past.have_ended(lease, leapt, clock::stopwatch())
     }
 
     /// What an attempt came to could not be written down, and is tried again until this is dropped.
@@ -225,9 +222,14 @@ impl LeaseEnds {
         Kept(self)
     }
 
-    /// The database did not answer this node, and perhaps none.
-    fn halted(&self) {
-        self.lock().halted = Some(clock::stopwatch());
+    /// The database answered this node, or did not, and then perhaps none.
+    fn heard(&self, error: Option<&Error>) {
+        match error {
+            None => self.lock().answered(clock::stopwatch()),
+            Some(error) if error.passes() => self.lock().away = true,
+            // It is there, and does not want this.
+            Some(_) => {}
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Past> {
@@ -235,8 +237,63 @@ impl LeaseEnds {
     }
 }
 
+impl Past {
+    fn have_ended(&mut self, lease: Duration, leapt: bool, now: Instant) -> bool {
+        if leapt {
+            self.leapt = Some(now);
+        }
+        if self.asked.replace(now).is_some_and(|asked| now - asked >= STOOD_STILL) {
+            self.halted = Some(now);
+        }
+        let is_over = |since: Option<Instant>, wait| since.is_none_or(|since| now - since >= wait);
+        is_over(self.leapt, lease) && !self.away && is_over(self.halted, RECORDED) && self.kept == 0
+    }
+
+    fn answered(&mut self, now: Instant) {
+        if std::mem::take(&mut self.away) {
+            self.halted = Some(now);
+        }
+    }
+}
+
 impl Drop for Kept<'_> {
     fn drop(&mut self) {
         self.0.lock().kept -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_answered_goes_before_what_is_taken_over() {
+        const LEASE: Duration = Duration::from_secs(60);
+        let leases = LeaseEnds::default();
+        let began = clock::stopwatch();
+        let at = |secs: f64| began + Duration::from_secs_f64(secs);
+        let ended = |secs: f64, leapt| leases.lock().have_ended(LEASE, leapt, at(secs));
+        assert!(ended(0.0, false) && ended(14.9, false));
+        assert!(!ended(29.9, false), "it stood still");
+        assert!(!ended(34.8, false) && ended(34.9, false));
+
+        leases.lock().away = true;
+        assert!(!ended(40.0, false) && !ended(50.0, false));
+        leases.lock().answered(at(51.0));
+        assert!(!ended(55.9, false) && ended(56.0, false), "from when it answered first");
+        leases.lock().answered(at(57.0));
+        assert!(ended(57.0, false));
+
+        let (one, other) = (leases.keep_result(), leases.keep_result());
+        drop(one);
+        assert!(!ended(58.0, false));
+        drop(other);
+        assert!(ended(59.0, false));
+
+        assert!(!ended(60.0, true));
+        assert!(
+            (61..120).all(|secs| !ended(f64::from(secs), false)) && ended(120.0, false),
+            "leases of before the leap"
+        );
     }
 }

@@ -94,7 +94,7 @@ use crate::{
     feed::Feed,
     telemetry::{Levels, Metrics},
     vault::Vault,
-    webhook::Retention,
+    webhook::{DeliveryStatus, Plan, Retention},
 };
 
 /// The database and what this node holds of it in memory. Cheap to clone.
@@ -268,7 +268,8 @@ impl Store {
         self.0.ready_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
     }
 
-    /// Ends when nothing waits any more to be stored that was published here, also of callers that did not wait for it.
+    /// Ends when no event waits any more to be stored that was published here, also of callers that did not wait for it. Test
+    /// events are not among them.
     pub async fn all_published(&self) {
         self.0.publishing.none().await;
     }
@@ -302,6 +303,14 @@ impl Store {
     /// What this node counts of itself.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.0.metrics
+    }
+
+    /// Counts a delivery that has this state now, if it has ended by the schedule: what ends by one attempt alone is a test, or
+    /// has ended before.
+    pub(crate) fn count_end(&self, status: DeliveryStatus, plan: Plan) {
+        if status != DeliveryStatus::Pending && plan != Plan::Once {
+            self.0.metrics.ended(status.as_str());
+        }
     }
 
     /// What it would have to count if it were not known here.

@@ -82,6 +82,13 @@ impl Store {
         self.write_rescued(&transaction, &mut rows, schedule, now).await?;
         transaction.commit().await?;
         self.0.feed.announce();
+        self.metrics().taken_over(rows.len());
+        for row in &rows {
+            let plan = if row.once { Plan::Once } else { Plan::Schedule };
+            if let Some(status) = DeliveryStatus::parse(&row.status) {
+                self.count_end(status, plan);
+            }
+        }
         self.0.handoff.tell(rows.iter().filter_map(Waiting::of));
         Ok(rows.len())
     }

@@ -36,7 +36,7 @@ pub(super) struct Silence(Option<Arc<Known>>);
 struct Known {
     /// When it was last found silent.
     found: watch::Sender<Option<Instant>>,
-    /// Whether it was not, when it was last asked.
+    /// Whether it answered when it was last asked.
     available: Available,
     times: Mutex<Times>,
 }

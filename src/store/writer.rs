@@ -125,11 +125,6 @@ impl Writer {
                         Settled::Failed(error)
                     }
                 };
-                match settled {
-                    Settled::Done(took) if weight > 0 => store.metrics().committed(weight, took),
-                    Settled::Failed(_) => store.metrics().not_committed(),
-                    Settled::Done(_) | Settled::Apart => {}
-                }
                 let mut filed = 0;
                 match settled {
                     Settled::Done(took) => {
@@ -228,8 +223,10 @@ impl Store {
     /// Commits a batch and answers it. When the database refuses it for good, every item stands for itself, so that one
     /// cannot spoil the others.
     async fn settle(&self, batch: Batch) -> Settled {
-        let began = clock::stopwatch();
-        match self.commit(&batch).await {
+        let (began, items) = (clock::stopwatch(), batch.len());
+        let committed = self.commit(&batch).await;
+        self.metrics().committed(items, began.elapsed(), &committed);
+        match committed {
             Ok(lost) => {
                 let settled = if lost.is_empty() { Settled::Done(began.elapsed()) } else { Settled::Apart };
                 self.answer(batch, &lost);

@@ -16,6 +16,9 @@ use prometheus_client::{
 };
 use tonic::Code;
 
+/// How an attempt ended for which there was no request.
+const NOT_SENT: &str = "not_sent";
+
 /// Every name begins so, but for those of calls, which are the usual ones for gRPC.
 const PREFIX: &str = "shortkit";
 
@@ -23,7 +26,7 @@ const PREFIX: &str = "shortkit";
 const SHORT_SECS: [f64; 13] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 /// Of what takes milliseconds to minutes: attempts, and the waits before them.
 const LONG_SECS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 30.0, 300.0];
-/// Items in a commit, of which there are 256 at most, and few more.
+/// What waits together goes into one commit, up to 256.
 const ITEMS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
 /// What a node counts and measures of itself.
@@ -192,8 +195,12 @@ impl Metrics {
             Unit::Seconds,
             self.first_attempt_delay.clone(),
         );
-        ours.register("deliveries_created", "Deliveries that this node stored", self.deliveries.clone());
-        ours.register("deliveries_ended", "Deliveries that ended on this node", self.deliveries_ended.clone());
+        ours.register("deliveries_created", "Deliveries that this node stored, but for tests", self.deliveries.clone());
+        ours.register(
+            "deliveries_ended",
+            "Deliveries that ended on this node by the retry schedule: no tests, and no retries by hand",
+            self.deliveries_ended.clone(),
+        );
         ours.register(
             "results_dropped",
             "Results that came when their lease was lost, or that had been recorded",
@@ -210,10 +217,14 @@ impl Metrics {
             Unit::Seconds,
             self.commit_duration.clone(),
         );
-        ours.register("commit_items", "Deliveries and results in a commit", self.commit_items.clone());
+        ours.register(
+            "commit_items",
+            "Publishes, results and leases given back in a commit",
+            self.commit_items.clone(),
+        );
         ours.register(
             "commits_failed",
-            "Commits that the database refused, or did not answer",
+            "Commits that the database refused, or did not answer, or that found a name or a part taken",
             self.commits_failed.clone(),
         );
         ours.register(
@@ -240,21 +251,24 @@ impl Metrics {
         );
     }
 
-    /// An attempt begins, of a delivery whose event is so old.
-    pub(crate) fn begun(&self, kind: Kind, since_event: Duration) -> InFlight {
-        if kind == Kind::First {
-            self.first_attempt_delay.observe(since_event.as_secs_f64());
-        }
+    /// A request goes out.
+    pub(crate) fn begun(&self) -> InFlight {
         self.attempts_in_flight.inc();
         InFlight(self.attempts_in_flight.clone())
     }
 
-    /// An attempt has ended so, after this time on the wire, if it came that far.
-    pub(crate) fn attempted(&self, kind: Kind, result: &'static str, took: Option<Duration>) {
-        self.attempts.get_or_create(&AttemptLabels { kind, result }).inc();
-        if let Some(took) = took {
-            self.attempt_duration.observe(took.as_secs_f64());
+    /// An attempt that began so long after its event has ended so, after this time on the wire.
+    pub(crate) fn attempted(&self, kind: Kind, since_event: Duration, result: &'static str, took: Duration) {
+        if kind == Kind::First {
+            self.first_attempt_delay.observe(since_event.as_secs_f64());
         }
+        self.attempt_duration.observe(took.as_secs_f64());
+        self.attempts.get_or_create(&AttemptLabels { kind, result }).inc();
+    }
+
+    /// An attempt has ended without a request.
+    pub(crate) fn not_sent(&self, kind: Kind) {
+        self.attempts.get_or_create(&AttemptLabels { kind, result: NOT_SENT }).inc();
     }
 
     /// So many deliveries are stored.
@@ -277,16 +291,18 @@ impl Metrics {
         self.leases_taken_over.inc_by(deliveries as u64);
     }
 
-    /// A commit of so much was done within this time.
-    pub(crate) fn committed(&self, items: usize, took: Duration) {
+    /// A commit of so much was done within this time, or was not.
+    pub(crate) fn committed<T, E>(&self, items: usize, took: Duration, done: &Result<T, E>) {
+        if done.is_err() {
+            self.commits_failed.inc();
+            return;
+        }
+        if items == 0 {
+            return;
+        }
         self.commit_duration.observe(took.as_secs_f64());
-        #[expect(clippy::cast_precision_loss, reason = "a commit has some hundreds")]
+        #[expect(clippy::cast_precision_loss, reason = "a commit has some hundreds at most")]
         self.commit_items.observe(items as f64);
-    }
-
-    /// A commit was not done.
-    pub(crate) fn not_committed(&self) {
-        self.commits_failed.inc();
     }
 
     /// The calls of a method.

@@ -8,7 +8,7 @@ use tokio::{
     process::Command,
 };
 
-use crate::support::{Database, FILED_CHANGES, PUBLISH_DRAFTS, Receiver, TestServer, on_both_databases, soon};
+use crate::support::{Database, FILED_CHANGES, Kind, PUBLISH_DRAFTS, Receiver, TestServer, on_both_databases, soon};
 
 on_both_databases!(keys_from_making_to_revoking, an_upgrade_says_what_it_does);
 
@@ -111,6 +111,9 @@ async fn exit_codes_say_what_was_wrong() {
     assert!(exit == 1 && error.contains("--database-url"), "says what to do: {error}");
     let (exit, _, error) = code(&["migrate", "--database-url", "sqlite://none/here.db?mode=rwc"]).await;
     assert!(exit == 1 && error.contains("--database-url"), "says what to do: {error}");
+    let database = Database::fresh(Kind::Postgres).await;
+    let (exit, _, error) = code(&["migrate", "--database-url", &format!("{}_not", database.url)]).await;
+    assert!(exit == 1 && error.contains("createdb"), "says what to do: {error}");
     let (exit, out, _) = code(&["serve", "--help"]).await;
     assert!(exit == 0 && out.contains("SHORTKIT_RETRY_SCHEDULE"));
     assert_eq!(code(&["migrate", "--log", "error"]).await.0, 0);
@@ -120,11 +123,13 @@ async fn exit_codes_say_what_was_wrong() {
 #[tokio::test]
 async fn a_sqlite_database_is_served_once() {
     let directory = tempfile::tempdir().unwrap();
-    let serve = ["serve", "--dev", "--log", "error", "--listen", "127.0.0.1:0"];
+    let serve = ["serve", "--dev", "--log", "error", "--listen", "127.0.0.1:0", "--internal-listen", "127.0.0.1:0"];
     let mut first = binary(&serve, directory.path()).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(first.stdout.take().unwrap()).lines();
-    let line = soon("a line", lines.next_line()).await.unwrap().unwrap();
-    assert!(line.starts_with("listening on http://127.0.0.1:"), "{line}");
+    for begins in ["listening on http://127.0.0.1:", "internal port on http://127.0.0.1:"] {
+        let line = soon("a line", lines.next_line()).await.unwrap().unwrap();
+        assert!(line.starts_with(begins), "{line}");
+    }
     let (code, out, error) = run(binary(&serve, directory.path()), "").await;
     assert_eq!((code, out.as_str()), (1, ""));
     assert!(error.contains("another process"), "{error}");

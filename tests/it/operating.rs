@@ -43,7 +43,7 @@ async fn check(client: &mut HealthClient<Channel>, service: &str) -> i32 {
     soon("an answer", client.check(of(service))).await.unwrap().into_inner().status
 }
 
-/// Waits until `READY` answers so.
+/// Waits until readiness is told with this status.
 async fn until_ready_says(address: impl std::fmt::Display + Copy, wanted: u16) -> String {
     soon("another readiness", async {
         loop {
@@ -122,7 +122,9 @@ async fn what_is_inside_is_nowhere_else() {
     // Without a port of its own, health is where calls are, and metrics are not.
     let server = TestServer::with(config(&database)).await;
     assert_eq!(fetch(server.address, "/readyz").await, (200, "ok\n".to_owned()));
-    assert_eq!(server.send(server.anonymous(Method::POST, "/readyz")).await.status, 404);
+    assert_eq!(server.send(server.anonymous(Method::POST, "/readyz")).await.status, 405);
+    let head = server.send(server.anonymous(Method::HEAD, "/readyz")).await;
+    assert_eq!((head.status, head.text.as_str()), (200, ""));
     assert_eq!(fetch(server.address, "/metrics").await.0, 404);
     server.stop().await;
     let server = TestServer::with(Config { health: false, ..config(&database) }).await;
@@ -134,12 +136,16 @@ async fn what_is_inside_is_nowhere_else() {
 #[tokio::test]
 async fn a_node_says_that_it_stops_before_it_does() {
     let database = Database::fresh(Kind::Sqlite).await;
-    let server = open_inside(Config { shutdown_delay: Duration::from_secs(2), ..config(&database) }).await;
-    let inside = server.internal.unwrap();
+    let (shutdown_delay, shutdown_grace) = (Duration::from_secs(2), Duration::from_secs(600));
+    let server = TestServer::with(Config { shutdown_delay, shutdown_grace, ..config(&database) }).await;
     server.tell_to_stop();
-    assert_eq!(until_ready_says(inside, 503).await, "shutting down\n");
-    assert_eq!(fetch(inside, "/livez").await.0, 200);
+    assert_eq!(until_ready_says(server.address, 503).await, "shutting down\n");
+    assert_eq!(fetch(server.address, "/livez").await.0, 200);
     assert_eq!(server.get("/v1/webhooks").await.status, 200, "it still serves");
+    let mut watched = health(server.address).watch(of(DELIVERIES)).await.unwrap().into_inner();
+    let mut next = async || soon("what is told", watched.message()).await.unwrap().map(|told| told.status);
+    assert_eq!(next().await, Some(NOT_SERVING));
+    while next().await.is_some() {}
     server.stop().await;
 }
 

@@ -136,6 +136,7 @@ async fn play(step: &str, way: Way, url: Option<&str>) -> Result<Report, String>
         let arrived = world.ledger.arrived_of(together);
         report.check(arrived == 0, || format!("{arrived} of {} events arrived unaccepted", way.together()));
     }
+    report.repeats_of_each_at_most(1);
     report.repeats_at_most(if way.accepts() { way.together() as usize } else { 1 });
     Ok(report)
 }
