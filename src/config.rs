@@ -165,13 +165,13 @@ pub struct ServeArgs {
     /// Deliveries of one organization that may be pending, fewer when little is free for others; while there are as many, its publishing is answered 429 [default: 1000000]
     #[arg(long, env = "SHORTKIT_MAX_BACKLOG_PER_ORGANIZATION", value_name = "COUNT")]
     max_backlog_per_organization: Option<String>,
-    /// How long deliveries are kept after they ended, with everything that belongs to them; at least 1h [default: forever]
+    /// How long deliveries are kept after their last attempt began, with everything that belongs to them; at least 1h [default: forever]
     #[arg(long, env = "SHORTKIT_RETAIN", value_name = "DURATION")]
     retain: Option<String>,
-    /// How long what was sent is kept after its last delivery ended; at least 1h, and no longer than --retain [default: forever]
+    /// How long what was sent is kept after the last attempt of its last delivery began; at least 1h, and no longer than --retain [default: forever]
     #[arg(long, env = "SHORTKIT_RETAIN_PAYLOADS", value_name = "DURATION")]
     retain_payloads: Option<String>,
-    /// How long the log of a delivery's attempts, with what was answered, is kept after it ended; at least 1h, and no longer than --retain [default: forever]
+    /// How long the log of a delivery's attempts, with what was answered, is kept after the last one began; at least 1h, and no longer than --retain [default: forever]
     #[arg(long, env = "SHORTKIT_RETAIN_ATTEMPTS", value_name = "DURATION")]
     retain_attempts: Option<String>,
     /// How long shutting down may take before what is under way is cut off, and may be sent again; at most 1h [default: request-timeout + 5s]
@@ -186,7 +186,7 @@ pub struct ServeArgs {
     /// Whether health is told, which needs no key: by the gRPC health service, and at /livez and /readyz [default: true]
     #[arg(long, env = "SHORTKIT_HEALTH", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     health: Option<String>,
-    /// Address of a port in cleartext for those who run the service: metrics, and health and reflection, which then are not where tenants call; must not be open to others [default: none]
+    /// Address of a port in cleartext for those who run the service: metrics, and health and reflection, which then are not where tenants call; must not be open to others. Port 0 picks a free one, which the second line on standard output says [default: none]
     #[arg(long, env = "SHORTKIT_INTERNAL_LISTEN", value_name = "ADDRESS")]
     internal_listen: Option<String>,
     /// Connections at a time, at most half of them from one address; 1 to 1000000 [default: 4096]

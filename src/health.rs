@@ -1,6 +1,8 @@
 //! Whether this node is to be sent work, for those who ask: the gRPC health service, and two paths for those who can only
 //! fetch one. What they are told is known already: nobody who asks makes work for the database.
 
+use std::time::Duration;
+
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -9,6 +11,9 @@ use tonic_health::{ServingStatus, pb::health_server, server::HealthReporter};
 
 /// The node as a whole, in the health service.
 const NODE: &str = "";
+
+/// Between two times that watchers are let go.
+const LET_GO: Duration = Duration::from_secs(1);
 
 /// What is known. Cheap to clone.
 #[derive(Clone)]
@@ -83,11 +88,14 @@ impl Checks {
         self.report(Readiness::Stopping).await;
         shutdown.cancelled().await;
         let mut reporter = self.reporter.clone();
-        for name in self.names() {
-            reporter.clear_service_status(name).await;
+        loop {
+            for name in self.names() {
+                reporter.clear_service_status(name).await;
+            }
+            self.report(Readiness::Stopping).await;
+            // Some clients watch again at once, over a connection that is about to end.
+            tokio::time::sleep(LET_GO).await;
         }
-        self.report(Readiness::Stopping).await;
-        std::future::pending().await
     }
 
     /// The node as a whole is there, whatever its database does: who restarts it for that would make nothing better.

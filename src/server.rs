@@ -139,7 +139,13 @@ pub async fn run(listeners: Listeners, mut config: Config, store: Store, told: C
     let served = tokio::select! {
         served = &mut serving => served,
         // None of these ends before the server does. What is accepted would not be delivered, or what is told not be true.
-        what = died => if stopping.is_cancelled() { serving.await } else { Err(Error::Died(what)) },
+        what = died => {
+            let early = !stopping.is_cancelled();
+            stopping.cancel();
+            told.cancel();
+            let served = serving.await;
+            if early { Err(Error::Died(what)) } else { served }
+        }
     };
     // Also when the server failed: the engine then stops as at any other end, and no more work is to come here.
     told.cancel();
@@ -246,8 +252,10 @@ impl Open {
 /// Passes on that the server is to stop, after the delay in which it only says so.
 async fn stop_later(told: CancellationToken, delay: Duration, shutdown: CancellationToken) {
     told.cancelled().await;
-    tracing::info!(?delay, "stopping");
-    tokio::time::sleep(delay).await;
+    if !shutdown.is_cancelled() {
+        tracing::info!(?delay, "stopping");
+        tokio::time::sleep(delay).await;
+    }
     shutdown.cancel();
     std::future::pending().await
 }

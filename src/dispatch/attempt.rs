@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, header::CONTENT_TYPE};
 use tokio::sync::mpsc;
 
-use super::{Engine, pace::Ended};
+use super::{Engine, lease_length, pace::Ended};
 use crate::{
     clock::{self, Seldom},
     egress, failpoint,
@@ -240,6 +240,17 @@ impl Engine {
         Some((attempt, outcome))
     }
 
+    /// Whether a result is not tried again: its lease has ended, and it is not that the database is away. Where somebody keeps
+    /// a lock, others wait for that as well whenever it is tried, so it is given one more lease.
+    fn gives_up(&self, error: &Error, expires_at: Timestamp) -> bool {
+        let until = match error {
+            error if error.is_locked() => expires_at.after(lease_length(self.request_timeout)),
+            error if error.passes() => return false,
+            _ => expires_at,
+        };
+        clock::now().after(RECORD_AGAIN) >= until
+    }
+
     /// Records the result, again and again while the database is away, and else while the lease lasts: nobody else can have
     /// taken it over then, and what a receiver accepted is not to be sent again for that (see `claim.rs`).
     async fn record(&self, finished: &Arc<Finished>, plan: Plan, expires_at: Timestamp) {
@@ -260,7 +271,7 @@ impl Engine {
                     }
                     return;
                 }
-                Err(error) if !error.passes() && clock::now().after(RECORD_AGAIN) >= expires_at => {
+                Err(error) if self.gives_up(&error, expires_at) => {
                     if let Some(count) = NEVER_RECORDED.reasons() {
                         tracing::error!(%error, count, "results could not be recorded while their leases lasted");
                     }

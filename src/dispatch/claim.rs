@@ -85,7 +85,6 @@ async fn claim(engine: &Engine, shutdown: &CancellationToken) {
         let round = clock::stopwatch();
         let (wait, rest) = match claims.round(&engine.schedule, lease_length(engine.request_timeout)).await {
             Ok((Claimed { count, more }, wait)) => {
-                leases.heard(None);
                 claimed += count;
                 if more {
                     // What falls due together, as after an outage, leaves half of the time to those who publish meanwhile.
@@ -149,6 +148,8 @@ impl Claims<'_> {
         let began = clock::stopwatch();
         let sweep = *self.sweep.get_or_insert(began);
         let ended = self.store.look(&mut self.list).await?;
+        // Of all that a round asks, this alone asks whatever there is to do.
+        self.leases.heard(None);
         // The looks of the first sweep follow each other without rest.
         let rests = self.list.is_complete();
         let mut rest = if rests { (began.elapsed() * REST_FROM_LOOKING).min(POLL) } else { Duration::ZERO };

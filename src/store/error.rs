@@ -101,6 +101,11 @@ impl Error {
         matches!(self, Self::Unavailable(_) | Self::Overloaded)
     }
 
+    /// Whether it waited in vain for somebody else's lock, on a PostgreSQL that is there.
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::Unavailable(error) if code(error).as_deref() == Some("55P03"))
+    }
+
     /// What to do about a PostgreSQL that does not let itself be used, where its SQLSTATE says enough.
     pub fn remedy(&self) -> Option<&'static str> {
         let (Self::Unavailable(error) | Self::Failed(error)) = self else { return None };
