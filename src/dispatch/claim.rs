@@ -44,7 +44,7 @@ struct Claims<'a> {
 /// A node that has not looked for leases for so long stood still, and what it had on the wire may have outlasted its lease …
 const STOOD_STILL: Duration = Duration::from_secs(15);
 const _: () = assert!(STOOD_STILL.as_secs() < LEASE_MARGIN.as_secs());
-/// … but is recorded within this time. So is what nodes have to record that had no database, from when this one has it again.
+/// … but is recorded within this time.
 const RECORDED: Duration = Duration::from_secs(5);
 const _: () = assert!(RECORDED.as_secs() > 2 * RECORD_AGAIN.as_secs());
 
@@ -59,9 +59,7 @@ struct Past {
     leapt: Option<Instant>,
     /// When this was last asked.
     asked: Option<Instant>,
-    /// Whether the database is away.
-    away: bool,
-    /// Until when results may have had to wait, here or elsewhere.
+    /// When this node went on after it had stood still.
     halted: Option<Instant>,
     /// Results that this node has, and could not record.
     kept: usize,
@@ -96,7 +94,6 @@ async fn claim(engine: &Engine, shutdown: &CancellationToken) {
                 (wait, if claimed < MANY { (began.elapsed() * REST).min(MAX_REST) } else { Duration::ZERO })
             }
             Err(error) => {
-                leases.heard(Some(&error));
                 tracing::warn!(%error, "due deliveries could not be claimed; trying again");
                 (POLL, POLL)
             }
@@ -121,7 +118,6 @@ impl Claims<'_> {
         if self.rescues.is_time() {
             self.list.may_have_room();
             if let Err(error) = self.rescue(schedule, lease).await {
-                self.leases.heard(Some(&error));
                 tracing::warn!(%error, "deliveries of nodes that are gone could not be taken over; trying again");
             }
         }
@@ -129,7 +125,6 @@ impl Claims<'_> {
             && let Err(error) = self.look().await
         {
             self.looked = Some((clock::stopwatch(), POLL));
-            self.leases.heard(Some(&error));
             tracing::warn!(%error, "what waits could not be looked through; trying again");
         }
         // After the look, which may not have seen it yet.
@@ -148,8 +143,6 @@ impl Claims<'_> {
         let began = clock::stopwatch();
         let sweep = *self.sweep.get_or_insert(began);
         let ended = self.store.look(&mut self.list).await?;
-        // Of all that a round asks, this alone asks whatever there is to do.
-        self.leases.heard(None);
         // The looks of the first sweep follow each other without rest.
         let rests = self.list.is_complete();
         let mut rest = if rests { (began.elapsed() * REST_FROM_LOOKING).min(POLL) } else { Duration::ZERO };
@@ -206,8 +199,8 @@ impl LeaseEnds {
     /// A clock that leaps forward says nothing of leases that were taken before: their attempts may be on the wire, and would
     /// be made twice. When as much time has passed as a lease lasts, they have ended.
     ///
-    /// Nor are leases taken over that ran out while this node stood still, or had no database: it may have what their attempts
-    /// came to, which is written down first.
+    /// Nor are leases taken over while this node has results that it could not record yet, or right after it stood still: what
+    /// their attempts came to is written down first.
     fn have_ended(&self, lease: Duration) -> bool {
         let mut past = self.lock();
         let leapt = past.leaps.any();
@@ -221,16 +214,6 @@ impl LeaseEnds {
     pub(super) fn keep_result(&self) -> Kept<'_> {
         self.lock().kept += 1;
         Kept(self)
-    }
-
-    /// The database answered this node, or did not, and then perhaps none.
-    fn heard(&self, error: Option<&Error>) {
-        match error {
-            None => self.lock().answered(clock::stopwatch()),
-            Some(error) if error.passes() => self.lock().away = true,
-            // It is there, and does not want this.
-            Some(_) => {}
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Past> {
@@ -247,13 +230,7 @@ impl Past {
             self.halted = Some(now);
         }
         let is_over = |since: Option<Instant>, wait| since.is_none_or(|since| now - since >= wait);
-        is_over(self.leapt, lease) && !self.away && is_over(self.halted, RECORDED) && self.kept == 0
-    }
-
-    fn answered(&mut self, now: Instant) {
-        if std::mem::take(&mut self.away) {
-            self.halted = Some(now);
-        }
+        is_over(self.leapt, lease) && is_over(self.halted, RECORDED) && self.kept == 0
     }
 }
 
@@ -277,13 +254,7 @@ mod tests {
         assert!(ended(0.0, false) && ended(14.9, false));
         assert!(!ended(29.9, false), "it stood still");
         assert!(!ended(34.8, false) && ended(34.9, false));
-
-        leases.lock().away = true;
-        assert!(!ended(40.0, false) && !ended(50.0, false));
-        leases.lock().answered(at(51.0));
-        assert!(!ended(55.9, false) && ended(56.0, false), "from when it answered first");
-        leases.lock().answered(at(57.0));
-        assert!(ended(57.0, false));
+        assert!(ended(45.0, false) && ended(57.0, false));
 
         let (one, other) = (leases.keep_result(), leases.keep_result());
         drop(one);
