@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     config::{Config, read_master_keys},
-    store::Store,
+    store::{Error, Store},
     vault::Vault,
 };
 
@@ -14,6 +14,8 @@ use crate::{
 const READ_MASTER_KEYS: Duration = Duration::from_secs(1);
 /// Between two looks at the database's clock.
 const KEEP_TIME: Duration = Duration::from_secs(2);
+/// Before what other nodes write is followed again.
+const FOLLOW_AGAIN: Duration = Duration::from_secs(1);
 /// Between rounds of tidying up.
 const TIDY: Duration = Duration::from_secs(10);
 /// The backlog, if it cannot be counted, is tried again within this time.
@@ -24,12 +26,37 @@ const NOTE_KEYS: Duration = Duration::from_secs(10);
 /// Starts all of it; none of it ends.
 pub(super) fn start(config: &Config, store: &Store) -> JoinSet<()> {
     let mut background = JoinSet::new();
-    background.spawn(follow(store.clone()));
-    background.spawn(learn(store.clone()));
-    background.spawn(tidy(store.clone()));
-    background.spawn(note_keys(store.clone()));
+    // Feeds the live streams, and ends only by an error.
+    background.spawn(repeat(
+        store.clone(),
+        FOLLOW_AGAIN,
+        "the log of changes could not be read; trying again",
+        |store: Store| async move { store.follow_changes().await },
+    ));
+    // Learns what others change; so does this.
+    background.spawn(repeat(
+        store.clone(),
+        FOLLOW_AGAIN,
+        "the revisions could not be read; until they can be, what is known is asked for again",
+        |store: Store| async move { store.follow_revisions().await },
+    ));
+    // Forgets old changes and answers.
+    background.spawn(repeat(store.clone(), TIDY, "tidying up failed; trying again", |store: Store| async move {
+        store.purge().await
+    }));
+    background.spawn(repeat(
+        store.clone(),
+        NOTE_KEYS,
+        "the last use of some keys is not written down",
+        |store: Store| async move { store.write_used_keys().await },
+    ));
+    background.spawn(repeat(
+        store.clone(),
+        TIDY,
+        "what deleted webhooks left could not be removed; trying again",
+        |store: Store| async move { store.remove_deleted().await },
+    ));
     background.spawn(remove_old(store.clone()));
-    background.spawn(remove_deleted(store.clone()));
     background.spawn(keep_time(store.clone()));
     background.spawn(look(store.clone()));
     if let Some(tls) = config.tls.clone() {
@@ -41,23 +68,18 @@ pub(super) fn start(config: &Config, store: &Store) -> JoinSet<()> {
     background
 }
 
-/// Feeds the live streams, through every failure of the database.
-async fn follow(store: Store) {
+/// Does something for ever, so long after it ended, through every failure of the database.
+async fn repeat<W: Future<Output = Result<(), Error>>>(
+    store: Store,
+    pause: Duration,
+    failed: &'static str,
+    work: impl Fn(Store) -> W,
+) {
     loop {
-        if let Err(error) = store.follow_changes().await {
-            tracing::warn!(%error, "the log of changes could not be read; trying again");
-            tokio::time::sleep(Duration::from_secs(1)).await;
+        if let Err(error) = work(store.clone()).await {
+            tracing::warn!(%error, "{failed}");
         }
-    }
-}
-
-/// Learns what others change, through every failure of the database.
-async fn learn(store: Store) {
-    loop {
-        if let Err(error) = store.follow_revisions().await {
-            tracing::warn!(%error, "the revisions could not be read; until they can be, what is known is asked for again");
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -93,26 +115,6 @@ async fn keep_time(store: Store) {
     }
 }
 
-/// Forgets old changes and answers.
-async fn tidy(store: Store) {
-    loop {
-        if let Err(error) = store.purge().await {
-            tracing::warn!(%error, "tidying up failed; trying again");
-        }
-        tokio::time::sleep(TIDY).await;
-    }
-}
-
-/// Writes down which keys were used.
-async fn note_keys(store: Store) {
-    loop {
-        tokio::time::sleep(NOTE_KEYS).await;
-        if let Err(error) = store.write_used_keys().await {
-            tracing::warn!(%error, "the last use of some keys is not written down");
-        }
-    }
-}
-
 /// Removes what is older than it is kept.
 async fn remove_old(store: Store) {
     loop {
@@ -121,16 +123,6 @@ async fn remove_old(store: Store) {
             TIDY
         });
         tokio::time::sleep(wait).await;
-    }
-}
-
-/// Removes what deleted webhooks left.
-async fn remove_deleted(store: Store) {
-    loop {
-        if let Err(error) = store.remove_deleted().await {
-            tracing::warn!(%error, "what deleted webhooks left could not be removed; trying again");
-        }
-        tokio::time::sleep(TIDY).await;
     }
 }
 

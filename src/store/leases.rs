@@ -378,7 +378,7 @@ fn leased(row: delivery::Model, webhook_id: Arc<str>, events: &Events, expires_a
         delivery_id: row.id,
         event: Arc::clone(event),
         attempt: row.attempts,
-        plan: if row.once { Plan::Once } else { Plan::Schedule },
+        plan: Plan::of(row.once),
         expires_at,
         done: None,
     })

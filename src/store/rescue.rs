@@ -84,9 +84,8 @@ impl Store {
         self.0.feed.announce();
         self.metrics().taken_over(rows.len());
         for row in &rows {
-            let plan = if row.once { Plan::Once } else { Plan::Schedule };
             if let Some(status) = DeliveryStatus::parse(&row.status) {
-                self.count_end(status, plan);
+                self.count_end(status, Plan::of(row.once));
             }
         }
         self.0.handoff.tell(rows.iter().filter_map(Waiting::of));
@@ -106,8 +105,7 @@ impl Store {
         let mut started = Vec::with_capacity(rows.len());
         for row in &mut *rows {
             let lost = row.lost_leases + 1;
-            let plan = if row.once { Plan::Once } else { Plan::Schedule };
-            let transition = rescue(lost, row.attempts, plan, schedule, now);
+            let transition = rescue(lost, row.attempts, Plan::of(row.once), schedule, now);
             // When it began is not known: before its lease ended.
             let ended_at_ms = row.lease_expires_at_ms.unwrap_or_default().min(now.millis()).max(row.created_at_ms);
             row.last_attempt_at_ms = Some(ended_at_ms);

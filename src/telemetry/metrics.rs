@@ -12,7 +12,7 @@ use prometheus_client::{
         histogram::Histogram,
         info::Info,
     },
-    registry::{Registry, Unit},
+    registry::{Metric, Registry, Unit},
 };
 use tonic::Code;
 
@@ -137,120 +137,133 @@ impl EncodeLabelValue for Kind {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut metrics = Self {
-            registry: Registry::default(),
-            attempts: Family::default(),
-            attempt_duration: Histogram::new(LONG_SECS),
-            attempts_in_flight: Gauge::default(),
-            first_attempt_delay: Histogram::new(LONG_SECS),
-            deliveries: Counter::default(),
-            deliveries_ended: Family::default(),
-            results_dropped: Counter::default(),
-            leases_taken_over: Counter::default(),
-            commit_duration: Histogram::new(SHORT_SECS),
-            commit_items: Histogram::new(ITEMS),
-            commits_failed: Counter::default(),
-            calls: Family::default(),
-            call_duration: Family::new_with_constructor(Seconds),
-            pending: Gauge::default(),
-            held: Gauge::default(),
-            publish_bytes: Gauge::default(),
-            streams: Gauge::default(),
-            database_available: Gauge::default(),
-        };
-        metrics.name();
-        metrics
-    }
-}
-
-impl Metrics {
-    /// Gives everything its name and says what it is.
-    fn name(&mut self) {
-        let calls = &mut self.registry;
-        calls.register(
+        let mut registry = Registry::default();
+        let calls = named(
+            &mut registry,
             "grpc_server_handled",
             "Calls that were answered, over gRPC, gRPC-Web and REST, by status; a stream counts when it begins",
-            self.calls.clone(),
+            Family::default(),
         );
-        calls.register_with_unit(
+        let call_duration = in_unit(
+            &mut registry,
             "grpc_server_handling",
             "How long calls took; a stream until it began",
             Unit::Seconds,
-            self.call_duration.clone(),
+            Family::new_with_constructor(Seconds),
         );
-        let ours = calls.sub_registry_with_prefix(PREFIX);
-        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        ours.register("build", "The version of this node", build);
-        ours.register("attempts", "Attempts that ended, by why there was one and how it ended", self.attempts.clone());
-        ours.register_with_unit(
-            "attempt_duration",
-            "How long attempts took, from the look-up of the name to the last byte of the answer",
-            Unit::Seconds,
-            self.attempt_duration.clone(),
-        );
-        ours.register("attempts_in_flight", "Attempts under way on this node", self.attempts_in_flight.clone());
-        ours.register_with_unit(
-            "first_attempt_delay",
-            "From an event to the first attempt of a delivery, with the first wait of the retry schedule",
-            Unit::Seconds,
-            self.first_attempt_delay.clone(),
-        );
-        ours.register("deliveries_created", "Deliveries that this node stored, but for tests", self.deliveries.clone());
-        ours.register(
-            "deliveries_ended",
-            "Deliveries that ended on this node by the retry schedule: no tests, and no retries by hand",
-            self.deliveries_ended.clone(),
-        );
-        ours.register(
-            "results_dropped",
-            "Results that came when their lease was lost, or that had been recorded",
-            self.results_dropped.clone(),
-        );
-        ours.register(
-            "leases_taken_over",
-            "Deliveries taken over from nodes that are gone, or stood still",
-            self.leases_taken_over.clone(),
-        );
-        ours.register_with_unit(
-            "commit_duration",
-            "How long commits took of what publishing and sending write",
-            Unit::Seconds,
-            self.commit_duration.clone(),
-        );
-        ours.register(
-            "commit_items",
-            "Publishes, results and leases given back in a commit",
-            self.commit_items.clone(),
-        );
-        ours.register(
-            "commits_failed",
-            "Commits that the database refused, or did not answer, or that found a name or a part taken",
-            self.commits_failed.clone(),
-        );
-        ours.register(
-            "deliveries_pending",
-            "Pending deliveries in the database, of all nodes, as of the last look a second or more ago",
-            self.pending.clone(),
-        );
-        ours.register(
-            "deliveries_held",
-            "Places of 8 KiB that are taken by deliveries in the memory of this node",
-            self.held.clone(),
-        );
-        ours.register_with_unit(
-            "publish_waiting",
-            "Events that wait for their commit, each as 1 KiB at least",
-            Unit::Bytes,
-            self.publish_bytes.clone(),
-        );
-        ours.register("streams_open", "Open streams of changes on this node", self.streams.clone());
-        ours.register(
-            "database_available",
-            "Whether the database answers this node: 1, or 0",
-            self.database_available.clone(),
-        );
+        let ours = registry.sub_registry_with_prefix(PREFIX);
+        ours.register("build", "The version of this node", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        Self {
+            calls,
+            call_duration,
+            attempts: named(
+                ours,
+                "attempts",
+                "Attempts that ended, by why there was one and how it ended",
+                Family::default(),
+            ),
+            attempt_duration: in_unit(
+                ours,
+                "attempt_duration",
+                "How long attempts took, from the look-up of the name to the last byte of the answer",
+                Unit::Seconds,
+                Histogram::new(LONG_SECS),
+            ),
+            attempts_in_flight: named(ours, "attempts_in_flight", "Attempts under way on this node", Gauge::default()),
+            first_attempt_delay: in_unit(
+                ours,
+                "first_attempt_delay",
+                "From an event to the first attempt of a delivery, with the first wait of the retry schedule",
+                Unit::Seconds,
+                Histogram::new(LONG_SECS),
+            ),
+            deliveries: named(
+                ours,
+                "deliveries_created",
+                "Deliveries that this node stored, but for tests",
+                Counter::default(),
+            ),
+            deliveries_ended: named(
+                ours,
+                "deliveries_ended",
+                "Deliveries that ended on this node by the retry schedule: no tests, and no retries by hand",
+                Family::default(),
+            ),
+            results_dropped: named(
+                ours,
+                "results_dropped",
+                "Results that came when their lease was lost, or that had been recorded",
+                Counter::default(),
+            ),
+            leases_taken_over: named(
+                ours,
+                "leases_taken_over",
+                "Deliveries taken over from nodes that are gone, or stood still",
+                Counter::default(),
+            ),
+            commit_duration: in_unit(
+                ours,
+                "commit_duration",
+                "How long commits took of what publishing and sending write",
+                Unit::Seconds,
+                Histogram::new(SHORT_SECS),
+            ),
+            commit_items: named(
+                ours,
+                "commit_items",
+                "Publishes, results and leases given back in a commit",
+                Histogram::new(ITEMS),
+            ),
+            commits_failed: named(
+                ours,
+                "commits_failed",
+                "Commits that the database refused, or did not answer, or that found a name or a part taken",
+                Counter::default(),
+            ),
+            pending: named(
+                ours,
+                "deliveries_pending",
+                "Pending deliveries in the database, of all nodes, as of the last look a second or more ago",
+                Gauge::default(),
+            ),
+            held: named(
+                ours,
+                "deliveries_held",
+                "Places of 8 KiB that are taken by deliveries in the memory of this node",
+                Gauge::default(),
+            ),
+            publish_bytes: in_unit(
+                ours,
+                "publish_waiting",
+                "Events that wait for their commit, each as 1 KiB at least",
+                Unit::Bytes,
+                Gauge::default(),
+            ),
+            streams: named(ours, "streams_open", "Open streams of changes on this node", Gauge::default()),
+            database_available: named(
+                ours,
+                "database_available",
+                "Whether the database answers this node: 1, or 0",
+                Gauge::default(),
+            ),
+            registry,
+        }
     }
+}
 
+/// The metric, which from now on is shown under this name.
+fn named<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+/// The same with a unit, which ends the name.
+fn in_unit<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, unit: Unit, metric: M) -> M {
+    registry.register_with_unit(name, help, unit, metric.clone());
+    metric
+}
+
+impl Metrics {
     /// A request goes out.
     pub(crate) fn begun(&self) -> InFlight {
         self.attempts_in_flight.inc();

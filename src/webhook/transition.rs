@@ -13,6 +13,13 @@ pub enum Plan {
     Once,
 }
 
+impl Plan {
+    /// As a row says it.
+    pub fn of(once: bool) -> Self {
+        if once { Self::Once } else { Self::Schedule }
+    }
+}
+
 /// How an attempt ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -120,7 +127,7 @@ mod tests {
         fn a_next_attempt_is_planned_exactly_while_pending(
             attempts in 1..100_i32, once: bool, accepted: bool, retry_after in proptest::option::of(any::<u64>()),
         ) {
-            let plan = if once { Plan::Once } else { Plan::Schedule };
+            let plan = Plan::of(once);
             let outcome = if accepted { Outcome::Accepted } else { refused(retry_after) };
             let transition = decide(attempts, plan, &outcome, &RetrySchedule::default(), NOW);
             prop_assert_eq!(transition.status == DeliveryStatus::Pending, transition.next_attempt_at.is_some());
